@@ -1,0 +1,190 @@
+"""Atomic writes and safe reads: a file or directory is either the old one or the whole new one, never half of each.
+
+Nothing here unpickles: weights are safetensors; a foreign `.pt` goes through `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+
+
+class SaveError(OSError):
+    """A write failed; what stood at the path before still stands there."""
+
+
+class UnsafeFile(ValueError):
+    """A foreign file could not be read without running code from it."""
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or directory, so that a rename after it cannot outlive the data."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _save_errors(path: Path) -> Iterator[None]:
+    """Turn a failing write below into one SaveError that says where, why and what is left."""
+    from safetensors import SafetensorError  # here, so that `towers.py` stays light
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise SaveError(
+            f"could not write {path}: {error} ({free / 2**20:,.0f} MiB free there). Nothing was lost: what was there "
+            "before is unchanged. Free some space (or point the output elsewhere) and run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path in the same directory; renamed to `path` when the block ends well, removed otherwise.
+
+    Raises SaveError when the write fails (full disk, quota, permissions); `path` is then what it was.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    with _save_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+            flush_to_disk(path.parent)
+        finally:
+            _remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """The same for a whole directory. An existing `path` is replaced only after the new one is complete."""
+    path = Path(path)
+    temporary = _temporary(path)
+    with _save_errors(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    flush_to_disk(file)
+            flush_to_disk(temporary)
+            old = None
+            if path.exists():
+                old = _temporary(path)
+                os.replace(path, old)
+            os.replace(temporary, path)
+            flush_to_disk(path.parent)
+            if old is not None:
+                _remove(old)
+        finally:
+            _remove(temporary)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files and folders that a killed process left directly in `folder`."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        _remove(leftover)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def save_tensors(path: str | Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file atomically. Tensors are made contiguous; any device."""
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(temporary), metadata=metadata)
+
+
+def load_tensors(path: str | Path, device: str = "cpu") -> dict:
+    """Read one safetensors file, or a directory's `model.safetensors` (sharded ones through its index)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.is_dir():
+        index = path / f"{WEIGHTS}.index.json"
+        if index.exists():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            merged: dict = {}
+            for shard in shards:
+                merged.update(load_tensors(path / shard, device))
+            return merged
+        path = path / WEIGHTS
+    if not path.exists():
+        raise FileNotFoundError(f"there are no weights at {path} (expected a safetensors file).")
+    try:
+        return load_file(str(path), device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def load_foreign_pt(path: str | Path) -> Any:
+    """Read a `.pt`/`.pth`/`.bin` that somebody else wrote, tensors only.
+
+    Raises UnsafeFile when the file needs code to be read (a pickled object, a TorchScript archive).
+    """
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        if _is_torchscript(path):
+            reason = "it is a TorchScript archive, which is a program"
+            step = "Use the same weights from the hub (transformers format), or save `model.state_dict()` of it."
+        else:
+            reason = f"it holds more than tensors, or is damaged ({str(error).splitlines()[0][:200]})"
+            step = "Ask its author for a safetensors file, or for a .pt that holds a plain state_dict."
+        raise UnsafeFile(f"{path} was not read: {reason}, and reading it could run code. {step}") from error
+
+
+def _is_torchscript(path: str | Path) -> bool:
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())

@@ -1,0 +1,603 @@
+"""CLIP-MoE: a CLIP whose FFNs are several experts, of which a token uses K. Self-contained on purpose.
+
+transformers' CLIP classes changed names and weight prefixes between versions 4 and 5, and LLaVA users sit on
+4.37.2; so this file uses PreTrainedModel only, runs under both, and is copied beside the weights (`auto_map`).
+
+Shape suffixes:  B batch   T tokens   N = B*T   D width   H FFN width   E experts   K experts per token   P projection
+Equations are those of the CLIP-MoE paper (Zhang et al. 2024, "CLIP-MoE: Towards Building Mixture of Experts for CLIP
+with Diversified Multiplet Upcycling").
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """OpenAI CLIP's activation, x * sigmoid(1.702 x). Not the same as gelu: a mix-up costs points silently."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def activation(name: str):
+    """The activation called `name` ("quick_gelu" or "gelu"); any other name is refused, never replaced."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not one of {sorted(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+# ------------------------------------------------------------------------------------------------ router and experts
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for every token, in fp32 whatever the model's dtype (eq. 3 and 5).
+
+    softmax over all E, top-K of it, renormalised to sum 1 (equal to Softmax(TopK(logits))). No bias.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.jitter = config.router_jitter_noise
+        self.initializer_range = config.router_initializer_range
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> logits [N,E] fp32, weights [N,K] fp32 (sum 1), chosen experts [N,K] int64."""
+        with torch.autocast(x_ND.device.type, enabled=False):  # autocast would cast the product back to bf16
+            x_ND = x_ND.float()
+            if self.training and self.jitter:
+                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits_NE = F.linear(x_ND, self.weight.float())
+            weights_NK, experts_NK = logits_NE.softmax(-1).topk(self.num_experts_per_tok, dim=-1)
+            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
+        return logits_NE, weights_NK, experts_NK
+
+
+class StackedLinear(nn.Module):
+    """E linear layers in one tensor: weight [E,out,in], bias [E,out]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+
+
+class Experts(nn.Module):
+    """E FFNs with stacked weights: one grouped product serves all, and a sharded engine gathers them together."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.implementation = config.experts_implementation
+        self.dropout = config.expert_dropout
+        self.depth = config.num_hidden_layers  # the initialisation depends on it
+        self.act = activation(config.hidden_act)
+        self.fc1 = StackedLinear(config.num_experts, config.hidden_size, config.intermediate_size)
+        self.fc2 = StackedLinear(config.num_experts, config.intermediate_size, config.hidden_size)
+
+    def single(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """FFN number `expert` on every token: [..,D] -> [..,D]."""
+        h = self.act(F.linear(x, self.fc1.weight[expert], self.fc1.bias[expert]))
+        h = F.dropout(h, self.dropout, self.training)
+        return F.linear(h, self.fc2.weight[expert], self.fc2.bias[expert])
+
+    def forward(self, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
+        backend = self.implementation
+        if backend == "auto":
+            backend = "grouped_mm" if grouped_mm_pays(x_ND) else "loop"
+        return (self._grouped if backend == "grouped_mm" else self._loop)(x_ND, weights_NK, experts_NK)
+
+    def _loop(self, x_ND, weights_NK, experts_NK):
+        """The readable reference: sort token-expert pairs by expert, run each expert on its own slice."""
+        order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
+        x_MD = x_ND[order_M // experts_NK.shape[1]]
+        parts = [
+            self.single(part, e) for e, part in enumerate(x_MD.split(counts_E.tolist()))
+        ]  # an expert without tokens runs on an empty slice, so that its gradient is zero and not None
+        return _combine(torch.cat(parts), order_M, weights_NK)
+
+    def _grouped(self, x_ND, weights_NK, experts_NK):
+        """One grouped product per projection (torch.nn.functional.grouped_mm): no host sync, no Python loop."""
+        order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
+        expert_M = experts_NK.flatten()[order_M]
+        offsets_E = counts_E.cumsum(0).to(torch.int32)
+        # Autocast does not know grouped_mm on the CPU, and it rejects mixed dtypes: cast here.
+        dtype = torch.get_autocast_dtype(x_ND.device.type) if _autocast_on(x_ND) else x_ND.dtype
+        x_MD = x_ND[order_M // experts_NK.shape[1]].to(dtype)
+        h_MH = F.grouped_mm(x_MD, self.fc1.weight.to(dtype).transpose(-2, -1), offs=offsets_E)
+        h_MH = self.act(h_MH + self.fc1.bias.to(dtype)[expert_M])
+        h_MH = F.dropout(h_MH, self.dropout, self.training)
+        y_MD = F.grouped_mm(h_MH, self.fc2.weight.to(dtype).transpose(-2, -1), offs=offsets_E)
+        return _combine(y_MD + self.fc2.bias.to(dtype)[expert_M], order_M, weights_NK)
+
+
+def _sort_by_expert(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> order [N*K] of the flattened token-expert pairs, grouped by expert (stable), and each expert's count [E]."""
+    flat = experts_NK.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
+
+
+def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """Undo the sort and sum over K. Gather + sum, not index_add_: that one is not deterministic on CUDA."""
+    inverse_M = torch.empty_like(order_M)
+    inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+    y_NKD = y_MD[inverse_M].view(*weights_NK.shape, -1)
+    return (y_NKD * weights_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
+
+
+def _autocast_on(x: torch.Tensor) -> bool:
+    try:
+        return torch.is_autocast_enabled(x.device.type)
+    except TypeError:  # torch < 2.4 takes no device type
+        return torch.is_autocast_cpu_enabled() if x.device.type == "cpu" else torch.is_autocast_enabled()
+
+
+def grouped_mm_pays(x: torch.Tensor) -> bool:
+    """True where grouped_mm has a fused kernel: bf16 on NVIDIA SM90 and newer, torch >= 2.10."""
+    if not hasattr(F, "grouped_mm") or x.device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if _autocast_on(x) else x.dtype
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+class CLIPMoEMLP(nn.Module):
+    """The dense FFN of a CLIP block (transformers' names: fc1, fc2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.act = activation(config.hidden_act)
+        self.dropout = config.expert_dropout
+        self.depth = config.num_hidden_layers  # the initialisation depends on it
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.fc2(F.dropout(self.act(self.fc1(x)), self.dropout, self.training)), None
+
+
+class CLIPMoESparseMLP(nn.Module):
+    """Router and experts in the place of a block's FFN."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.only_expert: int | None = None  # set by `only_expert()`: that expert alone, router not asked
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-> output [B,T,D], router logits [B,T,E] in fp32 (None while one expert is selected)."""
+        if self.only_expert is not None:
+            return self.experts.single(x_BTD, self.only_expert), None
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NE, weights_NK, experts_NK = self.router(x_ND)
+        y_ND = self.experts(x_ND, weights_NK, experts_NK)
+        return y_ND.view_as(x_BTD), logits_NE.view(*x_BTD.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def only_expert(model: nn.Module, expert: int) -> Iterator[nn.Module]:
+    """Inside the `with`, every MoE block uses expert number `expert` alone: the model is that stage's CLIP."""
+    blocks = [m for m in model.modules() if isinstance(m, CLIPMoESparseMLP)]
+    if not blocks or not 0 <= expert < blocks[0].experts.num_experts:
+        raise ValueError(f"expert {expert} does not exist in this model.")
+    for block in blocks:
+        block.only_expert = expert
+    try:
+        yield model
+    finally:
+        for block in blocks:
+            block.only_expert = None
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+class CLIPMoEAttention(nn.Module):
+    """Multi-head self-attention through torch's scaled_dot_product_attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.depth = config.num_hidden_layers  # the initialisation depends on it
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        """[B,T,D] -> [B,T,D]; `mask` [B,1,T,T] is True where a query may look (then `causal` must be False)."""
+        b, t, d = x_BTD.shape
+        q, k, v = (
+            proj(x_BTD).view(b, t, self.num_heads, -1).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(b, t, d))
+
+
+class CLIPMoEEncoderLayer(nn.Module):
+    """One pre-norm block: attention, then the FFN or its experts."""
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        self.self_attn = CLIPMoEAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMoESparseMLP(config) if index in config.moe_layers else CLIPMoEMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x_BTD, mask=None, causal=False):
+        """-> hidden state [B,T,D], router logits [B,T,E] or None."""
+        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD), mask, causal)
+        y_BTD, router_logits = self.mlp(self.layer_norm2(x_BTD))
+        return x_BTD + y_BTD, router_logits
+
+
+class CLIPMoEEncoder(nn.Module):
+    """The blocks of one tower."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPMoEEncoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, x_BTD, mask=None, causal=False, output_hidden_states=False):
+        """-> last hidden state, all hidden states (input first) or None, router logits of the MoE blocks in order."""
+        hidden_states, router_logits = [x_BTD], []
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x_BTD, logits = checkpoint(layer, x_BTD, mask, causal, use_reentrant=False)
+            else:
+                x_BTD, logits = layer(x_BTD, mask, causal)
+            if output_hidden_states:
+                hidden_states.append(x_BTD)
+            if logits is not None:
+                router_logits.append(logits)
+        return x_BTD, tuple(hidden_states) if output_hidden_states else None, tuple(router_logits)
+
+
+# ------------------------------------------------------------------------------------------------------------- towers
+
+
+@dataclass
+class CLIPMoETowerOutput(BaseModelOutputWithPooling):
+    """transformers' tower output plus `router_logits`: one [B,T,E] tensor per MoE block, fp32."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class CLIPMoEVisionEmbeddings(nn.Module):
+    """Patches, class token and positions: [B,3,R,R] -> [B,T,D] with T = (R/patch)^2 + 1."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.image_size = config.image_size
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"This tower reads {self.image_size}x{self.image_size} pixels, got {tuple(pixel_values.shape[-2:])}. "
+                "Use the model's own image processor (preprocessor_config.json)."
+            )
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        return x + self.position_embedding.weight.to(x.dtype)
+
+
+class CLIPMoEVisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = CLIPMoEVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: transformers' name
+        self.encoder = CLIPMoEEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values, output_hidden_states=False) -> CLIPMoETowerOutput:
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        x, hidden_states, router_logits = self.encoder(x, output_hidden_states=output_hidden_states)
+        return CLIPMoETowerOutput(
+            last_hidden_state=x,
+            pooler_output=self.post_layernorm(x[:, 0]),
+            hidden_states=hidden_states,
+            router_logits=router_logits,
+        )
+
+
+class CLIPMoETextEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        t, longest = input_ids.shape[1], self.position_embedding.num_embeddings
+        if t > longest:
+            raise ValueError(f"{t} tokens, but this text tower has {longest} positions: truncate the caption.")
+        return self.token_embedding(input_ids) + self.position_embedding.weight[:t]
+
+
+def end_of_text(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Position of each caption's pooled token [B]. `eos_token_id` 2 is the legacy value of OpenAI's configs on the
+    hub (the true id is the vocabulary's largest): then, as transformers does, the largest id is taken."""
+    if eos_token_id == 2:
+        return input_ids.argmax(-1)
+    return (input_ids == eos_token_id).int().argmax(-1)
+
+
+class CLIPMoETextTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = CLIPMoETextEmbeddings(config)
+        self.encoder = CLIPMoEEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids, attention_mask=None, output_hidden_states=False) -> CLIPMoETowerOutput:
+        x = self.embeddings(input_ids)
+        mask = None
+        if attention_mask is not None:
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            mask = causal & attention_mask[:, None, None, :].bool()
+        x, hidden_states, router_logits = self.encoder(
+            x, mask, causal=mask is None, output_hidden_states=output_hidden_states
+        )
+        x = self.final_layer_norm(x)
+        end_B = end_of_text(input_ids, self.eos_token_id)
+        return CLIPMoETowerOutput(
+            last_hidden_state=x,
+            pooler_output=x[torch.arange(x.shape[0], device=x.device), end_B],
+            hidden_states=hidden_states,
+            router_logits=router_logits,
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+class CLIPMoEPreTrainedModel(PreTrainedModel):
+    config_class = CLIPMoEConfig
+    base_model_prefix = "clip_moe"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["CLIPMoEEncoderLayer", "CLIPMoEVisionEmbeddings", "CLIPMoETextEmbeddings"]
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$"]  # a buffer that transformers 4 saved
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """CLIP's initialisation (OpenAI), by depth and width; a router's is small so that it starts undecided."""
+        factor = self.config.initializer_factor
+        if isinstance(module, CLIPMoEAttention):
+            width = module.q_proj.in_features
+            for proj in (module.q_proj, module.k_proj, module.v_proj):
+                _normal(proj, factor * width**-0.5 * (2 * module.depth) ** -0.5)
+            _normal(module.out_proj, factor * width**-0.5)
+        elif isinstance(module, (CLIPMoEMLP, Experts)):
+            width = module.fc1.weight.shape[-1]
+            _normal(module.fc1, factor * (2 * width) ** -0.5)
+            _normal(module.fc2, factor * width**-0.5 * (2 * module.depth) ** -0.5)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=module.initializer_range)
+        elif isinstance(module, CLIPMoEVisionEmbeddings):
+            d = module.class_embedding.shape[0]
+            nn.init.normal_(module.class_embedding, std=factor * d**-0.5)
+            nn.init.normal_(module.patch_embedding.weight, std=0.02 * factor)
+            nn.init.normal_(module.position_embedding.weight, std=0.02 * factor)
+        elif isinstance(module, CLIPMoETextEmbeddings):
+            nn.init.normal_(module.token_embedding.weight, std=0.02 * factor)
+            nn.init.normal_(module.position_embedding.weight, std=0.02 * factor)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, CLIPMoEModel):
+            nn.init.normal_(module.text_projection.weight, std=factor * module.text_projection.in_features**-0.5)
+            nn.init.normal_(module.visual_projection.weight, std=factor * module.visual_projection.in_features**-0.5)
+            nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **_: Any) -> None:
+        for module in self.modules():
+            if isinstance(module, CLIPMoEEncoder):
+                module.gradient_checkpointing = enable
+
+
+def _normal(linear: nn.Module, std: float) -> None:
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+
+
+class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
+    """The vision tower alone, with the weight names of the whole CLIP (`vision_model.` prefix in every version)."""
+
+    config_class = CLIPMoEVisionConfig
+    main_input_name = "pixel_values"
+    _keys_to_ignore_on_load_unexpected = [
+        r"position_ids$", r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"
+    ]  # fmt: skip
+
+    def __init__(self, config: CLIPMoEVisionConfig):
+        super().__init__(config)
+        self.vision_model = CLIPMoEVisionTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    def forward(self, pixel_values, output_hidden_states=None, output_router_logits=None, return_dict=None, **_: Any):
+        """Pixels [B,3,R,R] -> `last_hidden_state` [B,T,D], `pooler_output` [B,D], on demand `hidden_states`
+        (depth + 1 of them) and `router_logits` (one [B,T,E] per MoE block)."""
+        out = self.vision_model(pixel_values, output_hidden_states=bool(output_hidden_states))
+        return _finish(out, output_router_logits, return_dict)
+
+
+@dataclass
+class CLIPMoEOutput(ModelOutput):
+    """What `CLIPMoEModel` returns.
+
+    loss: CLIP's symmetric contrastive loss plus the router losses (with `return_loss=True`); logits_per_image [B,B'];
+    embeds [B,P], L2-normalised; router_logits: the vision tower's MoE blocks, then the text tower's.
+    """
+
+    loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    text_model_output: CLIPMoETowerOutput | None = None
+    vision_model_output: CLIPMoETowerOutput | None = None
+
+
+class CLIPMoEModel(CLIPMoEPreTrainedModel):
+    """Both towers and the joint embedding space of dimension P."""
+
+    config_class = CLIPMoEConfig
+
+    def __init__(self, config: CLIPMoEConfig):
+        super().__init__(config)
+        text, vision = config.text_config, config.vision_config
+        self.text_model = CLIPMoETextTransformer(text)
+        self.vision_model = CLIPMoEVisionTransformer(vision)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Pixels [B,3,R,R] -> projected embeddings [B,P], not normalised."""
+        return self.visual_projection(self.vision_model(pixel_values).pooler_output)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask=None, **_: Any) -> torch.Tensor:
+        """Token ids [B,T] -> projected embeddings [B,P], not normalised."""
+        return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool = False,
+        output_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        return_dict: bool | None = None,
+        **_: Any,
+    ):
+        vision = self.vision_model(pixel_values, output_hidden_states)
+        text = self.text_model(input_ids, attention_mask, output_hidden_states)
+        image_embeds = F.normalize(self.visual_projection(vision.pooler_output), dim=-1)
+        text_embeds = F.normalize(self.text_projection(text.pooler_output), dim=-1)
+        logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.t()
+        loss = aux_loss = None
+        if return_loss:
+            truth = torch.arange(logits_per_text.shape[0], device=logits_per_text.device)
+            loss = (F.cross_entropy(logits_per_text, truth) + F.cross_entropy(logits_per_text.t(), truth)) / 2
+            if vision.router_logits or text.router_logits:
+                token_mask = text_token_mask(input_ids, self.config.text_config.eos_token_id)
+                aux_loss = router_losses(vision.router_logits, text.router_logits, token_mask, self.config)
+                loss = loss + aux_loss
+        out = CLIPMoEOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            router_logits=vision.router_logits + text.router_logits,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+        return _finish(out, output_router_logits, return_dict)
+
+
+def _finish(out: ModelOutput, output_router_logits: bool | None, return_dict: bool | None):
+    if not output_router_logits:
+        out.router_logits = None
+    return out.to_tuple() if return_dict is False else out
+
+
+# ------------------------------------------------------------------------------------------------------ router losses
+
+
+def text_token_mask(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """True for the tokens up to and with the pooled one [B,T]; what follows is padding and counts in no statistic."""
+    end_B = end_of_text(input_ids, eos_token_id)
+    return torch.arange(input_ids.shape[1], device=input_ids.device) <= end_B[:, None]
+
+
+def load_balancing_loss(logits_NE: torch.Tensor, fractions_E: torch.Tensor | None = None) -> torch.Tensor:
+    """E * sum_j f_j P_j of ONE block (eq. 6-9); minimum 1 at f = P = 1/E.
+
+    f_j: share of tokens whose largest logit is expert j's (no gradient); P_j: mean probability of j. `fractions_E`
+    gives f from outside, when these tokens are only a part of the batch that f is taken over.
+    The official code pools all blocks into one f and P, which cannot see a block that collapsed onto one expert.
+    """
+    num_experts = logits_NE.shape[-1]
+    if fractions_E is None:
+        fractions_E = expert_fractions(logits_NE)
+    return num_experts * (fractions_E * logits_NE.softmax(-1).mean(0)).sum()
+
+
+def expert_fractions(logits_NE: torch.Tensor) -> torch.Tensor:
+    """f [E]: share of tokens whose first choice is each expert."""
+    counts = torch.bincount(logits_NE.argmax(-1), minlength=logits_NE.shape[-1])
+    return counts / max(logits_NE.shape[0], 1)
+
+
+def router_z_loss(logits_NE: torch.Tensor) -> torch.Tensor:
+    """Mean squared log-partition (ST-MoE, eq. 5): keeps the router's logits small."""
+    return logits_NE.logsumexp(-1).square().mean()
+
+
+def router_losses(vision_logits, text_logits, text_mask_BT: torch.Tensor, config: CLIPMoEConfig) -> torch.Tensor:
+    """alpha * balance + z-coefficient * z-loss, each averaged over the MoE blocks of both towers -> scalar."""
+    blocks = [logits.flatten(0, -2) for logits in vision_logits] + [logits[text_mask_BT] for logits in text_logits]
+    balance = torch.stack([load_balancing_loss(b) for b in blocks]).mean()
+    loss = config.router_aux_loss_coef * balance
+    if config.router_z_loss_coef:
+        loss = loss + config.router_z_loss_coef * torch.stack([router_z_loss(b) for b in blocks]).mean()
+    return loss
+
+
+def active_parameters(config: CLIPMoEConfig) -> dict[str, int]:
+    """Parameter counts from the config alone: `total`, and `active` (those one image-text pair passes through)."""
+    total = active = 1  # logit_scale
+    for tower in (config.vision_config, config.text_config):
+        d, h = tower.hidden_size, tower.intermediate_size
+        ffn, rest = 2 * d * h + d + h, 4 * d * d + 4 * d + 4 * d
+        moe = len(tower.moe_layers)
+        dense = tower.num_hidden_layers - moe
+        if tower is config.vision_config:
+            ends = d + tower.num_channels * tower.patch_size**2 * d + (tower.num_patches + 1) * d + 4 * d
+        else:
+            ends = (tower.vocab_size + tower.max_position_embeddings) * d + 2 * d
+        common = ends + d * config.projection_dim + tower.num_hidden_layers * rest + dense * ffn
+        total += common + moe * (tower.num_experts * ffn + tower.num_experts * d)
+        active += common + moe * (tower.num_experts_per_tok * ffn + tower.num_experts * d)
+    return {"total": total, "active": active}
+
+
+CLIPMoEModel.register_for_auto_class("AutoModel")
+CLIPMoEVisionModel.register_for_auto_class("AutoModel")
