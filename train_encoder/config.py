@@ -43,3 +43,195 @@ class DataConfig:
     that are read many times."""
 
 
+@dataclass(frozen=True)
+class OptimConfig:
+    """One training: optimiser, schedule, batch and loss. Defaults: a DMU stage of the paper."""
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    warmup_steps: int = 200
+    """Linear warm-up; never more than a tenth of the training."""
+    epochs: float = 1
+    global_batch_size: int = 800
+    """Images a step over ALL processes. All negatives of an image come from this batch."""
+    label_smoothing: float = 0.1
+    """0.1 in the official code; the paper does not mention it."""
+    temperature: float = 0.01
+    """Start value of 1 / exp(logit_scale)."""
+    train_temperature: bool = False
+    """Frozen in the paper's stages; a CLIP from scratch learns it."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; off in the paper."""
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """A small CLIP to start from where there is no pretrained one (`--base.source scratch`)."""
+
+    image_size: int = 336
+    patch_size: int = 42
+    """Large patches make 336 pixels cheap: 8 x 8 tokens."""
+    vision_width: int = 256
+    vision_layers: int = 6
+    text_width: int = 256
+    text_layers: int = 4
+    head_width: int = 64
+    projection_dim: int = 256
+    hidden_act: str = "quick_gelu"
+    caption_columns: tuple[str, ...] = ("short",)
+    """Captions that the base is trained on, in the same data; those of the stages bring something new."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            learning_rate=1e-3, warmup_steps=50, epochs=10, global_batch_size=256, label_smoothing=0.0,
+            temperature=0.07, train_temperature=True, max_grad_norm=1.0,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The dense CLIP that everything starts from."""
+
+    source: str = "openai/clip-vit-large-patch14-336"
+    """A model directory, a hub id, an open_clip model name (with --base.checkpoint), or `scratch`."""
+    checkpoint: Path | None = None
+    """Weights for an open_clip model name (.safetensors or .pt)."""
+    quick_gelu: bool | None = None
+    """Override the activation of an open_clip model: OpenAI's weights want quick_gelu."""
+    text_positions: int | None = 248
+    """Stretch the text positions 77 -> 248 as in Long-CLIP; None keeps the base's own."""
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """k-means of a stage's embeddings. 3 x 3 combined clusters a stage, accumulated over the stages."""
+
+    image_clusters: int = 3
+    text_clusters: int = 3
+    batch_size: int = 16_384
+    """Rows of one mini-batch of k-means."""
+    n_init: int = 3
+
+
+@dataclass(frozen=True)
+class MCLConfig:
+    """Multistage contrastive learning: the stages that make the experts."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    start_from: Literal["base", "previous"] = "base"
+    """The FFNs a stage starts from."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The mixture and the training of its routers."""
+
+    num_experts: int = 4
+    """Experts of a block: the base's FFN and those of num_experts - 1 stages."""
+    num_experts_per_tok: int = 2
+    vision_layers: tuple[int, ...] | None = None
+    """Blocks of the vision tower that get experts; all when absent."""
+    text_layers: tuple[int, ...] | None = None
+    """Blocks of the text tower that get experts; all when absent."""
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    router_jitter_noise: float = 0.0
+    router_initializer_range: float = 0.018
+    expert_dropout: float = 0.0
+    """0.1 in the official code, not in the paper."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-6, weight_decay=0.01))
+    """Router training. At the paper's 1e-6 a router hardly moves; the report shows how far it did."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured at the end of a run, on data that training never saw."""
+
+    retrieval: tuple[str, ...] = ()
+    """Data sets, each `NAME=SOURCE`, `NAME=SOURCE:SPLIT` or just a source (see --data.source)."""
+    attributes: Path | str | None = None
+    """A folder in MMVP-VLM's layout, or `openmoji`."""
+    routing_images: int = 256
+    """Images over which the routing share is measured."""
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How it runs: precision, memory, workers, checkpoints. Changes nothing of what is computed but rounding."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 autocast over fp32 weights, or fp32 throughout."""
+    chunk_size: int | None = None
+    """Images a process holds a graph for at once. Smaller than its share of the batch: gradient caching (features
+    first without a graph, then chunk by chunk), the same gradients at a fraction of the memory."""
+    activation_checkpointing: bool = False
+    workers: int = 4
+    """Processes that decode images and make tokens; 0 does it in the trainer itself."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints."""
+    log_every: int = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run of Diversified Multiplet Upcycling."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    clusters: ClusterConfig = field(default_factory=ClusterConfig)
+    mcl: MCLConfig = field(default_factory=MCLConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+    output_dir: Path | None = None
+    """Where the run is kept: runs/NAME. The same command again resumes it."""
+
+    def __post_init__(self) -> None:
+        e, k = self.moe.num_experts, self.moe.num_experts_per_tok
+        if e < 2:
+            raise ValueError(f"--moe.num-experts is {e}; a mixture needs at least 2 (the base and one stage).")
+        if not 1 <= k <= e:
+            raise ValueError(
+                f"--moe.num-experts-per-tok is {k}, but there are {e} experts: a token cannot use more experts than "
+                "there are. Lower it, or raise --moe.num-experts."
+            )
+        for name, optim in (("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim)):
+            if optim.global_batch_size < 2:
+                raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")
+
+
+# Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these.
+FREE_TO_CHANGE = ("output_dir", "evaluation", "engine.workers", "engine.checkpoint_every", "engine.log_every",
+                  "engine.trackers", "data.max_bad_fraction", "data.cache_images")  # fmt: skip
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two `to_dict`s differ, those that are free to change left out."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        name = f"{prefix}{key}"
+        if name in FREE_TO_CHANGE:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found
+
+
+def digest(*parts: object) -> str:
+    """A short stable hash of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""k-means of a stage's embeddings, and the labels accumulated over the stages (CLIP-MoE paper, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llava_clipmoe.files import atomic_file
+
+from .config import ClusterConfig
+
+
+@dataclass
+class StageClusters:
+    """Clusters of one stage: `labels` [rows] = text_clusters-major combination y = k_image * y_text + y_image."""
+
+    labels: np.ndarray
+    image_centroids: np.ndarray
+    text_centroids: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows of each combined cluster."""
+        return np.bincount(self.labels, minlength=len(self.image_centroids) * len(self.text_centroids))
+
+
+def cluster_stage(image: np.ndarray, text: np.ndarray, config: ClusterConfig, seed: int) -> StageClusters:
+    """k-means of image [N,P] and text [N,P] embeddings (L2-normalised), one row an image."""
+    if len(image) < max(config.image_clusters, config.text_clusters):
+        raise ValueError(
+            f"{len(image)} images cannot make {config.image_clusters} x {config.text_clusters} clusters: "
+            "lower --clusters.image-clusters and --clusters.text-clusters, or use more data."
+        )
+    image_labels, image_centroids = _kmeans(image, config.image_clusters, config, seed)
+    text_labels, text_centroids = _kmeans(text, config.text_clusters, config, seed + 1)
+    return StageClusters(config.image_clusters * text_labels + image_labels, image_centroids, text_centroids)
+
+
+def _kmeans(x: np.ndarray, k: int, config: ClusterConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    # One thread: sums in another order give other labels, and a run must come out the same twice.
+    with threadpool_limits(1):
+        model = MiniBatchKMeans(k, random_state=seed, batch_size=config.batch_size, n_init=config.n_init)
+        labels = model.fit_predict(np.asarray(x, dtype=np.float32))
+    return labels.astype(np.int64), model.cluster_centers_.astype(np.float32)
+
+
+def save_clusters(path: Path, clusters: StageClusters) -> None:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            labels=clusters.labels,
+            image_centroids=clusters.image_centroids,
+            text_centroids=clusters.text_centroids,
+            sizes=clusters.sizes,
+        )
+
+
+def load_clusters(path: Path) -> StageClusters:
+    with np.load(path, allow_pickle=False) as file:
+        return StageClusters(file["labels"], file["image_centroids"], file["text_centroids"])
+
+
+def accumulate(stages: list[StageClusters]) -> np.ndarray:
+    """Label path of every row [N,S]: column s is its cluster of stage s.
+
+    The paper's accumulated label is the path read as a number: yhat <- 9*yhat + y.
+    """
+    return np.stack([stage.labels for stage in stages], axis=1)

@@ -1,0 +1,275 @@
+"""One flat training loop for every stage: the base from scratch, the FFN-only stages and the routers.
+
+    get batch -> forward -> loss over the global batch -> backward -> step -> log -> checkpoint
+
+A stage is told apart by what is trainable and by its batches, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from llava_clipmoe.files import remove_leftovers
+from llava_clipmoe.model_directory import ClipBundle
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
+
+from .checkpoint import discard_checkpoints, load_checkpoint, save_checkpoint
+from .config import EngineConfig, OptimConfig
+from .data import Batch, DataError, EncoderDataset, collate, normalise
+from .losses import RouterCounts, SmoothedClipLoss, block_logits, router_counts, router_losses
+from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
+from .sampler import InClusterBatchSampler
+
+
+@dataclass
+class Stage:
+    """One training: which tensors of `bundle.model` learn, on which batches, with which settings."""
+
+    name: str  # "base", "stage1", ..., "router"
+    bundle: ClipBundle
+    dataset: EncoderDataset
+    rows: np.ndarray  # [N] dataset rows that may be used
+    paths: np.ndarray  # [N,S] their cluster paths; [N,0] for plain shuffled batches
+    trainable: Callable[[str], bool]  # by parameter name
+    optim: OptimConfig
+    seed: int
+
+
+class TwoTowers(nn.Module):
+    """What a step runs and what DDP wraps: pixels and tokens in, everything the loss needs out."""
+
+    def __init__(self, bundle: ClipBundle):
+        super().__init__()
+        self.clip = bundle.model
+        self.mean, self.std = bundle.image_mean, bundle.image_std
+
+    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor):
+        """uint8 [b,3,R,R], ids [b,T] -> features [b,P] x 2 (L2-normalised, fp32), exp(logit_scale), router logits of
+        every block ([tokens,E], text padding removed)."""
+        clip: CLIPMoEModel = self.clip
+        vision = clip.vision_model(normalise(pixels, self.mean, self.std))
+        text = clip.text_model(input_ids)
+        image_features = nn.functional.normalize(clip.visual_projection(vision.pooler_output).float(), dim=-1)
+        text_features = nn.functional.normalize(clip.text_projection(text.pooler_output).float(), dim=-1)
+        blocks = block_logits(vision.router_logits, text.router_logits, input_ids, clip.config)
+        return image_features, text_features, clip.logit_scale.float().exp(), blocks
+
+
+def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics: Metrics, checkpoints: Path) -> None:
+    """Train `stage.bundle.model` in place. Resumes from `checkpoints`, and clears it when done by the caller's save.
+
+    After a kill the same call goes on from the last checkpoint and ends with the same bits (CPU) as one that was
+    never stopped.
+    """
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    clip = stage.bundle.model.to(device)
+    clip._set_gradient_checkpointing(engine.activation_checkpointing)
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(1 / stage.optim.temperature))
+    trained = {}
+    for name, parameter in clip.named_parameters():
+        learns = stage.trainable(name) if name != "logit_scale" else stage.optim.train_temperature
+        parameter.requires_grad_(learns)
+        if learns:
+            trained[name] = parameter
+
+    o = stage.optim
+    optimizer = torch.optim.AdamW(
+        list(trained.values()), lr=o.learning_rate, betas=o.betas, eps=o.epsilon, weight_decay=o.weight_decay
+    )
+    remove_leftovers(checkpoints)
+    start = load_checkpoint(checkpoints, trained, optimizer)
+    metrics.truncate_after(stage.name, start)
+    sampler = InClusterBatchSampler(stage.paths, o.global_batch_size, o.epochs, stage.seed, rank, world, start)
+    loader = DataLoader(
+        _Rows(stage.dataset, stage.rows), batch_sampler=sampler, collate_fn=collate, num_workers=engine.workers,
+        pin_memory=device.type == "cuda", persistent_workers=engine.workers > 0,
+    )  # fmt: skip
+    towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
+    contrastive = SmoothedClipLoss(o.label_smoothing, rank, world)
+    reset_peak_memory(device)
+    started = time.time()
+
+    total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
+    with Bar(f"training {stage.name}", total, completed=done) as bar:
+        for step, batch in enumerate(loader, start=start):
+            rate = learning_rate(o, step, sampler.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            _refuse_bad_images(batch)
+            parts = forward_backward(towers, batch, contrastive, accelerator, engine.chunk_size, (stage.seed, step))
+            norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if o.train_temperature:
+                with torch.no_grad():
+                    clip.logit_scale.clamp_(max=math.log(100))  # as OpenAI's CLIP
+            last = step + 1 == sampler.steps
+            if (step + 1) % engine.log_every == 0 or last or step == start:
+                values = {k: float(accelerator.reduce(v, "mean")) for k, v in parts.items()}
+                _check_finite(values, stage.name, step)
+                metrics.log({
+                    "stage": stage.name, "step": step + 1, "steps": sampler.steps,
+                    "epoch": (step + 1) / sampler.steps_per_epoch, **values, "learning_rate": rate,
+                    "grad_norm": float(norm), "images_per_second": bar.rate.per_second, "time": time.time(),
+                })  # fmt: skip
+                bar.values["loss"] = values["loss"]
+            bar.advance(o.global_batch_size)
+            if (step + 1) % engine.checkpoint_every == 0 or last:
+                if accelerator.is_main_process:
+                    save_checkpoint(checkpoints, step + 1, trained, optimizer)
+                accelerator.wait_for_everyone()
+
+    clip.requires_grad_(False).eval()
+    accelerator.unwrap_model(towers, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    metrics.log({
+        "event": "done", "work": "train", "stage": stage.name, "seconds": time.time() - started,
+        "images": (sampler.steps - start) * o.global_batch_size, "peak_memory_bytes": peak_memory_bytes(device),
+    })  # fmt: skip
+
+
+def learning_rate(o: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to zero (open_clip's schedule). Warm-up is at most a tenth of the steps."""
+    warmup = min(o.warmup_steps, steps // 10)
+    if step < warmup:
+        return o.learning_rate * (step + 1) / warmup
+    return 0.5 * o.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def forward_backward(
+    towers: nn.Module,
+    batch: Batch,
+    contrastive: SmoothedClipLoss,
+    accelerator: Accelerator,
+    chunk_size: int | None,
+    seed: tuple[int, int],
+) -> dict[str, torch.Tensor]:
+    """Gradients of the loss over the GLOBAL batch into the trainable parameters -> the parts of the loss (detached).
+
+    With a chunk smaller than this process's share: gradient caching (Gao et al. 2021, "Scaling deep contrastive
+    learning batch size under memory limited setup"): features without a graph, the loss's gradient with respect to
+    them, then one chunk at a time with a graph. The same gradients as the plain step.
+    """
+    pixels = batch.pixel_values.to(accelerator.device, non_blocking=True)
+    ids = batch.input_ids.to(accelerator.device, non_blocking=True)
+    if chunk_size is None or chunk_size >= len(pixels):
+        return _plain_step(towers, pixels, ids, contrastive, accelerator, seed)
+    return _cached_step(towers, pixels.split(chunk_size), ids.split(chunk_size), contrastive, accelerator, seed)
+
+
+def _plain_step(towers, pixels, ids, contrastive, accelerator, seed) -> dict[str, torch.Tensor]:
+    config = accelerator.unwrap_model(towers).clip.config
+    _seed_step(seed, accelerator.process_index, chunk=0)
+    image, text, scale, blocks = towers(pixels, ids)
+    clip_loss = contrastive(image, text, scale)
+    parts, router_part = {"contrastive": clip_loss.detach()}, 0.0
+    if blocks:
+        counts = router_counts(blocks).over_processes()
+        router_part, values = _router_part(blocks, counts, config, accelerator)
+        parts |= values
+    accelerator.backward(clip_loss + router_part)
+    return _with_total(parts, config)
+
+
+def _cached_step(towers, pixels, ids, contrastive, accelerator, seed) -> dict[str, torch.Tensor]:
+    config = accelerator.unwrap_model(towers).clip.config
+    images, texts, counts = [], [], None
+    with torch.no_grad():
+        for i, (p, t) in enumerate(zip(pixels, ids, strict=True)):
+            _seed_step(seed, accelerator.process_index, i)
+            image, text, scale, blocks = towers(p, t)
+            images.append(image)
+            texts.append(text)
+            if blocks:
+                chunk = router_counts(blocks)
+                counts = chunk if counts is None else counts + chunk
+    image = torch.cat(images).requires_grad_()
+    text = torch.cat(texts).requires_grad_()
+    scale = scale.detach().requires_grad_()
+    clip_loss = contrastive(image, text, scale)
+    clip_loss.backward()
+    parts = {"contrastive": clip_loss.detach()}
+    if counts is not None:
+        counts = counts.over_processes()
+
+    sizes = [len(p) for p in pixels]
+    gradients = zip(image.grad.split(sizes), text.grad.split(sizes), strict=True)
+    for i, (p, t, (image_grad, text_grad)) in enumerate(zip(pixels, ids, gradients, strict=True)):
+        last = i + 1 == len(sizes)
+        # DDP averages the gradient over processes once, with the last chunk.
+        with nullcontext() if last else accelerator.no_sync(towers):
+            _seed_step(seed, accelerator.process_index, i)  # the same dropout as without the graph
+            image_i, text_i, scale_i, blocks = towers(p, t)
+            surrogate = (image_i * image_grad).sum() + (text_i * text_grad).sum()
+            surrogate = surrogate + (scale_i * scale.grad if last else scale_i * 0)
+            if blocks:
+                router_part, values = _router_part(blocks, counts, config, accelerator)
+                surrogate = surrogate + router_part
+                parts = {**parts, **{k: parts.get(k, 0) + v for k, v in values.items()}}
+            accelerator.backward(surrogate)
+    return _with_total(parts, config)
+
+
+def _router_part(blocks, counts: RouterCounts, config, accelerator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This chunk's router loss with its gradient, and its values. Parts add up over processes, whereas DDP averages:
+    hence the factor of the world size."""
+    balance, z = router_losses(blocks, counts, config)
+    world = accelerator.num_processes
+    loss = (config.router_aux_loss_coef * balance + config.router_z_loss_coef * z) * world
+    return loss, {"balance": balance.detach() * world, "router_z": z.detach() * world}
+
+
+def _with_total(parts: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    total = parts["contrastive"]
+    if "balance" in parts:
+        total = total + config.router_aux_loss_coef * parts["balance"] + config.router_z_loss_coef * parts["router_z"]
+    return {"loss": total, **parts}
+
+
+def _seed_step(seed: tuple[int, int], rank: int, chunk: int) -> None:
+    """Everything random in a forward pass depends on (run, step, process, chunk): no random state to save."""
+    torch.manual_seed(int(np.random.SeedSequence([*seed, rank, chunk]).generate_state(1)[0]))
+
+
+def _refuse_bad_images(batch: Batch) -> None:
+    if batch.bad:
+        row, error = batch.bad[0]
+        raise DataError(
+            f"image {row} could be read when the run started, but not now: {error}. "
+            "Restore it (or delete skipped.npz in the run's folder so that images are checked again) and run the "
+            "same command: training goes on from the last checkpoint."
+        )
+
+
+def _check_finite(values: dict[str, float], name: str, step: int) -> None:
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"the loss of {name} is {values['loss']} at step {step + 1}. Lower its learning rate, or use "
+            "--engine.precision fp32. The last checkpoint is kept."
+        )
+
+
+class _Rows(torch.utils.data.Dataset):
+    """The usable rows of a dataset: sampler positions -> dataset rows."""
+
+    def __init__(self, dataset: EncoderDataset, rows: np.ndarray):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, epoch = key
+        return self.dataset[int(self.rows[position]), epoch]

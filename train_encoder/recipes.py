@@ -1,0 +1,62 @@
+"""Named recipes: each reads like a row of the paper's settings, and is a default set of flags of `train-encoder`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import (
+    BaseConfig,
+    ClusterConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    MCLConfig,
+    MoEConfig,
+    OptimConfig,
+    ScratchConfig,
+    TrainConfig,
+)
+
+# CLIP-MoE, section 4.1 and appendix: AdamW, 1 epoch, global batch 800, temperature 0.01 frozen.
+# Chunks of 50 keep a ViT-L/14@336 stage within 24 GB (gradient caching).
+_PAPER = TrainConfig(
+    base=BaseConfig(source="openai/clip-vit-large-patch14-336", text_positions=248),
+    clusters=ClusterConfig(image_clusters=3, text_clusters=3),
+    mcl=MCLConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.2)),
+    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, optim=OptimConfig(learning_rate=1e-6, weight_decay=0.01)),
+    engine=EngineConfig(precision="bf16", chunk_size=50, workers=8),
+)
+
+DMU_SHAREGPT4V = TrainConfig(
+    data=DataConfig(
+        source="data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json", image_root=Path("data/sharegpt4v")
+    ),
+    base=_PAPER.base, clusters=_PAPER.clusters, mcl=_PAPER.mcl, moe=_PAPER.moe, engine=_PAPER.engine,
+)  # fmt: skip
+
+DMU_RECAP1M = TrainConfig(
+    data=DataConfig(source="data/recap-datacomp-1m", caption_columns=("re_caption",)),
+    base=_PAPER.base, clusters=_PAPER.clusters, mcl=_PAPER.mcl, moe=_PAPER.moe, engine=_PAPER.engine,
+)  # fmt: skip
+
+DMU_OPENMOJI = TrainConfig(
+    data=DataConfig(source="openmoji", split="train", cache_images=True),
+    base=BaseConfig(source="scratch", text_positions=None, scratch=ScratchConfig()),
+    mcl=MCLConfig(
+        optim=OptimConfig(learning_rate=2e-4, weight_decay=0.2, warmup_steps=20, epochs=3, global_batch_size=64)
+    ),
+    moe=MoEConfig(
+        optim=OptimConfig(learning_rate=1e-3, weight_decay=0.01, warmup_steps=10, epochs=1, global_batch_size=128)
+    ),
+    evaluation=EvaluationConfig(
+        retrieval=("held-out, long captions=openmoji:heldout", "held-out, names=openmoji:heldout-short"),
+        attributes="openmoji",
+    ),
+    engine=EngineConfig(device="cpu", workers=0, checkpoint_every=100),
+)
+
+RECIPES: dict[str, tuple[str, TrainConfig]] = {
+    "dmu-openmoji": ("a small CLIP-MoE from nothing, on emoji drawn on this machine; minutes on 2 cores", DMU_OPENMOJI),
+    "dmu-vitl14-336-sharegpt4v": ("the paper's: OpenAI ViT-L/14@336 on ShareGPT4V's 1.2M captions", DMU_SHAREGPT4V),
+    "dmu-vitl14-336-recap1m": ("the paper's: OpenAI ViT-L/14@336 on Recap-DataComp-1M", DMU_RECAP1M),
+}

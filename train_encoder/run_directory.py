@@ -1,0 +1,91 @@
+"""The run's directory: where every piece lies, and whether it belongs to this command."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from pathlib import Path
+
+from llava_clipmoe.files import read_json, remove_leftovers, write_json
+
+from .config import TrainConfig, differences, to_dict
+
+
+class RunError(ValueError):
+    """The output directory cannot be used for this run."""
+
+
+class RunDirectory:
+    """`runs/NAME`: paths of its pieces (DESIGN of the files: README, "What a run leaves")."""
+
+    def __init__(self, config: TrainConfig):
+        self.path = Path(config.output_dir)
+        self.config = to_dict(config)
+        self.base = self.path / "base"
+        self.clip_moe = self.path / "clip-moe"
+        self.cache = self.path / "cache" / "images.npy"
+        self.skipped = self.path / "skipped.jsonl"
+        self.results = self.path / "results.json"
+        self._lock = None
+
+    def stage_weights(self, number: int) -> Path:
+        return self.path / f"stage{number}" / "model.safetensors"
+
+    def clusters(self, number: int) -> Path:
+        return self.path / "clusters" / f"stage{number}.npz"
+
+    def features(self, name: str) -> Path:
+        return self.path / "features" / name
+
+    def checkpoints(self, name: str) -> Path:
+        return self.path / "checkpoints" / name
+
+    def claim(self, main_process: bool) -> None:
+        """Make the directory this run's. Raises RunError when it holds another run, or is in use by one."""
+        if not main_process:
+            return
+        config_file = self.path / "config.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; give a directory: --output-dir runs/NAME.")
+        if self.path.exists() and not config_file.exists() and any(p for p in self.path.iterdir() if p.name != ".lock"):
+            raise RunError(f"{self.path} exists and is not a run of this trainer. Use another --output-dir.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_it()
+        if config_file.exists():
+            changed = differences(read_json(config_file), self.config)
+            if changed:
+                raise RunError(
+                    f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
+                    "Repeat its own command to resume it, or give another --output-dir."
+                )
+        write_json(config_file, self.config)
+        for folder in (self.path, self.path / "clusters", self.path / "features"):
+            remove_leftovers(folder)
+
+    def _lock_it(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held, and released by the system, until exit)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"another process is training in {self.path}. Wait for it, stop it, or use another --output-dir."
+            ) from error
+
+    def check_data(self, fingerprint: str, main_process: bool) -> None:
+        """Raises RunError when the data is not what this run started with."""
+        file = self.path / "data.json"
+        if file.exists():
+            if read_json(file)["fingerprint"] != fingerprint:
+                raise RunError(
+                    f"the data is not what the run in {self.path} started with (other rows or another order). "
+                    "Restore it to resume, or give another --output-dir."
+                )
+        elif main_process:
+            write_json(file, {"fingerprint": fingerprint})
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, shortened."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else (
+            hashlib.sha256(file.read()).hexdigest()[:16])  # fmt: skip

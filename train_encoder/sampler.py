@@ -1,0 +1,97 @@
+"""Which images make up each global batch: in-cluster batches with back-off, or plain shuffled ones.
+
+A plan is a pure function of (labels, batch size, seed, epoch): identical on every process, and resumable in
+mid-epoch by its step number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class EpochPlan:
+    """`batches` [steps, global batch] of row numbers; `depth` [steps]: how many stages of clusters a batch shares
+    (0: drawn from everything)."""
+
+    batches: np.ndarray
+    depth: np.ndarray
+
+
+def plan_epoch(paths: np.ndarray, batch_size: int, seed: int, epoch: int) -> EpochPlan:
+    """Batches of one epoch, each from one accumulated cluster where that is large enough.
+
+    paths [N,S]: a row's cluster in every stage ([N,0] for plain shuffled batches). Rows that do not fill a batch in
+    their cluster go up to its parent (one stage fewer), and so on to the root; only what is left there, fewer than a
+    batch, waits for the next epoch. (The official code drops them in every epoch: 20-35% of the samples at stage 3.)
+    """
+    rows = len(paths)
+    if rows < batch_size:
+        raise ValueError(
+            f"the global batch is {batch_size}, but there are only {rows} images: lower the global batch size of "
+            "this training (for example --mcl.optim.global-batch-size), or use more data."
+        )
+    rng = np.random.default_rng([seed, epoch])
+    waiting = rng.permutation(rows)
+    batches, depths = [], []
+    for depth in range(paths.shape[1], -1, -1):
+        left_over = []
+        for members in _groups(waiting, paths[:, :depth]):
+            full = len(members) // batch_size * batch_size
+            batches += list(members[:full].reshape(-1, batch_size))
+            depths += [depth] * (full // batch_size)
+            left_over.append(members[full:])
+        waiting = np.concatenate(left_over) if left_over else waiting[:0]
+        waiting = rng.permutation(waiting)
+    order = rng.permutation(len(batches))
+    return EpochPlan(np.stack(batches)[order], np.asarray(depths)[order])
+
+
+def _groups(rows: np.ndarray, paths: np.ndarray) -> Iterator[np.ndarray]:
+    """Split `rows` by their path, in the path's order, keeping the order of rows within a group."""
+    if not len(rows):
+        return
+    if paths.shape[1] == 0:
+        yield rows
+        return
+    _, group = np.unique(paths[rows], axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    order = np.argsort(group, kind="stable")
+    yield from np.split(rows[order], np.flatnonzero(np.diff(group[order])) + 1)
+
+
+class InClusterBatchSampler:
+    """Yields this process's share of every global batch as a list of (row, epoch), from step `start` on.
+
+    Args: paths [N,S] as in `plan_epoch`; `epochs` may be a fraction; process `rank` of `world`.
+    """
+
+    def __init__(
+        self, paths: np.ndarray, batch_size: int, epochs: float, seed: int, rank: int = 0, world: int = 1, start: int = 0
+    ):
+        if batch_size % world:
+            raise ValueError(
+                f"the global batch of {batch_size} does not divide over {world} processes: "
+                f"use a multiple of {world}, for example {-(-batch_size // world) * world}."
+            )
+        self.paths, self.batch_size, self.seed = paths, batch_size, seed
+        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.start = start
+        self.steps_per_epoch = len(paths) // batch_size
+        if not self.steps_per_epoch:
+            plan_epoch(paths, batch_size, seed, 0)  # raises the error that explains
+        self.steps = max(1, round(epochs * self.steps_per_epoch))
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan, planned = None, -1
+        for step in range(self.start, self.steps):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch != planned:
+                plan, planned = plan_epoch(self.paths, self.batch_size, self.seed, epoch), epoch
+            yield [(int(row), epoch) for row in plan.batches[within][self.share]]

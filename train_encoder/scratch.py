@@ -1,0 +1,37 @@
+"""A small CLIP with fresh weights, for the quick start and for data where no pretrained one fits."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
+from llava_clipmoe.tokenizer import open_clip_tokenizer
+
+from .config import ScratchConfig
+
+TEXT_POSITIONS = 77  # as every CLIP before Long-CLIP
+
+
+def scratch_bundle(c: ScratchConfig, seed: int) -> ClipBundle:
+    """Fresh weights from `seed`, CLIP's own vocabulary and image normalisation."""
+    if c.image_size % c.patch_size:
+        raise ValueError(f"--base.scratch.patch-size {c.patch_size} does not divide the image size {c.image_size}.")
+    towers = [
+        {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": max(1, width // c.head_width),
+            "hidden_act": c.hidden_act,
+        }
+        for width, layers in ((c.text_width, c.text_layers), (c.vision_width, c.vision_layers))
+    ]
+    towers[0]["max_position_embeddings"] = TEXT_POSITIONS
+    towers[1] |= {"image_size": c.image_size, "patch_size": c.patch_size}
+    config = CLIPMoEConfig(*towers, projection_dim=c.projection_dim, num_experts=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPMoEModel(config).eval()
+    return ClipBundle(model, open_clip_tokenizer(TEXT_POSITIONS), OPENAI_MEAN, OPENAI_STD)
