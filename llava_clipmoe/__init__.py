@@ -1,0 +1,48 @@
+"""llava-clipmoe: a CLIP-MoE for LLaVA. `from llava_clipmoe import CLIPMoEModel, load_bundle, upcycle`.
+
+Importing the package costs nothing: torch and transformers are imported when a name below is first used. Using a
+configuration or model class also teaches transformers' Auto classes about CLIP-MoE, so that
+`AutoModel.from_pretrained(directory)` works without `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CLIPMoEConfig": "configuration_clipmoe",
+    "CLIPMoETextConfig": "configuration_clipmoe",
+    "CLIPMoEVisionConfig": "configuration_clipmoe",
+    "CLIPMoEModel": "modeling_clipmoe",
+    "CLIPMoEVisionModel": "modeling_clipmoe",
+    "load_bundle": "model_directory",
+    "save_bundle": "model_directory",
+    "upcycle": "upcycling",
+    "sparse_upcycle": "upcycling",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
+
+if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
+    from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
+    from .model_directory import load_bundle, save_bundle
+    from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+    from .upcycling import sparse_upcycle, upcycle
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562), and register the Auto classes with it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    importlib.import_module(".registration", __name__).register_auto_classes()
+    globals()[name] = value  # the next use does not come through here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -65,9 +65,7 @@ class _TowerConfig(PretrainedConfig):
         **kwargs,
     ):
         experts = {name: kwargs.pop(name, default) for name, default in EXPERT_FIELDS.items()}
-        experts["num_experts_per_tok"] = (
-            1 if experts["num_experts"] == 1 else experts["num_experts_per_tok"]
-        )
+        experts["num_experts_per_tok"] = 1 if experts["num_experts"] == 1 else experts["num_experts_per_tok"]
         if experts["num_experts"] == 1:
             moe_layers = []
         elif moe_layers is None:

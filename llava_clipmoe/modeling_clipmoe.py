@@ -86,10 +86,10 @@ class Experts(nn.Module):
         self.num_experts = config.num_experts
         self.implementation = config.experts_implementation
         self.dropout = config.expert_dropout
-        self.depth = config.num_hidden_layers  # the initialisation depends on it
         self.act = activation(config.hidden_act)
         self.fc1 = StackedLinear(config.num_experts, config.hidden_size, config.intermediate_size)
         self.fc2 = StackedLinear(config.num_experts, config.intermediate_size, config.hidden_size)
+        _set_ffn_init(self, config)
 
     def single(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """FFN number `expert` on every token: [..,D] -> [..,D]."""
@@ -128,6 +128,17 @@ class Experts(nn.Module):
         return _combine(y_MD + self.fc2.bias.to(dtype)[expert_M], order_M, weights_NK)
 
 
+def _residual_std(config) -> float:
+    """Standard deviation of what writes into the residual stream (OpenAI's CLIP): narrower the deeper the tower."""
+    return config.hidden_size**-0.5 * (2 * config.num_hidden_layers) ** -0.5
+
+
+def _set_ffn_init(ffn: nn.Module, config) -> None:
+    """Tell `_init_weights` how to draw an FFN, dense or stacked. On the layers that own the weights, see there."""
+    ffn.fc1.init_std = (2 * config.hidden_size) ** -0.5
+    ffn.fc2.init_std = _residual_std(config)
+
+
 def _sort_by_expert(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-> order [N*K] of the flattened token-expert pairs, grouped by expert (stable), and each expert's count [E]."""
     flat = experts_NK.flatten()
@@ -164,9 +175,9 @@ class CLIPMoEMLP(nn.Module):
         super().__init__()
         self.act = activation(config.hidden_act)
         self.dropout = config.expert_dropout
-        self.depth = config.num_hidden_layers  # the initialisation depends on it
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        _set_ffn_init(self, config)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.fc2(F.dropout(self.act(self.fc1(x)), self.dropout, self.training)), None
@@ -216,9 +227,10 @@ class CLIPMoEAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
-        self.depth = config.num_hidden_layers  # the initialisation depends on it
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+            getattr(self, name).init_std = _residual_std(config)
+        self.out_proj.init_std = config.hidden_size**-0.5
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
         """[B,T,D] -> [B,T,D]; `mask` [B,1,T,T] is True where a query may look (then `causal` must be False)."""
@@ -385,17 +397,15 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"position_ids$"]  # a buffer that transformers 4 saved
 
     def _init_weights(self, module: nn.Module) -> None:
-        """CLIP's initialisation (OpenAI), by depth and width; a router's is small so that it starts undecided."""
+        """CLIP's initialisation (OpenAI), by depth and width; a router's is small so that it starts undecided.
+
+        Only modules that own parameters are handled: transformers 5 asks for no others.
+        """
         factor = self.config.initializer_factor
-        if isinstance(module, CLIPMoEAttention):
-            width = module.q_proj.in_features
-            for proj in (module.q_proj, module.k_proj, module.v_proj):
-                _normal(proj, factor * width**-0.5 * (2 * module.depth) ** -0.5)
-            _normal(module.out_proj, factor * width**-0.5)
-        elif isinstance(module, (CLIPMoEMLP, Experts)):
-            width = module.fc1.weight.shape[-1]
-            _normal(module.fc1, factor * (2 * width) ** -0.5)
-            _normal(module.fc2, factor * width**-0.5 * (2 * module.depth) ** -0.5)
+        if hasattr(module, "init_std"):
+            nn.init.normal_(module.weight, std=factor * module.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=module.initializer_range)
         elif isinstance(module, CLIPMoEVisionEmbeddings):
@@ -418,11 +428,6 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, CLIPMoEEncoder):
                 module.gradient_checkpointing = enable
-
-
-def _normal(linear: nn.Module, std: float) -> None:
-    nn.init.normal_(linear.weight, std=std)
-    nn.init.zeros_(linear.bias)
 
 
 class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):

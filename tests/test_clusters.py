@@ -9,9 +9,9 @@ from train_encoder.config import ClusterConfig
 
 def blobs(centres: np.ndarray, each: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return (np.repeat(centres, each, axis=0) + 0.01 * rng.standard_normal((len(centres) * each, centres.shape[1]))).astype(
-        np.float32
-    )
+    return (
+        np.repeat(centres, each, axis=0) + 0.01 * rng.standard_normal((len(centres) * each, centres.shape[1]))
+    ).astype(np.float32)
 
 
 def test_nine_combined_clusters_are_three_by_three():

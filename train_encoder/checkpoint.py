@@ -18,7 +18,9 @@ from llava_clipmoe.files import atomic_directory, load_tensors, read_json, remov
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(folder: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
     """Write `folder/step-NNNNNNNN` after `step` steps, then delete older checkpoints."""
     moments = {
         f"{kind}.{name}": optimizer.state[parameter][kind]

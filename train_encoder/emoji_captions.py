@@ -18,19 +18,21 @@ import numpy as np
 # OpenMoji's own palette (its style guide; every fill and stroke of release 17.0.0 is one of these) in words.
 # The skin colours get colour words: a caption says what is painted, and the name says that it is skin.
 PALETTE = {
-    "000000": "black", "3F3F3F": "dark grey", "9B9B9A": "grey", "D0CFCE": "light grey", "FFFFFF": "white",
+    "000000": "black", "3F3F3F": "charcoal black", "9B9B9A": "grey", "D0CFCE": "light grey", "FFFFFF": "white",
     "FCEA2B": "yellow", "F1B31C": "golden yellow", "F4AA41": "light orange", "E27022": "orange",
-    "EA5A47": "red", "D22F27": "dark red", "781E32": "maroon", "FFA7C0": "light pink", "E67A94": "pink",
+    "EA5A47": "light red", "D22F27": "red", "781E32": "maroon", "FFA7C0": "pink", "E67A94": "dark pink",
     "B399C8": "light purple", "8967AA": "purple", "92D3F5": "light blue", "61B2E4": "blue",
     "1E50A0": "dark blue", "B1CC33": "light green", "5C9E31": "green", "186648": "dark green",
     "FADCBC": "pale peach", "DEBB90": "beige", "C19A65": "light brown", "A57939": "brown",
     "6A462F": "dark brown", "352318": "dark brown",
 }  # fmt: skip
 _WORDS = tuple(PALETTE.values())
-_RGB = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in PALETTE], np.int32)
+_RGB = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in PALETTE], np.float32)
 # Pixels farther than this from every palette colour are blends along an edge: they have no name.
 _SAME_COLOUR = 24
 _UNNAMED = -1
+# Agreement above which a drawing is called symmetric: a plain face passes, a clock at three does not.
+_SYMMETRIC = 0.985
 _COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -96,7 +98,9 @@ def _colour_indices(rgba: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Index into `_WORDS` of every pixel `[h, w]`, `_UNNAMED` for the ground and for blended edges."""
     names = np.full(mask.shape, _UNNAMED)
     opaque = mask & (rgba[..., 3] > 250)
-    distance = ((rgba[opaque][:, None, :3].astype(np.int32) - _RGB) ** 2).sum(-1)
+    colours = rgba[opaque][:, :3].astype(np.float32)
+    # |c - p|^2 by one matrix product; whole numbers below 2^24, so float32 is exact on every machine.
+    distance = (colours**2).sum(1, keepdims=True) - 2 * colours @ _RGB.T + (_RGB**2).sum(1)
     nearest = distance.argmin(1)
     names[opaque] = np.where(distance.min(1) <= _SAME_COLOUR**2, nearest, _UNNAMED)
     return names
@@ -188,18 +192,18 @@ def _sides(offset: tuple[float, float], threshold: float) -> str:
 def detail_words(looks: Looks) -> list[str]:
     """Everything else that can be said, the most telling first; at least three phrases."""
     details = []
-    both, sideways = min(looks.mirrored, looks.upside_down) > 0.93, looks.mirrored > 0.93
-    if both:
+    sideways, upright = looks.mirrored > _SYMMETRIC, looks.upside_down > _SYMMETRIC
+    if sideways and upright:
         details.append("symmetric in both directions")
-    elif sideways or looks.upside_down > 0.93:
+    elif sideways or upright:
         details.append("left-right symmetric" if sideways else "symmetric from top to bottom")
     else:
-        details.append("nearly symmetric" if looks.mirrored > 0.85 else "not symmetric")
+        details.append("nearly left-right symmetric" if looks.mirrored > 0.88 else "not left-right symmetric")
     parts = _COUNTS.get(looks.parts, "many")
     details.append("in one piece" if looks.parts == 1 else f"in {parts} separate parts")
     size = max(looks.width, looks.height)
     large, small = size > 0.85, size < 0.5
-    details.append("filling the picture" if large else "small in the picture" if small else "of middle size")
+    details.append("filling the picture" if large else "small in the picture" if small else "of medium size")
     if side := _sides(looks.weight, 0.12):
         details.append(f"heavier at the {side}")
     if side := _sides(looks.place, 0.05):
@@ -218,7 +222,8 @@ def other_names(name: str, code_points: Sequence[int], aliases: Sequence[str]) -
     """Other names of an emoji: Unicode's own name of its first character, then the common aliases.
 
     Only names that add a word to `name`, and only where a single character (with or without a skin tone)
-    makes the emoji: the first character of a longer sequence means something else.
+    makes the emoji: the first character of a longer sequence means something else. In Unicode's names "black"
+    and "white" mean filled and hollow ("heavy black heart" is the red heart): a caption must not repeat them.
     """
     core = [c for c in code_points if c != 0xFE0F and not 0x1F3FB <= c <= 0x1F3FF]
     candidates = [unicodedata.name(chr(core[0]), "").lower()] if len(core) == 1 else []
@@ -227,7 +232,8 @@ def other_names(name: str, code_points: Sequence[int], aliases: Sequence[str]) -
     kept = []
     for candidate in candidates:
         words = set(candidate.split())
-        if len(candidate) > 2 and candidate.replace(" ", "").replace("-", "").isalpha() and words - known:
+        readable = len(candidate) > 2 and candidate.replace(" ", "").replace("-", "").isalpha()
+        if readable and words - known and not (words - known) & {"black", "white"}:
             kept.append(candidate)
             known |= words
     return kept
@@ -239,14 +245,17 @@ def long_captions(name: str, others: Sequence[str], looks: Looks) -> list[str]:
     turn = stable_hash(name)
     captions = []
     for i in range(2):
-        also = others[i] if i < len(others) else others[0] if others else ""
+        also = others[min(i, len(others) - 1)] if others else ""
+        called, known, or_also = (
+            (f", also called {also}", f" Also known as {also}.", f" or {also}") if also else ("",) * 3
+        )
         start = (turn // 3 + i) % len(details)
         said = ", ".join((details[start:] + details[:start])[:3])
         captions.append(
             (
-                f"{_capital(name)}{f', also called {also}' if also else ''}. It is {colours}; {form}, {said}.",
-                f"A picture of {name}: {form}, {said}. The colours: {colours}.{f' Also known as {also}.' if also else ''}",
-                f"{_capital(form)} that shows {name}{f' or {also}' if also else ''}, {said}; it is {colours}.",
+                f"{_capital(name)}{called}. It is {colours}; {form}, {said}.",
+                f"A picture of {name}: {form}, {said}. The colours: {colours}.{known}",
+                f"{_capital(form)} that shows {name}{or_also}, {said}; it is {colours}.",
             )[(turn + i) % 3]
         )
     return captions

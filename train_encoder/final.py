@@ -20,7 +20,7 @@ from .sources import open_source
 from .evaluate.mmvp import evaluate_mmvp
 from .evaluate.retrieval import evaluate_retrieval
 from .evaluate.routing import evaluate_routing, router_movement
-from .progress import Bar
+from .progress import Bar, peak_memory_bytes
 from .report import summary_table, write_report
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def evaluate_run(run: Pipeline) -> None:
     if "routing" not in results:
         _describe(run, results)
         write_json(run.folder.results, results)
-        run.metrics.log({"event": "done", "work": "evaluate", "stage": "all", "seconds": time.time() - started})
+        run.metrics.log({"event": "done", "work": "evaluate", "stage": "all", "seconds": time.time() - started,
+                         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device)})  # fmt: skip
     page = write_report(run.folder.path)
     Console().print(summary_table(results))
     Console().print(f"report: {page}\nmodel:  {run.folder.clip_moe}", highlight=False, soft_wrap=True)

@@ -99,7 +99,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
     towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
     contrastive = SmoothedClipLoss(o.label_smoothing, rank, world)
     reset_peak_memory(device)
-    started = time.time()
+    started, truncated = time.time(), 0
 
     total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
     with Bar(f"training {stage.name}", total, completed=done) as bar:
@@ -108,6 +108,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             _refuse_bad_images(batch)
+            truncated += batch.truncated
             parts = forward_backward(towers, batch, contrastive, accelerator, engine.chunk_size, (stage.seed, step))
             norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
             optimizer.step()
@@ -134,9 +135,12 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
     clip.requires_grad_(False).eval()
     accelerator.unwrap_model(towers, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    truncated = int(accelerator.reduce(torch.tensor(truncated, device=device), "sum"))
+    if truncated:
+        bar.write(f"{truncated} of {total - done} captions were longer than {stage.bundle.context_length} tokens: cut")
     metrics.log({
         "event": "done", "work": "train", "stage": stage.name, "seconds": time.time() - started,
-        "images": (sampler.steps - start) * o.global_batch_size, "peak_memory_bytes": peak_memory_bytes(device),
+        "images": total - done, "truncated_captions": truncated, "peak_memory_bytes": peak_memory_bytes(device),
     })  # fmt: skip
 
 

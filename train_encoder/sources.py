@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -20,19 +19,18 @@ import logging
 import os
 import re
 import tarfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from train_encoder.config import DataConfig
+from train_encoder.data import BadImage, DataError, ImageStore, PairSource
 
 logger = logging.getLogger(__name__)
 
@@ -50,69 +48,7 @@ CHUNK_ROWS = 10_000
 LARGE_ROW_GROUP_BYTES = 128 * 2**20
 
 
-class BadImage(Exception):
-    """An image that is missing, corrupt or over-large; the message names the cause."""
-
-
-class DataError(ValueError):
-    """A data source that cannot be used; the message names the cause and what to do next."""
-
-
-# --- decoding -------------------------------------------------------------------------------------------------------
-
-
-def decode_image(file: BinaryIO, max_pixels: int) -> Image.Image:
-    """Decodes the first frame of an image file, upright and in RGB; transparent pixels lie on white.
-
-    Raises BadImage when the header promises more than `max_pixels` (nothing is decoded then), or when the file is
-    corrupt or cut short.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit comes next
-            image = Image.open(file)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadImage(f"too large: {width} x {height} pixels in its header, over max_pixels={max_pixels}")
-        image.load()
-        return _to_rgb(_upright(image))
-    except (BadImage, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"too large: over max_pixels={max_pixels} by its header ({error})") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes; no worker may die of it
-        raise BadImage(f"corrupt: {type(error).__name__}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation (tag 0x0112). Damaged EXIF does not make the pixels wrong, so it is ignored."""
-    turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-             8: Image.Transpose.ROTATE_90}  # fmt: skip
-    try:
-        turn = turns.get(image.getexif().get(0x0112))
-    except Exception:  # the same wide range of errors as above, and the same reason
-        logger.debug("EXIF data of an image cannot be read; taken as upright")
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own convert() would clip to white
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
 # --- where the images are: no store keeps a file open, so all of them can be forked, pickled and read by threads ---
-
-
-class ImageStore(Protocol):
-    def open(self, row: int, name: str) -> BinaryIO: ...
 
 
 @dataclass
@@ -218,19 +154,27 @@ class _Rows:
     def add(self, names: pa.Array, caption_columns: Sequence[pa.Array]) -> None:
         """Adds rows: names [rows], and caption columns [rows] of text, lists, or conversations."""
         for column in caption_columns:
-            if pa.types.is_nested(column.type) or isinstance(column.type, pa.BaseExtensionType):
-                values = column.to_pylist()
-                if isinstance(column.type, pa.BaseExtensionType):  # `datasets` stores mixed types as JSON text
-                    values = [json.loads(value) if isinstance(value, str) else value for value in values]
-                lists = [caption_texts(value) for value in values]
-                self.texts.append(pa.array(list(itertools.chain.from_iterable(lists)), pa.string()))
-                rows = np.repeat(np.arange(len(lists)), [len(texts) for texts in lists])
-            else:
-                self.texts.append(column.cast(pa.string()))
-                rows = np.arange(len(column))
-            self.text_rows.append(rows + self.count)
-        self.names.append(names.cast(pa.string()))
+            if isinstance(column.type, pa.BaseExtensionType):  # `datasets` stores mixed types as JSON text
+                values = [json.loads(v) if isinstance(v, str) else v for v in column.to_pylist()]
+                column = pa.array([caption_texts(value) for value in values], pa.list_(pa.string()))
+            elif pa.types.is_nested(column.type) and column.type != pa.list_(pa.string()):
+                column = pa.array([caption_texts(value) for value in column.to_pylist()], pa.list_(pa.string()))
+            rows = np.arange(self.count, self.count + len(column))
+            if pa.types.is_nested(column.type):
+                rows = np.repeat(rows, pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False))
+                column = column.flatten()
+            self.texts.append(column.cast(pa.string()))
+            self.text_rows.append(rows)
+        names = names.cast(pa.string())
+        blank = pc.equal(pc.utf8_trim_whitespace(names), "")
+        self.names.append(pc.if_else(blank, pa.scalar(None, pa.string()), names))
         self.count += len(names)
+
+    def source(self, store: ImageStore, config: DataConfig, *, by_name: bool, size: int = 0) -> PairSource:
+        if self.count == 0:
+            raise DataError(f"{config.source} has no rows. Check data.source and data.split.")
+        names, texts = pa.chunked_array(self.names), pa.chunked_array(self.texts, pa.string())
+        return PairSource(names, texts, np.concatenate(self.text_rows), store, config, by_name=by_name, size=size)
 
 
 def caption_texts(value: Any) -> list[str]:
@@ -245,85 +189,6 @@ def caption_texts(value: Any) -> list[str]:
             return next((caption_texts(turn.get("value")) for turn in value if turn.get("from") == "gpt"), [])
         return [text for item in value for text in caption_texts(item)]
     return [str(value)]
-
-
-class PairSource:
-    """Image-caption rows, one row an image; all captions of the same image path belong to one row.
-
-    `fingerprint` names the data (source, sizes, first and last rows): a run resumes only on the same data.
-    `dropped_empty` counts the images left out because all their captions were blank, `dropped_imageless` the table
-    rows that name no image.
-    """
-
-    def __init__(self, rows: _Rows, store: ImageStore, config: DataConfig, *, by_name: bool, size: int = 0) -> None:
-        """`by_name`: rows of the same name are the same image. `size`: bytes of the data files, for the fingerprint."""
-        if rows.count == 0:
-            raise DataError(f"{config.source} has no rows. Check data.source and data.split.")
-        names = pa.chunked_array(rows.names)
-        self._texts = pa.chunked_array(rows.texts, pa.string())
-        image_of_row, first_row = _images_of_rows(names, by_name)
-        image_of_text = image_of_row[np.concatenate(rows.text_rows)]
-        filled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(self._texts)), 0).fill_null(False).to_numpy()
-        kept = np.flatnonzero(filled & (image_of_text >= 0))
-        counts = np.bincount(image_of_text[kept], minlength=len(first_row))
-        self._order = kept[np.argsort(image_of_text[kept], kind="stable")]  # texts, image by image
-        self._offsets = np.concatenate([[0], np.cumsum(counts[counts > 0])])[: config.limit and config.limit + 1]
-        self._first_row = first_row[counts > 0][: config.limit]
-        self._names, self._store, self._max_pixels = names, store, config.max_pixels
-        self.dropped_empty = int((counts == 0).sum())
-        self.dropped_imageless = int(names.null_count)
-        self._report_dropped(config)
-        self.fingerprint = self._fingerprint(config, size)
-
-    def _report_dropped(self, config: DataConfig) -> None:
-        dropped = {"images without a caption": self.dropped_empty, "rows without an image": self.dropped_imageless}
-        text = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
-        if len(self) == 0:
-            raise DataError(f"{config.source} has no image with a caption ({text or 'it is empty'}). Check "
-                            "data.image_column, data.caption_columns and data.limit.")  # fmt: skip
-        if text:
-            logger.warning("%s: left out %s", config.source, text)
-
-    def _fingerprint(self, config: DataConfig, size: int) -> str:
-        ends = [(self.name(i), self.captions(i)) for i in (0, len(self) - 1)]
-        # The source's last part only: a data folder that was moved is still the same data.
-        what = [Path(config.source).name, config.split, size, len(self), int(self._offsets[-1]), ends]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return len(self._first_row)
-
-    def name(self, i: int) -> str:
-        """Path or key of image i."""
-        return self._names[int(self._first_row[i])].as_py()
-
-    def captions(self, i: int) -> list[str]:
-        """All captions of image i: at least one, none blank, stripped."""
-        return [self._texts[int(t)].as_py().strip() for t in self._order[self._offsets[i] : self._offsets[i + 1]]]
-
-    def image(self, i: int) -> Image.Image:
-        """Image i in RGB, read and decoded now. Raises BadImage."""
-        with self._store.open(int(self._first_row[i]), self.name(i)) as file:
-            return decode_image(file, self._max_pixels)
-
-    @property
-    def image_root(self) -> Path | None:
-        """Folder of relative image paths, for error messages; None when the images lie inside the data files."""
-        return self._store.root if isinstance(self._store, FileStore) else None
-
-
-def _images_of_rows(names: pa.ChunkedArray, by_name: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the images in order of appearance: image of each row [rows] (-1: none), first row of each image."""
-    present = names.is_valid().to_numpy()
-    image_of_row = np.where(present, np.cumsum(present) - 1, -1)
-    if by_name:
-        codes = names.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        if codes.max(initial=-1) < image_of_row.max():  # else every path is unique and there is nothing to group
-            image_of_row = codes.astype(np.int64)
-    first_row = np.zeros(image_of_row.max() + 1, np.int64)
-    backwards = np.flatnonzero(present)[::-1]
-    first_row[image_of_row[backwards]] = backwards  # the last write, so the first row, stays
-    return image_of_row, first_row
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
@@ -348,16 +213,15 @@ def _find_columns(available: Sequence[str], config: DataConfig) -> _Columns:
     numbered = [name for name in available if re.fullmatch(r"(caption|text|sentence)s?_?\d+", name.lower())]
     captions = config.caption_columns or tuple([name for name in [first(CAPTION_COLUMNS)] if name] or numbered)
     if missing or image is None or not captions:
-        what = f"no column {', '.join(map(repr, missing))}" if missing else (
-            "no column that looks like an image" if image is None else "no column that looks like a caption")  # fmt: skip
+        unseen = f"no column that looks like {'an image' if image is None else 'a caption'}"
+        what = f"no column {', '.join(map(repr, missing))}" if missing else unseen
         raise DataError(f"{config.source} has {what}; its columns are: {', '.join(available)}. Name them with "
                         "data.image_column and data.caption_columns.")  # fmt: skip
     return _Columns(image, tuple(captions), first(KEY_COLUMNS), first(["status"]))
 
 
-def _collect(tables: Iterable[pa.Table], columns: _Columns, by_name: bool) -> _Rows:
+def _collect(rows: _Rows, tables: Iterable[pa.Table], columns: _Columns, by_name: bool) -> None:
     """Gathers names and captions of arrow tables. Rows with the image inside are named by key, else by number."""
-    rows = _Rows()
     for table in tables:
         name_column = columns.image if by_name else columns.key
         if name_column:
@@ -368,30 +232,41 @@ def _collect(tables: Iterable[pa.Table], columns: _Columns, by_name: bool) -> _R
             failed = pc.not_equal(table[columns.status].combine_chunks(), "success").fill_null(False)
             names = pc.if_else(failed, pa.scalar(None, names.type), names)
         rows.add(names, [table[name].combine_chunks() for name in columns.captions])
-    return rows
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
+def _stream(kind: str, path: Path, columns: _Columns, by_name: bool, **options: Any) -> Iterator[pa.Table]:
+    """Reads the needed columns of one file through `datasets`, batch by batch and without its cache."""
+    import datasets
+
+    wanted = [*([columns.image] if by_name else []), *columns.captions, columns.key, columns.status]
+    wanted = list(dict.fromkeys(name for name in wanted if name))
+    try:
+        files = [glob.escape(str(path))]  # else a folder called `data[1]` silently has no rows
+        stream = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+        yield from stream.select_columns(wanted).with_format("arrow").iter(CHUNK_ROWS)
+    except (ValueError, OSError) as error:  # encoding, pandas' and arrow's parser errors are ValueErrors
+        raise DataError(f"{path} cannot be read as {kind} in UTF-8: {error}. Repair it or save it again.") from error
+
+
 def _open_csv(paths: list[Path], config: DataConfig) -> PairSource:
     import datasets
 
-    tables: list[Iterable[pa.Table]] = []
-    columns = None
+    rows = _Rows()
     for path in paths:
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             header = next(csv.reader(file, delimiter=separator), [])
         if not header:
             raise DataError(f"{path} is empty. Its first line must name the columns, such as image,caption.")
-        columns = _find_columns(header, config)
         # All text: pandas would read the name "007" as 7 and the caption "NA" as no caption.
-        stream = datasets.load_dataset(
-            "csv", data_files=[_literal(path)], split="train", streaming=True, sep=separator, keep_default_na=False,
-            features=datasets.Features({name: datasets.Value("string") for name in header}))  # fmt: skip
-        tables.append(stream.select_columns([columns.image, *columns.captions]).with_format("arrow").iter(CHUNK_ROWS))
-    return _paths_source(_collect(itertools.chain.from_iterable(tables), columns, by_name=True), paths, config)
+        features = datasets.Features({name: datasets.Value("string") for name in header})
+        columns = _find_columns(header, config)
+        options = dict(sep=separator, keep_default_na=False, features=features)
+        _collect(rows, _stream("csv", path, columns, True, **options), columns, by_name=True)
+    return _paths_source(rows, config, paths)
 
 
 def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
@@ -405,25 +280,24 @@ def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
             lists = [[t for name in columns.captions for t in caption_texts(row.get(name))] for row in chunk]
             names = [name if isinstance(name, str) and name else None for name in names]
             rows.add(pa.array(names, pa.string()), [pa.array(lists, pa.list_(pa.string()))])
-    return _paths_source(rows, paths, config)
+    return _paths_source(rows, config, paths)
 
 
 def _json_rows(path: Path) -> Iterator[dict]:
     """Yields the rows of a JSON list or of JSON lines, one at a time: these files reach gigabytes."""
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(1)
-        while start.isspace():
+    try:
+        with path.open(encoding="utf-8-sig") as file:
             start = file.read(1)
-        parts = _list_items(file) if start == "[" else _line_items(file, start)
-        try:
-            for row in parts:
+            while start.isspace():
+                start = file.read(1)
+            for row in _list_items(file) if start == "[" else _line_items(file, start):
                 if not isinstance(row, dict):
                     raise DataError(f"{path} holds {type(row).__name__} where a row such as "
                                     '{"image": ..., "caption": ...} should be.')  # fmt: skip
                 yield row
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is neither a JSON list of rows nor JSON lines ({error}). Write one row a line, "
-                            'such as {"image": "a.jpg", "caption": "a cat"}.') from error  # fmt: skip
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is neither a JSON list of rows nor JSON lines in UTF-8 ({error}). Write one row a "
+                        'line, such as {"image": "a.jpg", "caption": "a cat"}.') from error  # fmt: skip
 
 
 def _line_items(file: io.TextIOBase, start: str) -> Iterator[Any]:
@@ -440,6 +314,7 @@ def _list_items(file: io.TextIOBase) -> Iterator[Any]:
             return
         try:
             item, at = decoder.raw_decode(text, at)
+            size = 1 << 20
             yield item
         except json.JSONDecodeError:  # perhaps only the end of what was read so far
             more = file.read(size)
@@ -447,3 +322,229 @@ def _list_items(file: io.TextIOBase) -> Iterator[Any]:
                 raise
             text, at, size = text[at:] + more, 0, min(2 * size, 1 << 28)
 
+
+def _paths_source(rows: _Rows, config: DataConfig, paths: Sequence[Path] = ()) -> PairSource:
+    """A source of rows that name image files; `paths` are the data files, if there are any."""
+    root = Path(config.image_root or (paths[0].parent if paths else "."))
+    first = next((array.drop_null()[0].as_py() for array in rows.names if array.null_count < len(array)), "")
+    if re.match(r"https?://", first):
+        raise DataError(f"{config.source} names images by URL ({first}). Download them first, for example with "
+                        "img2dataset, and give its output as data.source.")  # fmt: skip
+    return rows.source(FileStore(root), config, by_name=True, size=_size(paths))
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
+    import datasets
+
+    try:
+        files = [(path, pq.ParquetFile(path)) for path in paths]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{config.source} holds a damaged parquet file: {error}. Download it again.") from error
+    schema = files[0][1].schema_arrow
+    columns = _find_columns(schema.names, config)
+    by_name = pa.types.is_string(schema.field(columns.image).type)
+    groups = [(path, i, file.metadata.row_group(i)) for path, file in files for i in range(file.num_row_groups)]
+    if not by_name and max((group.total_byte_size for *_, group in groups), default=0) > LARGE_ROW_GROUP_BYTES:
+        logger.warning("%s has large row groups; `datasets` copies it into its cache for random access", config.source)
+        whole = datasets.load_dataset("parquet", data_files=[glob.escape(str(p)) for p in paths], split="train")
+        return _dataset_source(whole, config)
+    rows = _Rows()
+    for path, _ in files:
+        _collect(rows, _stream("parquet", path, columns, by_name), columns, by_name)
+    if by_name:
+        return _paths_source(rows, config, paths)
+    starts = np.concatenate([[0], np.cumsum([group.num_rows for *_, group in groups])]).astype(np.int64)
+    root = Path(config.image_root or paths[0].parent)
+    store = ParquetStore([group[:2] for group in groups], starts, columns.image, root)
+    return rows.source(store, config, by_name=False, size=_size(paths))
+
+
+def _open_tar(paths: list[Path], config: DataConfig) -> PairSource:
+    """Indexes webdataset shards: members of one key are a row; 1.jpg the image, 1.txt or 1.json its captions."""
+    rows, places = _Rows(), []
+    for number, path in enumerate(paths):
+        names, captions = [], []
+        try:
+            for key, image, texts in _tar_rows(path, config.caption_columns):
+                names.append(f"{path.name}/{key}" if image else None)
+                captions.append(texts)
+                places.append((number, *(image or (0, 0))))
+        except tarfile.TarError as error:
+            raise DataError(f"{path} is not a complete, uncompressed tar file ({error}). Download it again, or unpack "
+                            "its compression: shards are read in place.") from error  # fmt: skip
+        rows.add(pa.array(names, pa.string()), [pa.array(captions, pa.list_(pa.string()))])
+    shard, offset, size = np.array(places, np.int64).reshape(-1, 3).T.copy()
+    return rows.source(TarStore(paths, shard, offset, size), config, by_name=False, size=_size(paths))
+
+
+def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int] | None, list[str]]]:
+    """Yields key, (offset, size) of the image, captions. A key ends at its first dot, as webdataset has it."""
+    with tarfile.open(path, "r:") as tar:
+        split = ((member, *re.match(r"((?:.*/)?[^/.]*)\.?([^/]*)$", member.name, re.DOTALL).groups())
+                 for member in tar if member.isfile())  # fmt: skip
+        for key, members in itertools.groupby(split, key=lambda item: item[1]):
+            image, text, fields = None, [], {}
+            for member, _, suffix in members:
+                suffix = "." + suffix.lower()
+                if suffix in IMAGE_SUFFIXES:
+                    image = (member.offset_data, member.size)
+                elif suffix == ".txt" and not columns:
+                    text = [tar.extractfile(member).read().decode(errors="replace")]
+                elif suffix == ".json":
+                    fields = _tar_json(tar.extractfile(member).read())
+            names = columns or next(([name] for name in CAPTION_COLUMNS if fields.get(name)), [])
+            yield key, image, text or [t for name in names for t in caption_texts(fields.get(name))]
+            tar.members = []  # tarfile would keep every header it has seen
+        tar.fileobj.seek(tar.offset)  # where it stopped: also, without a word, at a damaged or half header
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no member at byte {tar.offset}")
+
+
+def _tar_json(data: bytes) -> dict:
+    try:
+        fields = json.loads(data)
+    except ValueError:  # one damaged member: the row is dropped for want of a caption, and counted
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _open_image_folder(folder: Path, config: DataConfig) -> PairSource:
+    """Reads a.jpg + a.txt, at any depth; one caption a line."""
+    rows = _Rows()
+    walk = (root / name for root, names in _walk(folder) for name in names
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES)  # fmt: skip
+    while chunk := list(itertools.islice(walk, CHUNK_ROWS)):
+        texts = [path.with_suffix(".txt") for path in chunk]
+        captions = [text.read_text("utf-8-sig", "replace").splitlines() if text.exists() else [] for text in texts]
+        names = [path.relative_to(folder).as_posix() for path in chunk]
+        rows.add(pa.array(names, pa.string()), [pa.array(captions, pa.list_(pa.string()))])
+    return rows.source(FileStore(folder), config, by_name=True)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below `folder` and the files in it, in the same order on every machine."""
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        yield Path(root), sorted(files)
+
+
+def _dataset_source(dataset: Any, config: DataConfig) -> PairSource:
+    """Wraps a `datasets.Dataset`, memory-mapped where it is."""
+    import datasets
+
+    columns = _find_columns(dataset.column_names, config)
+    if isinstance(dataset.features[columns.image], datasets.Image):
+        dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+    by_name = isinstance(dataset.features[columns.image], datasets.Value) and pa.types.is_string(
+        dataset.features[columns.image].pa_type)  # fmt: skip
+    wanted = [columns.image] * by_name + [*columns.captions, columns.key, columns.status]
+    tables = dataset.select_columns(list(dict.fromkeys(name for name in wanted if name)))
+    rows = _Rows()
+    _collect(rows, tables.with_format("arrow").iter(CHUNK_ROWS), columns, by_name)
+    if by_name:
+        return _paths_source(rows, config)
+    store = DatasetStore(dataset.select_columns([columns.image]), Path(config.image_root or "."))
+    return rows.source(store, config, by_name=False)
+
+
+# --- finding the format ---------------------------------------------------------------------------------------------
+
+
+def open_source(config: DataConfig) -> PairSource:
+    """Opens `config.source`, whatever its format (the list is DataConfig.source's).
+
+    A hub name may end in `:subset`. Raises DataError naming the cause and the next step.
+    """
+    if config.source == "openmoji":
+        from train_encoder.openmoji import build_openmoji
+
+        return _open_json([build_openmoji() / f"{config.split}.jsonl"], config)
+    path = Path(config.source).expanduser()
+    paths = [path] if path.exists() else [Path(name).expanduser() for name in _expand_braces(config.source)]
+    if missing := [str(each) for each in paths if not each.exists()]:
+        if not _looks_like_path(config.source):
+            return _open_hub(config)
+        raise DataError(f"{config.source}: {len(missing)} of {len(paths)} files do not exist, among them "
+                        f"{', '.join(missing[:3])}. Check data.source.")  # fmt: skip
+    if path.is_dir():
+        return _open_folder(path, config)
+    kinds = {FILE_KINDS.get(each.suffix.lower()) for each in paths}
+    if len(kinds) > 1 or None in kinds:
+        raise DataError(f"{config.source} is of no known format. data.source may be a {', '.join(FILE_KINDS)} file, "
+                        "a folder, or a hub data set.")  # fmt: skip
+    return _OPENERS[kinds.pop()](paths, config)
+
+
+_OPENERS = {"csv": _open_csv, "json": _open_json, "parquet": _open_parquet, "tar": _open_tar}
+
+
+def _expand_braces(text: str) -> list[str]:
+    """Expands `a-{000..012}.tar` and `{a,b}.tar` as a shell does."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    if not match:
+        return [text]
+    first, last, words = match.groups()
+    parts = words.split(",") if words else [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [text[: match.start()] + part + rest for part in parts for rest in _expand_braces(text[match.end() :])]
+
+
+def _looks_like_path(source: str) -> bool:
+    """A hub name is `name` or `owner/name`, with no file suffix that we read."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in FILE_KINDS
+
+
+def _open_folder(folder: Path, config: DataConfig) -> PairSource:
+    """Opens a folder by what is inside: a saved data set, shards, image and text files, or tables."""
+    import datasets
+
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.Dataset):
+            return _dataset_source(saved, config)
+        if config.split not in saved:
+            raise DataError(f"{folder} has no split {config.split!r}; it has: {', '.join(saved)}. Set data.split.")
+        return _dataset_source(saved[config.split], config)
+    files: dict[str, list[Path]] = {}
+    has_pairs = False
+    for root, names in _walk(folder):
+        texts = {Path(name).stem for name in names if name.endswith(".txt")}
+        for name in map(Path, names):
+            has_pairs |= name.suffix.lower() in IMAGE_SUFFIXES and name.stem in texts
+            if name.suffix.lower() in FILE_KINDS and not name.stem.endswith("_stats"):  # img2dataset's reports
+                files.setdefault(name.suffix.lower(), []).append(root / name)
+    if has_pairs and ".tar" not in files:
+        return _open_image_folder(folder, config)  # before the rest: img2dataset lays tables beside such files
+    for suffix in (".tar", ".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json"):
+        if suffix in files:
+            return _OPENERS[FILE_KINDS[suffix]](_of_split(files[suffix], config), config)
+    raise DataError(f"{folder} holds no data that can be read: no tar, parquet, jsonl, csv or json file, and no image "
+                    "with a .txt file of the same name beside it. Check data.source.")  # fmt: skip
+
+
+def _of_split(files: list[Path], config: DataConfig) -> list[Path]:
+    """Keeps the files named after the split (`train-00000.parquet`, `dev.csv`), where files are named so."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        if match := re.search(r"(?:^|[-_.])(train|val|valid|validation|dev|test)(?:$|[-_.])", file.stem.lower()):
+            found.setdefault(match[1], []).append(file)
+    if found and config.split not in found:
+        raise DataError(f"{config.source} has no files of split {config.split!r}; it has: {', '.join(found)}. "
+                        "Set data.split.")  # fmt: skip
+    return found.get(config.split, files)
+
+
+def _open_hub(config: DataConfig) -> PairSource:
+    import datasets
+
+    name, _, subset = config.source.partition(":")
+    try:
+        dataset = datasets.load_dataset(name, subset or None, split=config.split)
+    except Exception as error:  # dozens of kinds, from the network up; the cause goes into the message
+        raise DataError(f"{config.source}: there is neither a file or folder of that name nor a hub data set that can "
+                        f"be reached ({type(error).__name__}: {error}). Check data.source, data.split and the "
+                        "network.") from error  # fmt: skip
+    return _dataset_source(dataset, config)

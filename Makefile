@@ -1,0 +1,52 @@
+# Every target does its own set-up, once: the stamps below depend on pyproject.toml.
+# PYTHON picks the interpreter that the environments are made from, PINNED_PYTHON that of LLaVA's old versions;
+# PYTEST_ARGS is handed to pytest.
+PYTHON ?= python3
+PINNED_PYTHON ?= $(PYTHON)
+PYTEST_ARGS ?=
+VENV := .venv
+PINNED := .venv-llava
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t h; do \
+	    printf '  make %-12s %s\n' "$$t" "$$h"; done
+
+quickstart: $(VENV)/.train ## train a small CLIP-MoE on emoji, on the CPU, into runs/quickstart
+	$(VENV)/bin/llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart
+
+# The second environment holds LLaVA's pinned versions: what is saved in one must load in the other.
+test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
+	OMP_NUM_THREADS=1 LLAVA_CLIPMOE_PINNED_PYTHON="$(CURDIR)/$(PINNED)/bin/python" \
+	    $(VENV)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## check style with ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean: ## remove the environments, caches and build outputs (not runs/)
+	rm -rf $(VENV) $(PINNED) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.train: pyproject.toml
+	@echo "Installing into $(VENV) (once; torch is large, this takes some minutes) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train,dev]'
+	@touch $@
+
+# One command for the pins and the package: pip refuses if the package would move a pinned version.
+$(PINNED)/.installed: pyproject.toml tests/pinned-requirements.txt
+	@echo "Installing LLaVA's pinned versions into $(PINNED) (once) ..."
+	@$(PINNED_PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13) and \
+	    "tokenizers 0.15.1 has no builds for this Python; set PINNED_PYTHON= to Python 3.10, 3.11 or 3.12")'
+	$(PINNED_PYTHON) -m venv $(PINNED)
+	$(PINNED)/bin/python $(PIP_INSTALL) -r tests/pinned-requirements.txt -e .
+	@touch $@

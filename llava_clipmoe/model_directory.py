@@ -1,0 +1,398 @@
+"""A CLIP or CLIP-MoE with its tokenizer and pixel statistics, as a model directory: load and save.
+
+A directory is an ordinary transformers one (DESIGN: "On disk"). A CLIP-MoE (`model_type` clip_moe) carries its two
+modeling files, so that `AutoModel.from_pretrained(dir, trust_remote_code=True)` works without this package; a dense
+model is written as a plain transformers CLIP. Weights are read and written by name here, never through
+`from_pretrained`, so that no renaming of some transformers version comes between.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
+from .files import WEIGHTS, atomic_directory, load_foreign_pt, load_tensors, read_json, save_tensors, write_json
+from .modeling_clipmoe import CLIPMoEModel, active_parameters
+from .tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer, save_tokenizer
+
+# OpenAI CLIP's pixel statistics (openai/CLIP, clip.py): for directories that do not say their own.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_TOWER_FIELDS = (
+    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor",
+)  # fmt: skip
+_FIELDS = {
+    "text_config": (
+        *_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    ),
+    "vision_config": (*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"),
+}  # fmt: skip
+_MODELING_FILES = ("configuration_clipmoe.py", "modeling_clipmoe.py")
+_AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
+
+
+@dataclass
+class ClipBundle:
+    """A model and what it needs to read images and captions.
+
+    `model` is dense when `num_experts` is 1; as loaded it is fp32 and in eval mode. `image_mean` and `image_std` are
+    per RGB channel, for pixels in [0, 1]. `name` says where it came from, without any path.
+    """
+
+    model: CLIPMoEModel
+    tokenizer: Any
+    image_mean: tuple[float, float, float] = OPENAI_MEAN
+    image_std: tuple[float, float, float] = OPENAI_STD
+    name: str = "clip"
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.model.config.vision_config.image_size
+
+    @property
+    def context_length(self) -> int:
+        """Text positions: the longest caption in tokens, start and end included."""
+        return self.model.config.text_config.max_position_embeddings
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_bundle(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    quick_gelu: bool | None = None,
+    num_experts_per_tok: int | None = None,
+) -> ClipBundle:
+    """Load a CLIP or CLIP-MoE from whatever `source` names.
+
+    source: a model directory (ours or transformers'), a hub id "org/name", a checkpoint file (official CLIP-MoE or
+    OpenAI naming), or, together with `checkpoint`, the name of an open_clip model. `quick_gelu` overrides the
+    activation that the source's config says; `num_experts_per_tok` overrides K, and must be given for official
+    CLIP-MoE checkpoints, which do not say it.
+    Raises ValueError, FileNotFoundError or UnsafeFile, each saying what to do next.
+    """
+    path = Path(source)
+    if checkpoint is not None:
+        if path.exists():
+            raise ValueError(
+                f"{source} exists, and a checkpoint ({checkpoint}) was given too. A checkpoint goes with the NAME of "
+                "an open_clip model, such as ViT-L-14-336-quickgelu; give one of the two."
+            )
+        from .conversion import load_open_clip
+
+        return load_open_clip(str(source), checkpoint, quick_gelu=quick_gelu)
+    if path.is_dir():
+        return _load_directory(path, path.resolve().name, quick_gelu, num_experts_per_tok)
+    if path.is_file():
+        from .conversion import load_checkpoint
+
+        return load_checkpoint(path, num_experts_per_tok=num_experts_per_tok, quick_gelu=quick_gelu)
+    if isinstance(source, str) and _HUB_ID.match(source):
+        return _load_directory(_download(source), source, quick_gelu, num_experts_per_tok)
+    raise FileNotFoundError(
+        f"{source} is not a model directory or checkpoint file on this machine, nor a hub id (org/name). If it is the "
+        "name of an open_clip model, give its checkpoint file as well."
+    )
+
+
+def _load_directory(directory: Path, name: str, quick_gelu: bool | None, num_experts_per_tok: int | None) -> ClipBundle:
+    config = override(read_config(directory), quick_gelu, num_experts_per_tok)
+    model = build_model(config, read_weights(directory), str(directory))
+    mean, std = _pixel_statistics(directory)
+    length = config.text_config.max_position_embeddings
+    if has_tokenizer(directory):
+        tokenizer = load_tokenizer(directory, length)
+    else:
+        tokenizer = open_clip_tokenizer(length)
+    return ClipBundle(model, tokenizer, mean, std, name)
+
+
+def read_config(directory: str | Path) -> CLIPMoEConfig:
+    """Configuration of a model directory: ours, or a transformers CLIP's as a dense CLIPMoEConfig."""
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json.")
+    raw = read_json(path)
+    model_type = raw.get("model_type")
+    if model_type == CLIPMoEConfig.model_type:
+        return CLIPMoEConfig.from_dict(raw)
+    if model_type != "clip":
+        hint = " It is a vision tower without its text tower." if model_type == "clip_vision_model" else ""
+        raise ValueError(
+            f"{directory} is not a CLIP: its model_type is {model_type!r}, supported are 'clip' and 'clip_moe'.{hint} "
+            "Give the directory or hub id of a whole CLIP (for instance openai/clip-vit-large-patch14-336)."
+        )
+    towers = {}
+    for key, fields in _FIELDS.items():
+        # Old hub configs say a tower twice; `*_config_dict` wins, as in transformers.
+        given = {**(raw.get(key) or {}), **(raw.get(f"{key}_dict") or {})}
+        towers[key] = {name: given[name] for name in fields if name in given}
+    joint = {name: raw[name] for name in ("projection_dim", "logit_scale_init_value") if name in raw}
+    return CLIPMoEConfig(**towers, **joint, num_experts=1)
+
+
+def override(config: CLIPMoEConfig, quick_gelu: bool | None, num_experts_per_tok: int | None) -> CLIPMoEConfig:
+    """`config` with another activation or another K, in place. Raises ValueError for a K that cannot be."""
+    towers = (config.vision_config, config.text_config)
+    if quick_gelu is not None:
+        for tower in towers:
+            tower.hidden_act = "quick_gelu" if quick_gelu else "gelu"
+    if num_experts_per_tok is not None:
+        if not 1 <= num_experts_per_tok <= config.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {num_experts_per_tok}, but this model has {config.num_experts} expert(s): "
+                f"choose a number from 1 to {config.num_experts}."
+            )
+        for part in (config, *(tower for tower in towers if tower.moe_layers)):
+            part.num_experts_per_tok = num_experts_per_tok
+    return config
+
+
+def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model directory: safetensors (sharded or not), else pytorch_model.bin, read without code."""
+    directory = Path(directory)
+    if (directory / WEIGHTS).exists() or (directory / f"{WEIGHTS}.index.json").exists():
+        return load_tensors(directory)
+    index = directory / "pytorch_model.bin.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["pytorch_model.bin"]
+    if not (directory / files[0]).exists():
+        raise FileNotFoundError(f"{directory} has no weights: expected {WEIGHTS} (or pytorch_model.bin).")
+    merged: dict[str, torch.Tensor] = {}
+    for file in files:
+        merged.update(load_foreign_pt(directory / file))
+    return merged
+
+
+WRONG_DIRECTORY = (
+    "The file is incomplete, or config.json belongs to other weights: copy or download the whole directory again."
+)
+
+
+def build_model(
+    config: CLIPMoEConfig, state: Mapping[str, torch.Tensor], where: str, advice: str = WRONG_DIRECTORY
+) -> CLIPMoEModel:
+    """A model of exactly these tensors, fp32 and in eval mode; names and shapes must fit (position_ids are dropped).
+
+    Raises ValueError naming the first missing, unexpected or misshapen tensors of `where`, and ending in `advice`.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+    with torch.device("meta"):  # no time or memory for random weights that are replaced at once
+        model = CLIPMoEModel(config)
+    _check_fit({name: tuple(p.shape) for name, p in model.state_dict().items()}, state, where, advice)
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def _check_fit(
+    expected: dict[str, tuple[int, ...]], state: Mapping[str, torch.Tensor], where: str, advice: str
+) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in state and tuple(state[name].shape) != shape
+        ],
+    }
+    found = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ValueError(f"the weights of {where} do not fit its config. Tensors {'; '.join(found)}. {advice}")
+
+
+def _pixel_statistics(directory: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """image_mean and image_std of a directory: preprocessor_config.json, or the processor_config.json that holds the
+    image processor in newer transformers. OpenAI's, with a warning, when neither file says them."""
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if not (directory / file).exists():
+            continue
+        content = read_json(directory / file)
+        content = content.get("image_processor", content)
+        if "image_mean" in content and "image_std" in content:
+            return tuple(content["image_mean"]), tuple(content["image_std"])
+    warnings.warn(
+        f"{directory} has no preprocessor_config.json; OpenAI CLIP's pixel mean and std are used. If the model was "
+        "trained with others, put its preprocessor_config.json there.",
+        stacklevel=4,
+    )
+    return OPENAI_MEAN, OPENAI_STD
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch a hub model's config, tokenizer and weights (or find them in the cache) -> local directory."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    small = ["*.json", "*.txt", "README.md"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "model*.safetensors"]))
+        if not list(folder.glob("model*.safetensors")):  # older models have only the pickled file
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "pytorch_model*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{hub_id} is no directory on this machine, and fetching it from the hub failed "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the connection, or download "
+            "the model elsewhere, copy its directory here and give that path."
+        ) from error
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_bundle(
+    bundle: ClipBundle,
+    directory: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Write a whole model directory, atomically; the same model gives the same bytes.
+
+    A model with experts is written as clip_moe with its modeling files, a dense one as a plain transformers CLIP.
+    card: lines for the README ("name", "base", "license", "recipe", "data" or any other key).
+    Raises SaveError when the write fails (what stood there before is unchanged then), and ValueError when something
+    else than a model directory stands there: it would be replaced as a whole.
+    """
+    config = bundle.model.config
+    _refuse_other_contents(Path(directory))
+    with atomic_directory(directory) as folder:
+        write_json(folder / "config.json", config_dict(config))
+        write_json(folder / "preprocessor_config.json", _preprocessor(bundle))
+        _save_weights(bundle.model.state_dict(), folder, max_shard_bytes)
+        save_tokenizer(bundle.tokenizer, folder, bundle.context_length)
+        (folder / "README.md").write_text(model_card(bundle, card or {}), encoding="utf-8")
+        if not config.is_dense:
+            for file in _MODELING_FILES:
+                shutil.copyfile(Path(__file__).with_name(file), folder / file)
+
+
+def _refuse_other_contents(directory: Path) -> None:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    config = directory / "config.json"
+    if config.is_file() and read_json(config).get("model_type") in ("clip", CLIPMoEConfig.model_type):
+        return
+    raise ValueError(
+        f"{directory} exists and is not a CLIP model directory; saving would replace all of it. Choose another output."
+    )
+
+
+def config_dict(config: CLIPMoEConfig) -> dict[str, Any]:
+    """What `config.json` holds: written field by field, because each transformers version adds its own, and paths."""
+    dense = config.is_dense
+    content: dict[str, Any] = {
+        "architectures": ["CLIPModel" if dense else "CLIPMoEModel"],
+        "initializer_factor": 1.0,
+        "logit_scale_init_value": config.logit_scale_init_value,
+        "model_type": "clip" if dense else CLIPMoEConfig.model_type,
+        "projection_dim": config.projection_dim,
+    }
+    for key, fields in _FIELDS.items():
+        tower = getattr(config, key)
+        extra = () if dense else (*EXPERT_FIELDS, "moe_layers")
+        kind = key.replace("config", "model")
+        content[key] = {name: getattr(tower, name) for name in (*fields, *extra)}
+        content[key]["model_type"] = f"clip_{kind}" if dense else f"clip_moe_{kind}"
+        content[key] = dict(sorted(content[key].items()))
+    if not dense:
+        content["auto_map"] = _AUTO_MAP
+        content.update({name: getattr(config, name) for name in EXPERT_FIELDS})
+    return dict(sorted(content.items()))
+
+
+def _preprocessor(bundle: ClipBundle) -> dict[str, Any]:
+    """transformers' CLIPImageProcessor: shorter side to the image size (bicubic), centre crop, mean and std."""
+    size = bundle.image_size
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(bundle.image_mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(bundle.image_std),
+        "resample": 3,  # PIL's number for bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+
+
+def _save_weights(state: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> None:
+    """One safetensors file, or several and their index, filled in order of the names."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled = 0
+    for name in sorted(state):
+        size = state[name].numel() * state[name].element_size()
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = state[name]
+        filled += size
+    metadata = {"format": "pt"}  # transformers 4 refuses a file that does not say it
+    if len(shards) == 1:
+        save_tensors(folder / WEIGHTS, shards[0], metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors(folder / file, shard, metadata)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(t.numel() * t.element_size() for t in state.values())
+    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def model_card(bundle: ClipBundle, card: Mapping[str, Any]) -> str:
+    """The README.md of a model directory: what it is, where it comes from, how to load it."""
+    name = card.get("name", bundle.name)
+    config = bundle.model.config
+    dense = config.is_dense
+    counts = active_parameters(config)
+    head = ["library_name: transformers", "pipeline_tag: zero-shot-image-classification"]
+    if "license" in card:
+        head.append(f"license: {card['license']}")
+    head.append("tags: [clip]" if dense else "tags: [clip, clip-moe, mixture-of-experts]")
+    what = (
+        f"A CLIP at {bundle.image_size} px with {bundle.context_length} text positions."
+        if dense
+        else f"A CLIP-MoE at {bundle.image_size} px with {bundle.context_length} text positions: "
+        f"{config.num_experts} experts in place of an FFN, {config.num_experts_per_tok} per token, in "
+        f"{len(config.vision_config.moe_layers)} of {config.vision_config.num_hidden_layers} image blocks and "
+        f"{len(config.text_config.moe_layers)} of {config.text_config.num_hidden_layers} text blocks."
+    )
+    facts = [f"- base: {card.get('base', bundle.name)}", f"- parameters: {counts['total']:,}"]
+    if not dense:
+        facts[-1] += f", of which an image-caption pair uses {counts['active']:,}"
+    facts += [f"- {key}: {value}" for key, value in card.items() if key not in ("name", "base", "license")]
+    loading = "CLIPModel.from_pretrained(path)" if dense else "AutoModel.from_pretrained(path, trust_remote_code=True)"
+    imported = "CLIPModel" if dense else "AutoModel"
+    lines = [
+        "---", *head, "---", "", f"# {name}", "", what, "", *facts, "",
+        "The weights derive from the base model and from the data they were trained on; their licences apply.", "",
+        "## Loading", "", "With transformers (4.37 or newer):", "", "```python",
+        f"from transformers import {imported}", "", f"model = {loading}", "```", "",
+        "With llava-clipmoe, tokenizer and pixel statistics included:", "", "```python",
+        "from llava_clipmoe.model_directory import load_bundle", "", "bundle = load_bundle(path)", "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""The loss of a step is the same however its batch is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from llava_clipmoe.modeling_clipmoe import router_losses as whole_router_losses
+from llava_clipmoe.modeling_clipmoe import text_token_mask
+from llava_clipmoe.upcycling import moe_config, upcycle
+from train_encoder.config import OptimConfig
+from train_encoder.data import Batch
+from train_encoder.loop import TwoTowers, forward_backward, learning_rate
+from train_encoder.losses import SmoothedClipLoss, block_logits, router_counts, router_losses
+
+
+@pytest.fixture
+def moe(tiny_dense, stages):
+    config = moe_config(
+        tiny_dense.config, num_experts=len(stages) + 1, num_experts_per_tok=2, router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.1, router_initializer_range=0.5,
+    )  # fmt: skip
+    return upcycle(tiny_dense, stages, config)
+
+
+def batch_for(model, size: int = 12) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    vision, text = model.config.vision_config, model.config.text_config
+    shape = (size, 3, vision.image_size, vision.image_size)
+    ids = torch.randint(1, text.eos_token_id, (size, 9), generator=generator)
+    ends = torch.randint(3, 9, (size,), generator=generator)
+    ids[torch.arange(9) >= ends[:, None]] = (
+        text.eos_token_id
+    )  # captions of different lengths, padded with the end token
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return Batch(pixels, ids, torch.ones_like(ids), torch.arange(size), [], 0)
+
+
+def gradients(model, chunk_size: int | None, trainable=lambda name: True) -> tuple[dict, dict]:
+    class Bundle:
+        image_mean, image_std = (0.5,) * 3, (0.5,) * 3
+
+    Bundle.model = model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable(name))
+        parameter.grad = None
+    accelerator = Accelerator(cpu=True)
+    parts = forward_backward(
+        TwoTowers(Bundle).train(), batch_for(model), SmoothedClipLoss(0.1), accelerator, chunk_size, (0, 0)
+    )
+    return parts, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: tuple[dict, dict], b: tuple[dict, dict], tolerance: float = 1e-6) -> None:
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys() and left
+        for name in left:
+            torch.testing.assert_close(
+                left[name], right[name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 6])
+def test_gradient_caching_equals_the_plain_step_on_a_dense_clip(tiny_dense, chunk):
+    assert_same(gradients(tiny_dense, None), gradients(tiny_dense, chunk))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 6])
+def test_gradient_caching_equals_the_plain_step_on_a_mixture_with_router_losses(moe, chunk):
+    plain = gradients(moe, None)
+    assert any(".mlp.router." in name and g.abs().max() > 0 for name, g in plain[1].items())
+    assert plain[0].keys() == {"loss", "contrastive", "balance", "router_z"}
+    assert_same(plain, gradients(moe, chunk))
+
+
+def test_gradient_caching_equals_the_plain_step_when_only_routers_learn(moe):
+    def routers(name):
+        return ".mlp.router." in name
+
+    plain = gradients(moe, None, routers)
+    assert all(routers(name) for name in plain[1])
+    assert_same(plain, gradients(moe, 4, routers))
+
+
+def test_activation_checkpointing_changes_no_gradient(moe):
+    plain = gradients(moe, None)
+    moe._set_gradient_checkpointing(True)
+    assert_same(plain, gradients(moe, 5))
+
+
+def test_dropout_is_the_same_in_both_passes_of_gradient_caching(tiny_dense, stages):
+    config = moe_config(tiny_dense.config, num_experts=len(stages) + 1, num_experts_per_tok=2, expert_dropout=0.5)
+    model = upcycle(tiny_dense, stages, config)
+    first, second = gradients(model, 4), gradients(model, 4)
+    assert_same(first, second, 0.0)  # seeded by the step, so it can be repeated
+    no_dropout = upcycle(tiny_dense, stages, moe_config(tiny_dense.config, num_experts=len(stages) + 1))
+    assert not torch.allclose(first[0]["contrastive"], gradients(no_dropout, 4)[0]["contrastive"], atol=1e-6)
+
+
+def test_router_losses_of_chunks_add_up_to_those_of_the_whole(moe):
+    batch = batch_for(moe)
+    pixels = torch.randn(12, 3, *[moe.config.vision_config.image_size] * 2)
+    mask = text_token_mask(batch.input_ids, moe.config.text_config.eos_token_id)
+    with torch.no_grad():
+        vision, text = moe.vision_model(pixels), moe.text_model(batch.input_ids)
+        whole = whole_router_losses(vision.router_logits, text.router_logits, mask, moe.config)
+        chunks = [
+            block_logits(
+                [x[part] for x in vision.router_logits], [x[part] for x in text.router_logits],
+                batch.input_ids[part], moe.config,
+            )
+            for part in (slice(0, 5), slice(5, 12))
+        ]  # fmt: skip
+        counts = router_counts(chunks[0]) + router_counts(chunks[1])
+        balance, z = (sum(parts) for parts in zip(*(router_losses(c, counts, moe.config) for c in chunks), strict=True))
+    torch.testing.assert_close(whole, 0.5 * balance + 0.1 * z)
+
+
+def test_the_loss_is_clips_symmetric_cross_entropy_with_smoothing():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 7, 16), dim=-1)
+    scale, truth = torch.tensor(100.0), torch.arange(7)
+    logits = scale * image @ text.T
+    by_hand = (
+        F.cross_entropy(logits, truth, label_smoothing=0.1) + F.cross_entropy(logits.T, truth, label_smoothing=0.1)
+    ) / 2
+    torch.testing.assert_close(SmoothedClipLoss(0.1)(image, text, scale), by_hand)
+    assert SmoothedClipLoss(0.0)(image, text, scale) != by_hand
+
+
+def test_the_loss_is_computed_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 7, 16), dim=-1)
+    scale = torch.tensor(100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SmoothedClipLoss(0.1)(image, text, scale) == SmoothedClipLoss(0.1)(image.float(), text.float(), scale)
+        assert SmoothedClipLoss(0.1)(image, text, scale).dtype == torch.float32
+
+
+def test_the_schedule_warms_up_then_falls_as_a_cosine():
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=200)
+    rates = [learning_rate(optim, step, 4000) for step in range(4000)]
+    assert rates[0] == pytest.approx(1 / 200) and rates[199] == pytest.approx(1.0)
+    assert rates[2100] == pytest.approx(0.5, abs=1e-3) and rates[-1] < 1e-6
+    assert learning_rate(optim, 9, 100) == 1.0  # a short training warms up for a tenth of it

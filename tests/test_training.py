@@ -1,0 +1,267 @@
+"""Whole tiny runs through the real command: resume after SIGKILL, several processes, refusals.
+
+Every run is a real process; a kill is a real SIGKILL.
+"""
+
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from llava_clipmoe.files import load_tensors
+
+# Kills the trainer itself at the N-th rename of a file under checkpoints/: in the middle of writing a checkpoint.
+KILLED_IN_A_CHECKPOINT = """
+import os, signal, sys
+real, count, at = os.replace, 0, int(sys.argv.pop(1))
+def replace(source, target):
+    global count
+    if "checkpoints" in str(target):
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(source, target)
+os.replace = replace
+from llava_clipmoe.cli import main
+sys.exit(main(["train-encoder", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny_run.draw_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    tiny_run.run(tiny_run.arguments(data, folder))
+    return folder
+
+
+def curve(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["stage"], row["step"], row["loss"]) for row in lines if "step" in row]
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    for name in ("config.json", "metrics.jsonl", "results.json", "report.html", "clusters/stage0.npz",
+                 "clusters/stage1.npz", "base/config.json", "clip-moe/config.json", "clip-moe/README.md"):  # fmt: skip
+        assert (finished / name).is_file(), name
+    assert not list((finished / "checkpoints").iterdir())  # resume state goes when its result is saved
+    base, stage = load_tensors(finished / "base"), load_tensors(finished / "stage1")
+    assert stage and all(".mlp.fc" in name for name in stage)
+    assert all((base[name] != tensor).any() for name, tensor in stage.items() if name.endswith("weight"))
+
+
+def test_only_routers_differ_from_base_and_stages_in_the_result(finished):
+    base, moe = load_tensors(finished / "base"), load_tensors(finished / "clip-moe")
+    stages = [base, load_tensors(finished / "stage1"), load_tensors(finished / "stage2")]
+    for name, tensor in moe.items():
+        if ".experts." in name:
+            dense = name.replace(".experts", "")
+            assert all((tensor[e] == stage[dense]).all() for e, stage in enumerate(stages)), name
+        elif name == "logit_scale":
+            assert tensor == pytest.approx(math.log(100))  # the temperature of every stage, 0.01, frozen
+        elif ".router." not in name:
+            assert (tensor == base[name]).all(), name
+
+
+def test_the_same_command_again_trains_nothing_and_changes_nothing(finished, data):
+    before, steps = tiny_run.weights(finished), curve(finished)
+    tiny_run.run(tiny_run.arguments(data, finished))
+    assert tiny_run.weights(finished) == before and curve(finished) == steps
+
+
+def test_an_expert_alone_scores_as_its_stage_does(finished):
+    scores = json.loads((finished / "results.json").read_text())["retrieval"]["same"]
+    assert list(scores) == ["base", "stage1", "stage2", "expert0", "expert1", "expert2",
+                            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip
+    assert scores["expert0"] == scores["base"]
+    assert scores["expert1"] == scores["stage1"] and scores["expert2"] == scores["stage2"]
+
+
+def killed_after(args: list[str], seconds: float) -> bool:
+    """Start a run, SIGKILL it `seconds` after its first training step -> whether it was still running."""
+    process = subprocess.Popen(
+        tiny_run.command(args), env=tiny_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = Path(args[args.index("--output-dir") + 1]) / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
+        time.sleep(0.005)
+    time.sleep(seconds)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return alive
+
+
+def test_five_kills_end_in_the_weights_of_an_undisturbed_run(finished, data, tmp_path):
+    folder, rng, killed = tmp_path / "killed", random.Random(0), 0
+    args = tiny_run.arguments(data, folder)
+    for at in (2, 9):  # renames 1-3 are the files of a checkpoint, 4 the checkpoint's own; 9 lies in the third
+        died = subprocess.run(
+            [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, str(at), *args],
+            env=tiny_run.environment(), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+        killed += 1
+    for _ in range(3):
+        killed += killed_after(args, rng.uniform(0, 0.3))
+    assert killed == 5
+    tiny_run.run(args)
+    assert tiny_run.weights(folder) == tiny_run.weights(finished)
+    assert curve(folder) == curve(finished)  # no step twice, none missing
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, tmp_path):
+    folder = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "-m", "llava_clipmoe.cli", "train-encoder"]  # fmt: skip
+    done = subprocess.run(
+        [*launcher, *tiny_run.arguments(data, folder)],
+        env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = curve(finished), curve(folder)
+    assert [row[:2] for row in one] == [row[:2] for row in two]
+    assert max(abs(a[2] - b[2]) for a, b in zip(one, two, strict=True)) < 1e-5
+    for name in ("base", "stage1", "stage2", "clip-moe"):
+        a, b = load_tensors(finished / name), load_tensors(folder / name)
+        assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5, name
+
+
+def test_gradient_caching_trains_to_the_same_weights(finished, data, tmp_path):
+    folder = tmp_path / "chunks"
+    tiny_run.run(tiny_run.arguments(data, folder, "--engine.chunk-size", "5", "--engine.activation-checkpointing"))
+    for name in ("base", "stage1", "stage2", "clip-moe"):
+        a, b = load_tensors(finished / name), load_tensors(folder / name)
+        assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5, name
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def refusal(args: list[str]) -> str:
+    done = tiny_run.run(args, check=False)
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_another_config_in_the_same_directory_is_refused_and_named(finished, data):
+    before = tiny_run.weights(finished)
+    message = refusal(tiny_run.arguments(data, finished, "--mcl.optim.label-smoothing", "0.2"))
+    assert "mcl.optim.label_smoothing: 0.1 -> 0.2" in message and "another --output-dir" in message
+    assert tiny_run.weights(finished) == before
+
+
+def test_a_directory_that_is_not_a_run_is_refused_and_left_alone(data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "is not a run of this trainer" in refusal(tiny_run.arguments(data, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_changed_data_is_refused_on_resume(finished, data):
+    original = data.read_text()
+    data.write_text("".join(original.splitlines(keepends=True)[:-5]))
+    try:
+        assert "the data is not what the run" in refusal(tiny_run.arguments(data, finished))
+    finally:
+        data.write_text(original)
+
+
+def test_more_experts_a_token_than_there_are_is_refused(data, tmp_path):
+    message = refusal(tiny_run.arguments(data, tmp_path / "run", "--moe.num-experts-per-tok", "4"))
+    assert "--moe.num-experts-per-tok is 4, but there are 3 experts" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_dataset_an_empty_one_and_a_missing_column_are_refused(data, tmp_path):
+    missing = tmp_path / "nowhere.jsonl"
+    assert str(missing) in refusal(tiny_run.arguments(missing, tmp_path / "a"))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty" in refusal(tiny_run.arguments(empty, tmp_path / "b"))
+    message = refusal(tiny_run.arguments(data, tmp_path / "c", "--data.caption-columns", "description"))
+    assert "description" in message and "caption" in message and "short" in message
+
+
+def test_a_base_that_does_not_fit_the_stage_files_is_refused(data, finished, tmp_path):
+    folder = tmp_path / "mixed"
+    tiny_run.run(tiny_run.arguments(data, folder, "--base.scratch.optim.epochs", "0.4"))
+    wide = load_tensors(finished / "stage1")
+    from llava_clipmoe.files import save_tensors
+
+    save_tensors(folder / "stage1" / "model.safetensors", {k: t.repeat(*[2] * t.dim()) for k, t in wide.items()})
+    message = refusal(tiny_run.arguments(data, folder, "--base.scratch.optim.epochs", "0.4"))
+    assert "the base has" in message and "come from one base" in message
+
+
+def test_too_many_bad_images_stop_the_run_and_are_named(tmp_path):
+    data = tiny_run.draw_data(tmp_path / "data", count=40)
+    (data.parent / "003.png").write_bytes(b"not a picture")
+    (data.parent / "007.png").unlink()
+    message = refusal(tiny_run.arguments(data, tmp_path / "run"))
+    assert "2 of 40 images" in message and "003.png" in message
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in skipped] == ["003.png", "007.png"]
+    tiny_run.run(tiny_run.arguments(data, tmp_path / "run", "--data.max-bad-fraction", "0.1"))
+
+
+def test_captions_longer_than_the_text_tower_are_cut_counted_and_reported(tmp_path):
+    data = tiny_run.draw_data(tmp_path / "data", count=40)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows[:20]:
+        row["caption"] = ["word " * 300]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = tiny_run.run(tiny_run.arguments(data, tmp_path / "run"))
+    cut = re.search(r"(\d+) of 32 captions were longer than 77 tokens: cut", done.stdout)
+    assert cut and int(cut[1]) > 0
+
+
+def test_a_full_disk_while_saving_loses_nothing(data, finished, tmp_path):
+    """A real tmpfs that fills up during the run; after more room the same command ends as an undisturbed run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=25m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    try:
+        args = tiny_run.arguments(data, disk / "run")
+        message = refusal(args)
+        assert "No space left" in message and "Nothing was lost" in message
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=500m", disk], check=True)
+        tiny_run.run(args)
+        assert tiny_run.weights(disk / "run") == tiny_run.weights(finished)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_two_runs_in_one_directory_are_refused(data, tmp_path):
+    import fcntl
+
+    args = tiny_run.arguments(data, tmp_path / "run")
+    tmp_path.joinpath("run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training" in refusal(args)
+
+
+def test_help_of_a_recipe_teaches_its_settings():
+    done = tiny_run.run(["dmu-openmoji", "--help"])
+    words = " ".join(done.stdout.split())
+    assert "--mcl.optim.learning-rate" in words and "--moe.num-experts-per-tok" in words
+    assert "gradient caching" in words

@@ -1,0 +1,233 @@
+"""Zero-shot classification: ImageNet, CIFAR-10/100, or any folder with one subfolder of images per class.
+
+data = open_classes("imagenet", "/data/imagenet")
+evaluate_zero_shot(bundle, data)      # {"top1": share, "top5": share, "mean_per_class": share, ...}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from llava_clipmoe.model_directory import ClipBundle
+
+from ..config import DataConfig
+from ..data import BadImage, ImageTransform, decode_image
+from ..features import Precision, encode_images, encode_texts
+from ..progress import Bar
+from .retrieval import TIE, BenchmarkNotFound, first_existing, full_precision
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+Template = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Labelled images: `read(i)` gives image i, labels [N] index into `names`."""
+
+    names: list[str]
+    labels: np.ndarray
+    read: Callable[[int], Image.Image]
+
+
+# --- the classifier -------------------------------------------------------------------------------------------------
+
+
+def openai_templates() -> tuple[Template, ...]:
+    """OpenAI's 80 ImageNet templates ("a bad photo of a {}.", ...), as open_clip ships them."""
+    return _open_clip().OPENAI_IMAGENET_TEMPLATES
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'class names and templates come from open_clip_torch: pip install "llava-clipmoe[train]"'
+        ) from error
+    return open_clip
+
+
+def text_classifier(
+    bundle: ClipBundle, names: Sequence[str], templates: Sequence[str | Template] | None = None, **encoding: Any
+) -> torch.Tensor:
+    """[C,P] fp32: the L2-normalised mean of each class name's embeddings over the templates (CLIP paper, 3.1.4).
+
+    A template is a function of the name, or a text with `{}`; OpenAI's 80 when absent. `encoding` goes to
+    `encode_texts`.
+    """
+    templates = openai_templates() if templates is None else templates
+    prompts = [t.format(name) if isinstance(t, str) else t(name) for name in names for t in templates]
+    embeddings = encode_texts(bundle, prompts, **encoding).view(len(names), len(templates), -1)
+    return torch.nn.functional.normalize(embeddings.mean(1), dim=-1)
+
+
+def evaluate_zero_shot(
+    bundle: ClipBundle,
+    data: Classes,
+    *,
+    templates: Sequence[str | Template] | None = None,
+    batch_size: int = 128,
+    device: str | torch.device = "auto",
+    precision: Precision = "fp32",
+    workers: int = 0,
+    progress: Bar | None = None,
+) -> dict[str, Any]:
+    """-> {"top1", "top5", "mean_per_class": shares, "classes": n, "images": n, "by_class": {name: share}}.
+
+    A wrong class that ties with the right one counts as before it. Raises BadImage, NotFinite.
+    """
+    encoding: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
+    classifier = text_classifier(bundle, data.names, templates, **encoding)
+    loader = DataLoader(
+        _Pictures(data, ImageTransform(bundle.image_size)), batch_size=batch_size, num_workers=workers,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    before = []
+    with progress or contextlib.nullcontext() as bar, full_precision():
+        for pixels, labels in loader:
+            scores = encode_images(bundle, pixels, **encoding) @ classifier.T
+            own = scores.gather(1, labels[:, None])
+            before.append((scores >= own - TIE).sum(1) - 1)  # its own score is among them
+            if bar is not None:
+                bar.advance(len(labels))
+    return _accuracies(torch.cat(before).numpy(), data)
+
+
+def _accuracies(before: np.ndarray, data: Classes) -> dict[str, Any]:
+    present = np.unique(data.labels)
+    by_class = {data.names[label]: float((before[data.labels == label] < 1).mean()) for label in present}
+    per_class = [(before[data.labels == label] < 1).mean() for label in present]  # two classes may share a name
+    return {
+        "top1": float((before < 1).mean()), "top5": float((before < 5).mean()),
+        "mean_per_class": float(np.mean(per_class)), "classes": len(data.names), "images": len(before),
+        "by_class": by_class,
+    }  # fmt: skip
+
+
+class _Pictures(Dataset):
+    def __init__(self, data: Classes, transform: ImageTransform) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.data.read(i)), int(self.data.labels[i])
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: list[Path]
+
+    def __call__(self, i: int) -> Image.Image:
+        try:
+            with self.paths[i].open("rb") as file:
+                return decode_image(file, DataConfig().max_pixels)
+        except BadImage as error:
+            raise BadImage(f"{self.paths[i]}: {error}. Remove or replace it.") from error
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    images: np.ndarray  # uint8 [N,3,32,32]
+
+    def __call__(self, i: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0)))
+
+
+def open_classes(preset: str | None, folder: str | Path) -> Classes:
+    """The labelled images in `folder`: a preset's (`PRESETS`), or one subfolder a class. Raises BenchmarkNotFound."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no zero-shot preset {preset!r}; there are {', '.join(PRESETS)}.")
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise BenchmarkNotFound(f"{folder} is not a folder on this machine.")
+    return (image_folder if preset is None else PRESETS[preset])(folder)
+
+
+def image_folder(folder: Path) -> Classes:
+    """One subfolder of images per class, in sorted order. Names come from `classes.txt` (one a line, in that order) or
+    else from the subfolders, `_` read as a space. Raises BenchmarkNotFound."""
+    folders, paths, labels = _class_folders(folder)
+    names = [place.name.replace("_", " ") for place in folders]
+    listed = folder / "classes.txt"
+    if listed.exists():
+        names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if len(names) != len(folders):
+            raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
+    return Classes(names, labels, _Files(paths))
+
+
+def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES) for place in folders]
+    if not any(found):
+        raise BenchmarkNotFound(f"{folder} has no images in subfolders. Make one subfolder per class.")
+    labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in found])
+    return folders, [path for paths in found for path in paths], labels
+
+
+def imagenet(folder: Path) -> Classes:
+    """ImageNet-1k's validation set: `val/` (or the folder itself) with 1,000 subfolders named by WordNet id.
+
+    The sorted ids are the classes 0 to 999, as in torchvision's ImageFolder and open_clip's list of names.
+    Raises BenchmarkNotFound.
+    """
+    root = first_existing(folder / "val", folder / "ILSVRC2012_img_val") or folder
+    ids = [path.name for path in root.iterdir() if path.is_dir() and re.fullmatch(r"n\d{8}", path.name)]
+    if len(ids) != 1000:
+        raise BenchmarkNotFound(
+            f"{root} has {len(ids)} subfolders named by WordNet id (such as n01440764); ImageNet's validation set has "
+            "1,000. If its images lie in one folder, sort them into one folder per id first."
+        )
+    folders, paths, labels = _class_folders(root)
+    if len(folders) != 1000:
+        strange = sorted({place.name for place in folders} - set(ids))[:3]
+        raise BenchmarkNotFound(f"{root} has subfolders that are no classes ({', '.join(strange)}): remove them.")
+    return Classes(list(_open_clip().IMAGENET_CLASSNAMES), labels, _Files(paths))
+
+
+def cifar10(folder: Path) -> Classes:
+    """CIFAR-10's test images from the binary version (`cifar-10-batches-bin`). Raises BenchmarkNotFound."""
+    return _cifar(folder, "cifar-10-batches-bin", "test_batch.bin", "batches.meta.txt", label_bytes=1)
+
+
+def cifar100(folder: Path) -> Classes:
+    """CIFAR-100's test images, fine labels, from the binary version (`cifar-100-binary`). Raises BenchmarkNotFound."""
+    return _cifar(folder, "cifar-100-binary", "test.bin", "fine_label_names.txt", label_bytes=2)
+
+
+def _cifar(folder: Path, archive: str, images: str, names: str, label_bytes: int) -> Classes:
+    """A record is `label_bytes` labels (the last is the fine one), then 32x32 pixels of red, of green, of blue."""
+    root = folder / archive if (folder / archive).is_dir() else folder
+    if not (root / images).exists() or not (root / names).exists():
+        raise BenchmarkNotFound(
+            f"{folder} has no {archive}/{images} with {names}. Download the BINARY version of CIFAR "
+            f"({archive}; cs.toronto.edu/~kriz/cifar.html) and unpack it there. The Python version is pickled: reading "
+            "it could run code, so it is not read."
+        )
+    records = np.fromfile(root / images, np.uint8)
+    if not len(records) or len(records) % (label_bytes + 3072):
+        raise BenchmarkNotFound(f"{root / images} is cut short: unpack the archive again.")
+    records = records.reshape(-1, label_bytes + 3072)
+    classes = [line.strip().replace("_", " ") for line in (root / names).read_text().splitlines() if line.strip()]
+    labels = records[:, label_bytes - 1].astype(np.int64)
+    if labels.max() >= len(classes):
+        raise BenchmarkNotFound(f"{root / names} names {len(classes)} classes, but there is a label {labels.max()}.")
+    return Classes(classes, labels, _Pixels(records[:, label_bytes:].reshape(-1, 3, 32, 32)))
+
+
+PRESETS: dict[str, Callable[[Path], Classes]] = {"imagenet": imagenet, "cifar10": cifar10, "cifar100": cifar100}

@@ -1,0 +1,198 @@
+"""Figures of the report: values in, one inline SVG (text) out.
+
+The same values give the same bytes (fixed hash salt, no dates, no pixels), nothing outside the page is referred to, and
+axes and text take the page's own text colour, so that one SVG reads well on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#3b82c4", "#d9822b", "#3a9b6c", "#8d6fc0", "#cf5a5a", "#7d8590")  # mid-tones: readable on white and black
+_INK = "#010203"  # replaced by the page's text colour
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and read aloud
+    "svg.hashsalt": "llava-clipmoe",
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so the layout is the same on every machine
+    "font.size": 8.5,
+    "text.parse_math": False,  # a "$" in a data set's name is a dollar
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#8b929b",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#8b929b",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "xtick.color": "#8b929b",
+    "ytick.color": "#8b929b",
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "path.simplify": True,
+}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def style() -> matplotlib.rc_context:
+    """The look of every figure, as a context: matplotlib's own settings stay what they were."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """Render as inline SVG. `name` (letters, digits) keeps ids apart on a page; `label` is read to the blind."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
+    svg = re.sub(r"\s*<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
+    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor")
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", svg)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    width, height = (72 * side for side in figure.get_size_inches())
+    opening = (
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}" '
+        f'style="max-width:{width * 1.35:.0f}px" stroke-linejoin="round">'
+    )
+    return re.sub(r"<svg.*?>", lambda _: opening, svg, count=1, flags=re.S).strip()
+
+
+def _panel(width: float, height: float, title: str, xlabel: str = "", ylabel: str = "") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    axes.set_title(_short(title, 44), loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    return figure, axes
+
+
+def _short(text: object, length: int = 22) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Centred moving average over `window` points (fewer at the ends); a point that is not finite stays a gap."""
+    x = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(x)
+    kernel = np.ones(min(window, len(x)))
+    total = np.convolve(np.where(finite, x, 0.0), kernel, mode="same")
+    count = np.convolve(finite.astype(np.float64), kernel, mode="same")
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
+
+
+def thin(length: int, most: int = 500) -> np.ndarray:
+    """Indices of at most about `most` evenly spaced points, first and last included."""
+    return np.arange(length) if length <= most else np.unique(np.linspace(0, length - 1, most).round().astype(int))
+
+
+def curve(name: str, title: str, steps: Sequence[int], values: Sequence[float], ylabel: str, colour: int = 0) -> str:
+    """One quantity over training: every logged value thin, their moving average (a 20th of the curve) bold."""
+    with style():
+        figure, axes = _panel(4.0, 2.5, title, "step", ylabel)
+        keep = thin(len(values))
+        x, raw = np.asarray(steps)[keep], np.asarray(values, dtype=np.float64)[keep]
+        raw = np.where(np.isfinite(raw), raw, np.nan)
+        axes.plot(x, raw, color=COLOURS[colour], alpha=0.5, linewidth=0.9)
+        even = smooth(values, max(3, len(values) // 20))[keep]
+        axes.plot(x, even, color=COLOURS[colour], linewidth=1.8, marker="o" if len(x) == 1 else None)
+        return to_svg(figure, name, f"{ylabel} of {title} by step")
+
+
+def cluster_sizes(name: str, title: str, sizes: Sequence[int], batch: int | None) -> str:
+    """Sizes of a stage's clusters, largest first, on a log scale; the line is one global batch."""
+    with style():
+        figure, axes = _panel(4.0, 2.5, title, "cluster, largest first", "images")
+        ordered = np.sort(np.asarray([size for size in sizes if size > 0]))[::-1]
+        axes.stairs(ordered, np.arange(len(ordered) + 1) + 0.5, fill=True, color=COLOURS[0], alpha=0.75, baseline=0.5)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.set_ylim(0.7, max(ordered.max(initial=1), batch or 1) * 2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False, axis="x")
+        if batch:
+            axes.axhline(batch, color=COLOURS[1], linewidth=1.4, linestyle="--")
+            axes.annotate(f"one batch: {batch:,}", (1, batch), (-2, 2), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+        return to_svg(figure, name, f"cluster sizes of {title}")
+
+
+def heatmap(name: str, title: str, shares: Sequence[Sequence[float]], blocks: Sequence[object]) -> str:
+    """Share of tokens whose first choice is an expert: a row a block (the first one on top), a column an expert."""
+    table = np.asarray(shares, dtype=np.float64)
+    rows, columns = table.shape
+    with style():
+        figure, axes = _panel(max(2.6, 0.55 * columns + 1.2), 0.9 + 0.21 * rows, title, "expert", "block")
+        top = max(float(np.nanmax(table, initial=0)), 2 / columns)
+        axes.grid(visible=False)
+        axes.pcolormesh(table, cmap="viridis", vmin=0, vmax=top, edgecolors="none", rasterized=False)
+        colours = matplotlib.colormaps["viridis"]
+        for row in range(rows):
+            for column in range(columns):
+                value = table[row, column]
+                red, green, blue, _ = colours(value / top)
+                ink = "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+                axes.text(column + 0.5, row + 0.5, _percent(value), ha="center", va="center", color=ink, fontsize=7.5)
+        axes.set_xticks(np.arange(columns) + 0.5, [str(column) for column in range(columns)])
+        axes.set_yticks(np.arange(rows) + 0.5, [_short(block, 12) for block in blocks])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.invert_yaxis()
+        return to_svg(figure, name, f"routing shares, {title}")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}%" if math.isfinite(value) else "-"
+
+
+def lines_by_block(name: str, title: str, series: dict[str, tuple[Sequence, Sequence[float]]], percent: bool) -> str:
+    """One line a tower over its blocks. `series`: tower -> (block numbers, values)."""
+    with style():
+        figure, axes = _panel(4.0, 2.5, title, "block")
+        for index, (label, (blocks, values)) in enumerate(series.items()):
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot(blocks, values, color=colour, marker="o", markersize=3, label=_short(label))
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if percent:
+            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.legend(loc="best")
+        return to_svg(figure, name, title)
+
+
+def stacked_bars(name: str, title: str, rows: Sequence[str], parts: dict[str, Sequence[float]], xlabel: str) -> str:
+    """A horizontal bar a row, made of `parts`: what it is -> its value in every row."""
+    with style():
+        figure, axes = _panel(4.4, 1.1 + 0.27 * len(rows) + (0.25 if len(parts) > 1 else 0), title, xlabel)
+        left = np.zeros(len(rows))
+        for index, (label, values) in enumerate(parts.items()):
+            axes.barh(np.arange(len(rows)), values, left=left, height=0.65, color=COLOURS[index % len(COLOURS)],
+                      label=_short(label))  # fmt: skip
+            left += np.asarray(values, dtype=np.float64)
+        axes.set_yticks(np.arange(len(rows)), [_short(row, 18) for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        if len(parts) > 1:
+            figure.legend(loc="outside lower center", ncols=min(3, len(parts)))
+        return to_svg(figure, name, title)
