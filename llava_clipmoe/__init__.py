@@ -25,7 +25,18 @@ _HOME = {
 }
 """Public name -> the module that defines it."""
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the names are strings)
+__all__ = [
+    "CLIPMoEConfig",
+    "CLIPMoEModel",
+    "CLIPMoETextConfig",
+    "CLIPMoEVisionConfig",
+    "CLIPMoEVisionModel",
+    "__version__",
+    "load_bundle",
+    "save_bundle",
+    "sparse_upcycle",
+    "upcycle",
+]
 
 if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig

@@ -31,8 +31,8 @@ class Command:
 COMMANDS = {
     "convert": Command(
         "llava_clipmoe.conversion:main",
-        "turn an open_clip, OpenAI or CLIP-MoE checkpoint into a model directory, and back",
-        "llava-clipmoe convert ViT-B-32 clip-b32 --checkpoint open_clip_pytorch_model.safetensors",
+        "turn an OpenAI, open_clip or CLIP-MoE checkpoint into a model directory, and back",
+        "llava-clipmoe convert CLIP-MoE.pt clip-moe --num-experts-per-tok 2",
     ),
     "train-encoder": Command(
         "train_encoder.pipeline:main",
@@ -42,7 +42,7 @@ COMMANDS = {
     "evaluate": Command(
         "train_encoder.evaluate.command:main",
         "measure retrieval, zero-shot classes, attribute pairs and routing of a model",
-        "llava-clipmoe evaluate runs/quickstart/clip-moe --help",
+        "llava-clipmoe evaluate runs/quickstart/clip-moe retrieval --data openmoji",
     ),
     "report": Command(
         "train_encoder.report:main",

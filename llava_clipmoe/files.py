@@ -6,6 +6,7 @@ Nothing here unpickles: weights are safetensors; a foreign `.pt` goes through `t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -53,6 +54,8 @@ def _save_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except SaveError:
+        raise  # a file inside a folder: its own message says it all
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise SaveError(
@@ -93,22 +96,52 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                 if file.is_file():
                     flush_to_disk(file)
             flush_to_disk(temporary)
-            old = None
-            if path.exists():
-                old = _temporary(path)
-                os.replace(path, old)
-            os.replace(temporary, path)
+            if not path.exists():
+                os.replace(temporary, path)
+            elif not _exchange(temporary, path):
+                _replace_in_two_steps(temporary, path)
             flush_to_disk(path.parent)
-            if old is not None:
-                _remove(old)
         finally:
-            _remove(temporary)
+            _remove(temporary)  # after an exchange, this is the old one
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (Linux's renameat2), so that there is no moment without `b`.
+
+    False where the system or the file system cannot: a plain rename does not replace a folder that has files.
+    """
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no such function, or no C library to ask (Windows)
+        return False
+    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
+
+
+def _replace_in_two_steps(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`. A process killed between the steps leaves `path` missing and the old one
+    beside it, which `remove_leftovers` puts back."""
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    _remove(old)
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files and folders that a killed process left directly in `folder`."""
+    """Delete the temporary files and folders that a killed process left directly in `folder`, and put back a folder
+    that it had moved aside but not yet replaced."""
     for leftover in Path(folder).glob(".*.tmp"):
         _remove(leftover)
+    for old in Path(folder).glob(".*.old"):
+        path = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if path.exists():
+            _remove(old)
+        else:
+            os.replace(old, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -169,14 +202,15 @@ def load_foreign_pt(path: str | Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, OSError) as error:  # OSError: a cut zip
         if _is_torchscript(path):
             reason = "it is a TorchScript archive, which is a program"
             step = "Use the same weights from the hub (transformers format), or save `model.state_dict()` of it."
         else:
-            reason = f"it holds more than tensors, or is damaged ({str(error).splitlines()[0][:200]})"
+            detail = (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = f"it holds more than tensors, or is damaged ({detail})"
             step = "Ask its author for a safetensors file, or for a .pt that holds a plain state_dict."
         raise UnsafeFile(f"{path} was not read: {reason}, and reading it could run code. {step}") from error
 

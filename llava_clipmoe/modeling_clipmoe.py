@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
+from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -306,6 +306,10 @@ class CLIPMoEVisionEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
         self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+        # OpenAI's: with transformers' 0.02 for all, large patches would drown the positions a hundred times over.
+        fan_in = config.num_channels * config.patch_size**2
+        self.patch_embedding.init_std = (3 * fan_in) ** -0.5
+        self.position_embedding.init_std = config.hidden_size**-0.5
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
@@ -342,6 +346,7 @@ class CLIPMoETextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding.init_std = self.position_embedding.init_std = 0.02
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         t, longest = input_ids.shape[1], self.position_embedding.num_embeddings
@@ -404,18 +409,13 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
         factor = self.config.initializer_factor
         if hasattr(module, "init_std"):
             nn.init.normal_(module.weight, std=factor * module.init_std)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:  # embeddings have none
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=module.initializer_range)
         elif isinstance(module, CLIPMoEVisionEmbeddings):
             d = module.class_embedding.shape[0]
             nn.init.normal_(module.class_embedding, std=factor * d**-0.5)
-            nn.init.normal_(module.patch_embedding.weight, std=0.02 * factor)
-            nn.init.normal_(module.position_embedding.weight, std=0.02 * factor)
-        elif isinstance(module, CLIPMoETextEmbeddings):
-            nn.init.normal_(module.token_embedding.weight, std=0.02 * factor)
-            nn.init.normal_(module.position_embedding.weight, std=0.02 * factor)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)

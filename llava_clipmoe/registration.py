@@ -1,4 +1,4 @@
-"""Teaches transformers' Auto classes about CLIP-MoE: AutoConfig, AutoModel, AutoImageProcessor, AutoTokenizer, AutoProcessor.
+"""Teaches transformers' Auto classes (config, model, image processor, tokenizer, processor) about CLIP-MoE.
 
 `llava_clipmoe` calls this when one of its classes is first used; a program that only has a directory calls
 `register_auto_classes()` itself before `AutoModel.from_pretrained(directory)`.

@@ -17,6 +17,7 @@ from .modeling_clipmoe import CLIPMoEModel
 
 TOWERS = ("vision_model", "text_model")
 _FFN = re.compile(r"^(vision_model|text_model)\.encoder\.layers\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)$")
+_FFN_TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 State = Mapping[str, torch.Tensor]
 
@@ -65,9 +66,8 @@ def upcycle(base: CLIPMoEModel, stages: Sequence[State], config: CLIPMoEConfig, 
         for name, target in state.items():
             if ".mlp.experts." in name:
                 dense_name = name.replace(".mlp.experts.", ".mlp.")
-                # A stage that left this block alone (MoE in chosen blocks only) has the base's FFN there.
                 for expert, source in enumerate(sources):
-                    target[expert].copy_(source.get(dense_name, dense[dense_name]))
+                    target[expert].copy_(source[dense_name])
             elif ".mlp.router." not in name:
                 target.copy_(dense[name])
     return model
@@ -101,9 +101,11 @@ def check_stage(base: State, stage: State, name: str, config: CLIPMoEConfig | No
             raise ValueError(f"{name} has {key} of shape {list(shape)}, the base has {list(mine[key])}. {advice}")
     for tower in TOWERS if config is not None else ():
         layers = (config.vision_config if tower == "vision_model" else config.text_config).moe_layers
-        missing = [i for i in layers if f"{tower}.encoder.layers.{i}.mlp.fc1.weight" not in theirs]
+        missing = [i for i in layers if any(f"{tower}.encoder.layers.{i}.mlp.{t}" not in theirs for t in _FFN_TENSORS)]
         if missing:
-            raise ValueError(f"{name} has no FFN for block(s) {missing} of the {tower}, which are MoE blocks. {advice}")
+            raise ValueError(
+                f"{name} has no whole FFN for block(s) {missing} of the {tower}, which are MoE blocks. {advice}"
+            )
 
 
 def stretch_positions(old: torch.Tensor, keep: int = 20, factor: int = 4) -> torch.Tensor:

@@ -37,7 +37,10 @@ def make_experts(implementation: str, dtype=torch.float32, device="cpu") -> Expe
 
 
 def make_routing(kind: str, k: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [N,D], weights [N,K] of sum 1, chosen experts [N,K]: `mixed`, or one expert `unused`, or `one` takes all."""
+    """Tokens [N,D], weights [N,K] of sum 1, chosen experts [N,K].
+
+    `mixed`: all experts have tokens; `unused`: expert 1 has none; `one`: expert 2 is everybody's first choice.
+    """
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(N, D, generator=generator)
     logits = torch.randn(N, E, generator=generator)
@@ -45,8 +48,8 @@ def make_routing(kind: str, k: int, device="cpu") -> tuple[torch.Tensor, torch.T
         logits[:, 1] = -50.0
     elif kind == "one":
         logits[:, 2] = 50.0
-    weights, chosen = logits.topk(k, dim=-1)
-    return x.to(device), torch.softmax(torch.rand(N, k, generator=generator), -1).to(device), chosen.to(device)
+    weights = torch.rand(N, k, generator=generator).softmax(-1)
+    return x.to(device), weights.to(device), logits.topk(k, dim=-1).indices.to(device)
 
 
 def run(experts: Experts, routing) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

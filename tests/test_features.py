@@ -107,7 +107,8 @@ def one_by_one(bundle: ClipBundle, source: Pictures) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_chunks_and_sorting_change_nothing(tmp_path, workers):
     bundle, source = make_bundle(), Pictures(20)
-    found = encode_source(bundle, source, tmp_path, workers=workers, dtype="float32", **SETTINGS)
+    settings = {**SETTINGS, "chunk_rows": 7}  # some chunks end between two captions of an image
+    found = encode_source(bundle, source, tmp_path, workers=workers, dtype="float32", **settings)
     image, text = one_by_one(bundle, source)
     torch.testing.assert_close(torch.from_numpy(np.array(found.image)), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.from_numpy(np.array(found.text)), text, atol=1e-5, rtol=0)
@@ -210,18 +211,19 @@ def test_finished_features_are_read_and_not_made_again(tmp_path):
     [
         ({"captions": "first"}, {}),
         ({"rows": np.arange(7)}, {}),
+        ({"rows": np.arange(8)[::-1]}, {}),
         ({"precision": "bf16"}, {}),
         ({"dtype": "float32"}, {}),
         ({"model_id": "another"}, {}),
         ({}, {"fingerprint": "another"}),
     ],
-    ids=["captions", "rows", "precision", "dtype", "model_id", "data"],
+    ids=["captions", "rows", "order", "precision", "dtype", "model_id", "data"],
 )
 def test_other_work_in_the_same_folder_starts_over(tmp_path, change, source):
     bundle, log = make_bundle(), tmp_path / "log"
     encode_source(bundle, Pictures(8), tmp_path / "f", **SETTINGS)
     found = encode_source(bundle, Counted(8, log, **source), tmp_path / "f", **{**SETTINGS, **change})
-    assert Counted(8, log).read() == found.rows.tolist() == list(range(len(found.image)))
+    assert Counted(8, log).read() == found.rows.tolist() == list(change.get("rows", range(8)))
 
 
 def test_other_weights_and_one_expert_alone_start_over(tmp_path):
@@ -243,6 +245,15 @@ def test_half_a_run_of_another_model_is_not_continued(tmp_path):
     found = encode_source(other, Pictures(20), folder, **SETTINGS)
     expected = encode_source(other, Pictures(20), tmp_path / "fresh", **SETTINGS)
     assert (np.array(found.image) == expected.image).all() and (np.array(found.text) == expected.text).all()
+
+
+def test_half_a_run_over_other_rows_is_not_continued(tmp_path):
+    bundle, rows = make_bundle(), np.arange(20)[::-1]
+    with pytest.raises(BadImage):
+        encode_source(bundle, Pictures(20, bad=(14,)), tmp_path, **SETTINGS)
+    found = encode_source(bundle, Pictures(20), tmp_path, rows=rows, **SETTINGS)
+    assert found.rows.tolist() == rows.tolist()
+    assert found.text_image.tolist() == [i for i, row in enumerate(rows) for _ in Pictures(20).captions(int(row))]
 
 
 class Processes:

@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, kind):
     assert_nothing_was_lost(done, "No space left on device")
 
 
-# ------------------------------------------------------------------------------------------------------ a process killed
+# -------------------------------------------------------------------------------------------------- a process killed
 
 KILLED = """
     import os, signal, sys
@@ -227,7 +227,7 @@ def test_leftovers_of_others_are_not_touched(tmp_path):
     assert names(tmp_path) == [".hidden", "model.tmp"]
 
 
-# ------------------------------------------------------------------------------------------------------ JSON and tensors
+# -------------------------------------------------------------------------------------------------- JSON and tensors
 
 
 def test_json_and_tensors_come_back(tmp_path):

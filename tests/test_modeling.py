@@ -391,13 +391,13 @@ def test_a_fresh_model_has_clips_initialisation(tiny_config):
             assert state[f"{block}.{name}.weight"].std().item() == pytest.approx(std, rel=0.1), f"{block}.{name}"
             assert not state[f"{block}.{name}.bias"].any()
         assert state[f"{block}.mlp.router.weight"].std().item() == pytest.approx(0.018, rel=0.25)
-    for name in (
-        "text_model.embeddings.token_embedding",
-        "text_model.embeddings.position_embedding",
-        "vision_model.embeddings.position_embedding",
-        "vision_model.embeddings.patch_embedding",
+    for name, std in (
+        ("text_model.embeddings.token_embedding", 0.02),
+        ("text_model.embeddings.position_embedding", 0.02),
+        ("vision_model.embeddings.position_embedding", 48**-0.5),
+        ("vision_model.embeddings.patch_embedding", (3 * 3 * 8 * 8) ** -0.5),
     ):
-        assert state[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.1), name
+        assert state[f"{name}.weight"].std().item() == pytest.approx(std, rel=0.1), name
     assert state["visual_projection.weight"].std().item() == pytest.approx(48**-0.5, rel=0.1)
     assert state["text_projection.weight"].std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert state["logit_scale"].item() == pytest.approx(2.6592)

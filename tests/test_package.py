@@ -25,7 +25,8 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -84,7 +85,7 @@ def test_importing_and_helping_are_light(use):
 def test_every_public_name_is_there():
     for name in llava_clipmoe.__all__:
         assert getattr(llava_clipmoe, name) is not None
-    assert set(llava_clipmoe.__all__) <= set(dir(llava_clipmoe))
+    assert set(llava_clipmoe.__all__) == {*llava_clipmoe._HOME, "__version__"} <= set(dir(llava_clipmoe))
     with pytest.raises(AttributeError, match="has no attribute 'CLIPMoeModel'"):
         _ = llava_clipmoe.CLIPMoeModel
 
@@ -108,8 +109,8 @@ config = llava_clipmoe.CLIPMoEConfig(
 )
 llava_clipmoe.CLIPMoEModel(config).save_pretrained(folder)
 CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
-llava_clipmoe.registration.register_auto_classes()                        # a second time
 print(type(AutoModel.from_pretrained(folder)).__name__, type(AutoImageProcessor.from_pretrained(folder)).__name__)
+llava_clipmoe.registration.register_auto_classes()                        # any number of times
 assert TOKENIZER_MAPPING[type(config)] == TOKENIZER_MAPPING[CLIPConfig]
 vision = llava_clipmoe.CLIPMoEVisionModel.from_pretrained(folder)
 vision.save_pretrained(folder + "/vision")

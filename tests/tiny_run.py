@@ -54,7 +54,7 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
     for name, (rate, epochs) in optim.items():
         flags += [f"--{name}.learning-rate", str(rate), f"--{name}.epochs", str(epochs),
-                  f"--{name}.global-batch-size", "16"]  # fmt: skip
+                  f"--{name}.global-batch-size", "16", f"--{name}.epsilon", "1e-4"]  # fmt: skip
     return [*flags, *more]
 
 

@@ -53,7 +53,7 @@ def load_checkpoint(folder: Path, trained: dict[str, nn.Parameter], optimizer: t
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=parameter.device),  # where the fused kernel wants it
                 **{kind: moments[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS},
             }
     return step

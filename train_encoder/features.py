@@ -28,7 +28,7 @@ from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_js
 from llava_clipmoe.model_directory import ClipBundle
 
 from .config import digest
-from .data import BadImage, ImageTransform, PairSource, _ImageCache, normalise
+from .data import BadImage, ImageTransform, PairSource, ImageCache, normalise
 from .progress import Bar
 
 FORMAT = 1
@@ -299,7 +299,7 @@ class _Images(Dataset):
 
     def __init__(self, source: PairSource, transform: ImageTransform, cache: Path | None) -> None:
         self.source, self.transform = source, transform
-        self.cache = None if cache is None else _ImageCache(cache, source, transform)
+        self.cache = None if cache is None else ImageCache(cache, source, transform)
 
     def __getitem__(self, row: int) -> torch.Tensor:
         try:

@@ -16,12 +16,12 @@ from llava_clipmoe.modeling_clipmoe import active_parameters, only_expert
 from llava_clipmoe.upcycling import ffn_state
 
 from .config import digest
-from .sources import open_source
 from .evaluate.mmvp import evaluate_mmvp
 from .evaluate.retrieval import evaluate_retrieval
 from .evaluate.routing import evaluate_routing, router_movement
 from .progress import Bar, peak_memory_bytes
 from .report import summary_table, write_report
+from .sources import open_source
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

@@ -24,7 +24,7 @@ from llava_clipmoe.files import remove_leftovers
 from llava_clipmoe.model_directory import ClipBundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
-from .checkpoint import discard_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import EngineConfig, OptimConfig
 from .data import Batch, DataError, EncoderDataset, collate, normalise
 from .losses import RouterCounts, SmoothedClipLoss, block_logits, router_counts, router_losses
@@ -86,7 +86,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
 
     o = stage.optim
     optimizer = torch.optim.AdamW(
-        list(trained.values()), lr=o.learning_rate, betas=o.betas, eps=o.epsilon, weight_decay=o.weight_decay
+        list(trained.values()), o.learning_rate, o.betas, o.epsilon, weight_decay=o.weight_decay, fused=True
     )
     remove_leftovers(checkpoints)
     start = load_checkpoint(checkpoints, trained, optimizer)

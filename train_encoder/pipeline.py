@@ -24,17 +24,18 @@ from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, wr
 from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
 from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, moe_config, upcycle, with_text_positions
 
+from .allocator import keep_freed_memory
 from .checkpoint import discard_checkpoints
 from .clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
 from .config import DataConfig, OptimConfig, TrainConfig
 from .data import EncoderDataset, ImageTransform, check_images
-from .sources import PairSource, open_source
 from .features import Embeddings, encode_source
 from .loop import Stage, train
 from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
 from .run_directory import RunDirectory, file_digest
 from .sampler import plan_epoch
 from .scratch import scratch_bundle
+from .sources import PairSource, open_source
 
 
 class Pipeline:
@@ -311,5 +312,8 @@ def main(argv: list[str]) -> int:
     )
     if config.output_dir is None:
         raise ValueError("say where the run is kept: --output-dir runs/NAME (the same command again resumes it).")
-    Pipeline(config, make_accelerator(config)).run()
+    accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    Pipeline(config, accelerator).run()
     return 0

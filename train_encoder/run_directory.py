@@ -63,7 +63,7 @@ class RunDirectory:
             remove_leftovers(folder)
 
     def _lock_it(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held, and released by the system, until exit)
+        self._lock = open(self.path / ".lock", "w")  # held, and released by the system, until exit
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
