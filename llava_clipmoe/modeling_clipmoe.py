@@ -229,8 +229,9 @@ class CLIPMoEAttention(nn.Module):
         self.dropout = config.attention_dropout
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
-            getattr(self, name).init_std = _residual_std(config)
-        self.out_proj.init_std = config.hidden_size**-0.5
+            getattr(self, name).init_std = config.hidden_size**-0.5
+        # As OpenAI draws them. transformers' CLIP has the two the other way round: attention then starts blind.
+        self.out_proj.init_std = _residual_std(config)
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
         """[B,T,D] -> [B,T,D]; `mask` [B,1,T,T] is True where a query may look (then `causal` must be False)."""

@@ -382,9 +382,9 @@ def test_a_fresh_model_has_clips_initialisation(tiny_config):
     for tower, width, depth in (("vision_model", 48, 3), ("text_model", 32, 2)):
         block, small = f"{tower}.encoder.layers.0", width**-0.5 * (2 * depth) ** -0.5
         for name, std in (
-            ("self_attn.q_proj", small),
-            ("self_attn.v_proj", small),
-            ("self_attn.out_proj", width**-0.5),
+            ("self_attn.q_proj", width**-0.5),
+            ("self_attn.v_proj", width**-0.5),
+            ("self_attn.out_proj", small),
             ("mlp.experts.fc1", (2 * width) ** -0.5),
             ("mlp.experts.fc2", small),
         ):

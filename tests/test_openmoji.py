@@ -100,15 +100,25 @@ def test_no_heldout_concept_is_in_training_and_each_has_one_picture(built, every
     train, heldout = rows_of(built, "train"), rows_of(built, "heldout")
     assert heldout and not {r["concept"] for r in train} & {r["concept"] for r in heldout}
     assert max(Counter(r["concept"] for r in heldout).values()) == 1
-    # Every variant is on its concept's side: all of them in training, or none.
+    # Every variant is on its concept's side: some of them in training, or none.
     variants = defaultdict(set)
     for e in every:
         if e.key in sample:
             variants[e.concept].add(e.name)
     trained = {r["name"] for r in train}
     for concept, names in variants.items():
-        assert names & trained == (set() if openmoji.is_heldout(concept) else names)
+        assert bool(names & trained) != openmoji.is_heldout(concept)
     assert len(variants["farmer"]) == 18
+
+
+def test_a_concept_gives_few_drawings_its_plainest_and_those_of_the_pairs_among_them(every):
+    kept = openmoji.few_variants(every)
+    names = {e.name for e in kept}
+    of_concept = Counter(e.concept for e in kept if e.name not in PAIRED)
+    assert max(of_concept.values()) == openmoji.VARIANTS and set(PAIRED) <= names
+    for concept in ("farmer", "person running", "thumbs up"):
+        assert min((e for e in every if e.concept == concept), key=lambda e: e.plainness).name in names
+    assert {e.concept for e in kept} == {e.concept for e in every}
 
 
 def test_heldout_picture_is_the_plainest_variant_and_twins_are_left_out():
@@ -119,6 +129,9 @@ def test_heldout_picture_is_the_plainest_variant_and_twins_are_left_out():
         patch.setattr(openmoji, "is_heldout", lambda concept, seed: concept != "flag of Bouvet Island")
         kept = openmoji._heldout_rows(chosen, rows, ["a", "b", "same pixels", "same pixels"], 0)
     assert kept == [{"name": "ant"}]
+
+
+PAIRED = {name for pair in attribute_pairs() for name in pair.names}
 
 
 # --- files --------------------------------------------------------------------------------------------------------

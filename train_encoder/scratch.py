@@ -34,4 +34,19 @@ def scratch_bundle(c: ScratchConfig, seed: int) -> ClipBundle:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPMoEModel(config).eval()
+        _smooth_patches(model, c)
     return ClipBundle(model, open_clip_tokenizer(TEXT_POSITIONS), OPENAI_MEAN, OPENAI_STD)
+
+
+def _smooth_patches(model: CLIPMoEModel, c: ScratchConfig, cells: int = 7) -> None:
+    """Start large patch filters as coarse random grids, blown up.
+
+    A filter of 42 x 42 independent random pixels mostly answers to noise between neighbouring pixels, which drawings
+    and photographs hardly have; a 7 x 7 grid answers to shapes and colours from the first step on.
+    """
+    weight = model.vision_model.embeddings.patch_embedding.weight
+    if c.patch_size <= 2 * cells:
+        return
+    coarse = torch.randn(weight.shape[0], 3, cells, cells) * (3 * cells**2) ** -0.5 / (c.patch_size / cells) ** 2
+    with torch.no_grad():
+        weight.copy_(torch.nn.functional.interpolate(coarse, size=c.patch_size, mode="nearest"))
