@@ -71,7 +71,7 @@ def page(s: Settings, results: list[dict]) -> str:
     lines += ["| seed | base | best single expert | CLIP-MoE, untrained router | CLIP-MoE |", "|---|---|---|---|---|"]
     experts = [x for x in systems if x.startswith("expert")]
     for seed, r in zip(s.seeds, results, strict=True):
-        best = max(experts, key=lambda x: mean_score(r, x))  # noqa: B023
+        best = max(experts, key=lambda x: mean_score(r, x))
         row = [mean_score(r, x) for x in ("base", best, "clip-moe (untrained router)", "clip-moe")]
         cells = [f"{100 * x:.1f}" for x in row]
         cells[1] += f" ({best})"

@@ -18,7 +18,7 @@ EXPERT_FIELDS: dict[str, Any] = {
     "router_aux_loss_coef": 0.01,  # alpha, section 3.3 of the CLIP-MoE paper
     "router_z_loss_coef": 0.0,  # ST-MoE's z-loss; the paper has none
     "router_jitter_noise": 0.0,  # Switch's multiplicative noise on the router's input, training only
-    "router_initializer_range": 0.018,  # std of a fresh router: nn.Linear's default at width 1024, as in the official code
+    "router_initializer_range": 0.018,  # std of a fresh router: nn.Linear's at width 1024, as in the official code
     "expert_dropout": 0.0,  # official code 0.1, paper silent
     "experts_implementation": "auto",  # "auto", "loop" or "grouped_mm"
 }

@@ -54,7 +54,8 @@ def upcycle(base: CLIPMoEModel, stages: Sequence[State], config: CLIPMoEConfig, 
     """
     if config.num_experts != len(stages) + 1:
         raise ValueError(
-            f"num_experts is {config.num_experts}, but the base and {len(stages)} stages make {len(stages) + 1} experts."
+            f"num_experts is {config.num_experts}, but the base and {len(stages)} stages make "
+            f"{len(stages) + 1} experts."
         )
     dense = base.state_dict()
     for number, stage in enumerate(stages, start=1):

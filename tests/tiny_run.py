@@ -45,11 +45,13 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
     }  # fmt: skip
     flags = [
         "dmu-openmoji", "--data.source", str(data), "--data.caption-columns", "caption",
-        "--base.scratch.caption-columns", "short", "--base.scratch.image-size", "32", "--base.scratch.patch-size", "8",
+        "--base.scratch.caption-columns", "short",
+        "--base.scratch.image-size", "32", "--base.scratch.patch-size", "8",
         "--base.scratch.vision-width", "32", "--base.scratch.text-width", "32", "--base.scratch.head-width", "16",
         "--base.scratch.vision-layers", "2", "--base.scratch.text-layers", "2", "--base.scratch.projection-dim", "16",
         "--moe.num-experts", "3", "--engine.precision", "fp32", "--engine.checkpoint-every", "2",
-        "--engine.log-every", "1", "--data.no-cache-images", "--evaluation.retrieval", f"same={data}", "--evaluation.attributes", "None",
+        "--engine.log-every", "1",
+        "--evaluation.retrieval", f"same={data}", "--evaluation.attributes", "None",
         "--evaluation.routing-images", "16", "--output-dir", str(output),
     ]  # fmt: skip
     for name, (rate, epochs) in optim.items():

@@ -28,7 +28,7 @@ from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_js
 from llava_clipmoe.model_directory import ClipBundle
 
 from .config import digest
-from .data import BadImage, ImageTransform, PairSource, ImageCache, normalise
+from .data import BadImage, ImageCache, ImageTransform, PairSource, normalise
 from .progress import Bar
 
 FORMAT = 1

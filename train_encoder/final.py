@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 
 from llava_clipmoe.files import read_json, write_json
@@ -16,6 +17,7 @@ from llava_clipmoe.modeling_clipmoe import active_parameters, only_expert
 from llava_clipmoe.upcycling import ffn_state
 
 from .config import digest
+from .data import check_images
 from .evaluate.mmvp import evaluate_mmvp
 from .evaluate.retrieval import evaluate_retrieval
 from .evaluate.routing import evaluate_routing, router_movement
@@ -77,9 +79,16 @@ def _measure(run: Pipeline, results: dict, system: str, bundle: ClipBundle, expe
     if expert is not None:
         with only_expert(bundle.model, expert):
             return _measure(run, results, system, bundle, None)
-    for entry in evaluation.retrieval:
+    for number, entry in enumerate(evaluation.retrieval, start=1):
         name, data = parse_source(entry, run.config.data)
-        found = evaluate_retrieval(bundle, open_source(data), workers=engine.workers, **settings)
+        source = open_source(data)
+        good = check_images(  # looked at once a run; later calls read the answer back
+            source,
+            workers=engine.workers,
+            max_bad_fraction=run.config.data.max_bad_fraction,
+            skipped_path=run.folder.path / f"skipped-evaluation{number}.jsonl",
+        )
+        found = evaluate_retrieval(bundle, source, rows=np.flatnonzero(good), workers=engine.workers, **settings)
         results["retrieval"].setdefault(name, {})[system] = found
     if evaluation.attributes:
         results["attributes"][system] = evaluate_mmvp(bundle, attribute_folder(evaluation.attributes), **settings)

