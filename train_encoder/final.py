@@ -48,8 +48,11 @@ def evaluate_run(run: Pipeline) -> None:
         run.metrics.log({"event": "done", "work": "evaluate", "stage": "all", "seconds": time.time() - started,
                          "peak_memory_bytes": peak_memory_bytes(run.accelerator.device)})  # fmt: skip
     page = write_report(run.folder.path)
-    Console().print(summary_table(results))
-    Console().print(f"report: {page}\nmodel:  {run.folder.clip_moe}", highlight=False, soft_wrap=True)
+    console = Console()
+    if not console.is_terminal:  # a log has no width: never cut a system's name
+        console = Console(width=160)
+    console.print(summary_table(results))
+    console.print(f"report: {page}\nmodel:  {run.folder.clip_moe}", highlight=False, soft_wrap=True)
 
 
 def _previous(run: Pipeline) -> dict:

@@ -90,7 +90,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     if attributes:
         columns.append(("attribute\npairs", {system: row.get("overall") for system, row in attributes.items()}))
     view = Table(title="Results, in percent")
-    view.add_column(Text("system"))
+    view.add_column(Text("system"), no_wrap=True)
     for title, _ in columns:
         view.add_column(Text(title), justify="right")
     best = [best_of(values.values()) for _, values in columns]
