@@ -239,7 +239,9 @@ def test_clusters_time_parameters_and_settings_equal_the_files(whole, page):
     assert ["stage1", "features", "21.0 s", "3,400", "161.9", "1.00"] in cost
     assert cost[-1][:3] == ["total", "", "9 min 28 s"] and cost[-1][-1] == "1.50"  # 5*95 + 3*21 + 30.5 s
     assert rows_of(page.tables["parameters"][0])["base (dense)"] == ["12.35 M", "1.00×"]
-    assert rows_of(page.tables["settings"][0])["mcl.optim.learning_rate"] == ["0.0002"]
+    assert rows_of(page.tables["settings"][0])["mcl.optim.learning_rate"] == [
+        str(RECIPES["dmu-openmoji"][1].mcl.optim.learning_rate)
+    ]
 
 
 def test_movement_of_routers_and_experts_equals_the_results(page):
