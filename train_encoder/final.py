@@ -34,11 +34,11 @@ UNTRAINED, TRAINED = "clip-moe (untrained router)", "clip-moe"
 def evaluate_run(run: Pipeline) -> None:
     """Measure every system of the run, write results.json and report.html, and print the table."""
     results = _previous(run)
-    started, systems = time.time(), _systems(run)
+    started, systems, sources = time.time(), _systems(run), _retrieval_sources(run)
     with Bar("evaluating", len(systems), unit="systems") as bar:
         for system, (make, expert) in systems.items():
             if system not in results["done"]:
-                _measure(run, results, system, make(), expert)
+                _measure(run, results, sources, system, make(), expert)
                 results["done"].append(system)
                 write_json(run.folder.results, results)
             bar.advance(1)
@@ -74,24 +74,32 @@ def _systems(run: Pipeline) -> dict:
     return systems | {UNTRAINED: (run.untrained_moe, None), TRAINED: (lambda: run.clip_moe, None)}
 
 
-def _measure(run: Pipeline, results: dict, system: str, bundle: ClipBundle, expert: int | None) -> None:
+def _retrieval_sources(run: Pipeline) -> dict:
+    """name -> (source, its good rows): opened, and every image looked at, once for all systems."""
     from .pipeline import parse_source
 
+    sources = {}
+    for number, entry in enumerate(run.config.evaluation.retrieval, start=1):
+        name, data = parse_source(entry, run.config.data)
+        source = open_source(data)
+        good = check_images(
+            source,
+            workers=run.config.engine.workers,
+            max_bad_fraction=run.config.data.max_bad_fraction,
+            skipped_path=run.folder.path / f"skipped-evaluation{number}.jsonl",
+        )
+        sources[name] = source, np.flatnonzero(good)
+    return sources
+
+
+def _measure(run: Pipeline, results: dict, sources: dict, system: str, bundle: ClipBundle, expert: int | None) -> None:
     evaluation, engine = run.config.evaluation, run.config.engine
     settings = {"batch_size": evaluation.batch_size, "device": run.accelerator.device, "precision": engine.precision}
     if expert is not None:
         with only_expert(bundle.model, expert):
-            return _measure(run, results, system, bundle, None)
-    for number, entry in enumerate(evaluation.retrieval, start=1):
-        name, data = parse_source(entry, run.config.data)
-        source = open_source(data)
-        good = check_images(  # looked at once a run; later calls read the answer back
-            source,
-            workers=engine.workers,
-            max_bad_fraction=run.config.data.max_bad_fraction,
-            skipped_path=run.folder.path / f"skipped-evaluation{number}.jsonl",
-        )
-        found = evaluate_retrieval(bundle, source, rows=np.flatnonzero(good), workers=engine.workers, **settings)
+            return _measure(run, results, sources, system, bundle, None)
+    for name, (source, rows) in sources.items():
+        found = evaluate_retrieval(bundle, source, rows=rows, workers=engine.workers, **settings)
         results["retrieval"].setdefault(name, {})[system] = found
     if evaluation.attributes:
         results["attributes"][system] = evaluate_mmvp(bundle, attribute_folder(evaluation.attributes), **settings)

@@ -44,7 +44,7 @@ class Pipeline:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.folder = RunDirectory(config)
-        with self.main_process_first():
+        with self.accelerator.main_process_first():
             self.folder.claim(accelerator.is_main_process)
         self.metrics = Metrics(self.folder.path, config.engine.trackers, self.folder.config)
 
@@ -67,13 +67,13 @@ class Pipeline:
     def read_data(self) -> None:
         """Open the training data, look at every image once, and keep decoded images where asked to."""
         data, engine = self.config.data, self.config.engine
-        with self.main_process_first():
+        with self.accelerator.main_process_first():
             self.source = open_source(data)
             self.folder.check_data(self.source.fingerprint, self.accelerator.is_main_process)
         self.start = self.open_base()  # the base before it is changed: says image size and tokenizer
         self.transform = ImageTransform(self.start.image_size)
         self.cache = self.folder.cache if data.cache_images else None
-        with self.main_process_first(), Bar("checking images", len(self.source)) as bar:
+        with self.accelerator.main_process_first(), Bar("checking images", len(self.source)) as bar:
             # Where images are kept decoded, the one pass that checks them also writes the cache.
             good = check_images(
                 self.source, workers=engine.workers, max_bad_fraction=data.max_bad_fraction,
@@ -238,12 +238,6 @@ class Pipeline:
         """Drop the resume state of a training whose result is saved."""
         if self.accelerator.is_main_process:
             discard_checkpoints(self.folder.checkpoints(name))
-
-    @contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """Process 0 runs the block, then the others (which find its files)."""
-        with self.accelerator.main_process_first():
-            yield
 
     @contextmanager
     def timed(self, work: str, stage: str) -> Iterator[None]:
