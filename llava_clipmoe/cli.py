@@ -44,6 +44,16 @@ COMMANDS = {
         "measure retrieval, zero-shot classes, attribute pairs and routing of a model",
         "llava-clipmoe evaluate runs/quickstart/clip-moe retrieval --data openmoji",
     ),
+    "register": Command(
+        "llava_clipmoe.tower_commands:register_main",
+        "give a CLIP-MoE the short name by which LLaVA takes it as its vision tower",
+        "llava-clipmoe register clipmoe-336 runs/quickstart/clip-moe",
+    ),
+    "towers": Command(
+        "llava_clipmoe.tower_commands:towers_main",
+        "list the registered vision towers, or check one name",
+        "llava-clipmoe towers",
+    ),
     "report": Command(
         "train_encoder.report:main",
         "write the page (report.html) of a run, finished or not",

@@ -103,7 +103,7 @@ def load_bundle(
 
         return load_checkpoint(path, num_experts_per_tok=num_experts_per_tok, quick_gelu=quick_gelu)
     if isinstance(source, str) and _HUB_ID.match(source):
-        return _load_directory(_download(source), source, quick_gelu, num_experts_per_tok)
+        return _load_directory(download(source), source, quick_gelu, num_experts_per_tok)
     raise FileNotFoundError(
         f"{source} is not a model directory or checkpoint file on this machine, nor a hub id (org/name). If it is the "
         "name of an open_clip model, give its checkpoint file as well."
@@ -237,7 +237,7 @@ def _pixel_statistics(directory: Path) -> tuple[tuple[float, float, float], tupl
     return OPENAI_MEAN, OPENAI_STD
 
 
-def _download(hub_id: str) -> Path:
+def download(hub_id: str) -> Path:
     """Fetch a hub model's config, tokenizer and weights (or find them in the cache) -> local directory."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -1,0 +1,163 @@
+"""Loading a LLaVA: keyword arguments that changed between transformers versions, CPU dtypes, and memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..files import read_json
+from .versions import check_transformers
+
+CPU_DTYPE = "LLAVA_CLIPMOE_CPU_DTYPE"
+"""Environment variable: dtype of a LLaVA on the CPU, "float32" (default) or "bfloat16" (half the memory)."""
+
+
+class TooLittleMemory(RuntimeError):
+    """The model does not fit into memory in the asked precision."""
+
+
+def cpu_dtype() -> torch.dtype:
+    name = os.environ.get(CPU_DTYPE, "float32")
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"{CPU_DTYPE} is {name!r}; it may be float32 or bfloat16.")
+    return getattr(torch, name)
+
+
+# ---------------------------------------------------------------------------------------------------- from_pretrained
+
+
+def patch_language_model(module: ModuleType) -> None:
+    """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM.from_pretrained` takes upstream's arguments."""
+    cls = module.LlavaLlamaForCausalLM
+    upstream = cls.from_pretrained.__func__
+
+    @functools.wraps(upstream)
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        return upstream(cls, *args, **translate(kwargs))
+
+    cls.from_pretrained = classmethod(from_pretrained)
+
+
+def translate(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Upstream's keyword arguments as every transformers version takes them.
+
+    `load_in_8bit` / `load_in_4bit` become a quantization_config (transformers 5 takes nothing else, and both at once
+    are refused since 4.38); float16 on the CPU becomes the CPU's dtype.
+    """
+    from transformers import BitsAndBytesConfig
+
+    kwargs = dict(kwargs)
+    eight, four = kwargs.pop("load_in_8bit", False), kwargs.pop("load_in_4bit", False)
+    if (eight or four) and kwargs.get("quantization_config") is None:
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=four)
+    if kwargs.get("torch_dtype") == torch.float16 and _on_cpu(kwargs.get("device_map")):
+        kwargs["torch_dtype"] = cpu_dtype()
+    return kwargs
+
+
+def _on_cpu(device_map: Any) -> bool:
+    if isinstance(device_map, dict):
+        return set(map(str, device_map.values())) == {"cpu"}
+    return device_map == "cpu" or (device_map is not None and not torch.cuda.is_available())
+
+
+# ----------------------------------------------------------------------------------------------- load_pretrained_model
+
+
+def patch_load_pretrained_model(module: ModuleType) -> None:
+    """llava.model.builder: `load_pretrained_model` checks version, name and memory first."""
+    upstream = module.load_pretrained_model
+
+    @functools.wraps(upstream)
+    def load_pretrained_model(model_path, model_base, model_name, load_8bit=False, load_4bit=False, *args, **kwargs):
+        check_transformers()
+        check_name(model_path, model_name)
+        device = args[1] if len(args) > 1 else kwargs.get("device", "cuda")
+        bits = 4 if load_4bit else 8 if load_8bit else 16
+        check_memory(Path(model_base or model_path), bits, str(device))
+        if bits < 16 and kwargs.get("torch_dtype") is None:
+            kwargs["torch_dtype"] = torch.float16  # what is not quantised: upstream leaves it at float32
+        return upstream(model_path, model_base, model_name, load_8bit, load_4bit, *args, **kwargs)
+
+    module.load_pretrained_model = load_pretrained_model
+
+
+def check_name(model_path: str, model_name: str) -> None:
+    """Upstream picks the class by the folder's name: refuse names that would load the wrong one.
+
+    Without "llava" in it a LLaVA is loaded as a plain language model, blind; with "mpt" anywhere (prompt, attempt)
+    as an MPT.
+    """
+    config = Path(model_path) / "config.json"
+    if not config.is_file():
+        return
+    content = read_json(config)
+    if not content.get("mm_vision_tower"):
+        return
+    if "llava" not in model_name.lower():
+        raise ValueError(
+            f"upstream LLaVA reads the model's kind from its folder's name, and {model_name!r} has no 'llava' in it: "
+            "it would be loaded without its eyes. Rename the folder (for instance llava-" + model_name + ")."
+        )
+    if "mpt" in model_name.lower() and content.get("model_type") != "llava_mpt":
+        raise ValueError(
+            f"upstream LLaVA takes every folder with 'mpt' in its name for an MPT model, and {model_name!r} has it: "
+            "rename the folder."
+        )
+
+
+def check_memory(directory: Path, bits: int, device: str) -> None:
+    """Raise TooLittleMemory when the weights cannot fit: parameters x bytes against what the device has free."""
+    parameters = count_parameters(directory)
+    if parameters is None:
+        return
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    width = bits / 8 if on_gpu or bits < 16 else cpu_dtype().itemsize
+    needed = parameters * width
+    free = _free_on_gpus() if on_gpu else _free_on_cpu()
+    if free is None or needed <= free:
+        return
+    if on_gpu:
+        smaller = {16: "--load-8bit or --load-4bit", 8: "--load-4bit"}.get(bits, "a smaller model")
+    else:
+        smaller = f"{CPU_DTYPE}=bfloat16" if width == 4 else "a smaller model"
+    place, shown = ("GPU", bits) if on_gpu else ("machine", int(width * 8))
+    raise TooLittleMemory(
+        f"{directory.name} needs about {needed / 2**30:.1f} GiB for its weights in {shown} bits, and "
+        f"{free / 2**30:.1f} GiB are free on this {place}. Free some, or use {smaller}."
+    )
+
+
+def count_parameters(directory: Path) -> int | None:
+    """Parameters of a model directory, from its safetensors headers (or its .bin sizes); None when there are none."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():
+                count = 1
+                for side in opened.get_slice(name).get_shape():
+                    count *= side
+                total += count
+    if total:
+        return total
+    size = sum(file.stat().st_size for file in directory.glob("pytorch_model*.bin"))
+    return size // 2 or None  # LLaVA's .bin files hold two bytes a parameter
+
+
+def _free_on_gpus() -> int:
+    return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+
+
+def _free_on_cpu() -> int | None:
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # no Linux: nothing reliable without another package
+        return None
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))

@@ -1,0 +1,106 @@
+"""Upstream's trainer on transformers 5, without DeepSpeed, and resumable in stage 1.
+
+Upstream was written for transformers 4.37 (llava/train/llava_trainer.py, train.py). On 4.37 only the parts that say
+so below apply.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+from .versions import check_transformers
+
+
+def before_import(module: ModuleType) -> None:
+    """Before llava.train.llava_trainer runs: names and flags that transformers 5 dropped."""
+    import transformers
+    from torch import nn
+
+    if not hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"):
+        transformers.trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm]
+    if not hasattr(transformers.PreTrainedTokenizerBase, "legacy"):
+        # train.py asks every tokenizer; only Llama's know. The others tokenise a turn alike wherever it stands.
+        transformers.PreTrainedTokenizerBase.legacy = True
+    rename_flags(sys.argv, transformers.TrainingArguments)
+
+
+def rename_flags(argv: list[str], arguments: type) -> None:
+    """Change `--evaluation_strategy` (LLaVA's own scripts) into `--eval_strategy` where only that exists, in place."""
+    fields = getattr(arguments, "__dataclass_fields__", {})
+    if "evaluation_strategy" in fields or "eval_strategy" not in fields:
+        return
+    for position, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag == "--evaluation_strategy":
+            argv[position] = f"--eval_strategy{equals}{value}"
+
+
+def patch_trainer(module: ModuleType) -> None:
+    """llava.train.llava_trainer.LLaVATrainer: signatures of the installed transformers."""
+    check_transformers()
+    cls, base = module.LLaVATrainer, module.Trainer
+    _patch_init(cls, base)
+    _patch_sampler(cls)
+    _patch_save_checkpoint(cls, base)
+
+
+def _patch_init(cls: type, base: type) -> None:
+    takes_tokenizer = "tokenizer" in inspect.signature(base.__init__).parameters
+
+    @functools.wraps(base.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not takes_tokenizer and "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        base.__init__(self, *args, **kwargs)
+        stand_in_for_deepspeed()
+
+    cls.__init__ = __init__
+
+
+def _patch_sampler(cls: type) -> None:
+    upstream = cls._get_train_sampler
+
+    @functools.wraps(upstream)
+    def _get_train_sampler(self, *_: Any):  # transformers 5 hands the data set in; it is the trainer's own
+        return upstream(self)
+
+    cls._get_train_sampler = _get_train_sampler
+
+
+def _patch_save_checkpoint(cls: type, base: type) -> None:
+    upstream = cls._save_checkpoint
+    base_takes_metrics = "metrics" in inspect.signature(base._save_checkpoint).parameters
+
+    @functools.wraps(upstream)
+    def _save_checkpoint(self, model: Any, trial: Any, *rest: Any, **named: Any) -> None:
+        if getattr(self.args, "tune_mm_mlp_adapter", False) or base_takes_metrics:
+            upstream(self, model, trial, *rest, **named)
+        else:
+            base._save_checkpoint(self, model, trial)
+
+    cls._save_checkpoint = _save_checkpoint
+
+
+def stand_in_for_deepspeed() -> None:
+    """Let upstream's `maybe_zero_3` import the two names that it asks for where DeepSpeed is not installed.
+
+    Upstream imports them whenever it saves a projector; without DeepSpeed no parameter has a `ds_id`, so they are
+    never used. Called after the trainer was made: by then everybody has asked whether DeepSpeed is there.
+    """
+    if "deepspeed" in sys.modules or importlib.util.find_spec("deepspeed") is not None:
+        return
+    names = ("deepspeed", "deepspeed.zero", "deepspeed.runtime", "deepspeed.runtime.zero")
+    for name in (*names, "deepspeed.runtime.zero.partition_parameters"):
+        stand_in = ModuleType(name)
+        stand_in.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+        stand_in.__path__ = []
+        sys.modules[name] = stand_in
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, stand_in)
+    sys.modules["deepspeed.runtime.zero.partition_parameters"].ZeroParamStatus = None

@@ -1,0 +1,90 @@
+"""Run any module of upstream LLaVA with our towers and on any supported transformers.
+
+    python -m llava_clipmoe.run llava.train.train --vision_tower clipmoe-336 ...
+    torchrun --nproc-per-node 8 -m llava_clipmoe.run llava.train.train ...
+    deepspeed --module llava_clipmoe.run llava.train.train --deepspeed zero2.json ...
+    accelerate launch -m llava_clipmoe.run llava.train.train ...
+
+The module (or a script's path) runs as `__main__`: some of upstream's read module globals that only exist then.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+
+USAGE = "usage: python -m llava_clipmoe.run MODULE_OR_SCRIPT [ARGUMENTS ...]     (for instance llava.train.train)"
+
+
+def main(argv: list[str]) -> int:
+    """Install hook and shims, then become the module; -> 2 when it cannot be started."""
+    argv = _without_launcher_rank(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__ if argv else USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    target, rest = argv[0], argv[1:]
+    from . import llava_hook
+
+    os.environ[llava_hook.SWITCH] = "1"  # who launches us wants the hook, in child processes too
+    llava_hook.install()
+    try:
+        _prepare()
+    except Exception as error:
+        return _fail(error)
+    sys.argv = [target, *rest]
+    try:
+        if target.endswith(".py"):
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+    except Exception as error:
+        if _is_ours(error):
+            return _fail(error)
+        raise
+    return 0
+
+
+def _without_launcher_rank(argv: list[str]) -> list[str]:
+    """DeepSpeed's launcher puts --local_rank=N before the module's name; the module wants it after."""
+    if argv and argv[0].startswith("--local_rank"):
+        return [*argv[1:], argv[0]]
+    return argv
+
+
+def _prepare() -> None:
+    """Check what upstream would hide or trip over. Raises the real error."""
+    from .compat import cpu, imports, versions
+
+    versions.check_transformers()
+    cpu.install()
+    try:
+        imports.import_language_model()
+    except ModuleNotFoundError as error:
+        if error.name == "llava":
+            raise ModuleNotFoundError(
+                "upstream LLaVA is not installed here. Install it without its pins: "
+                "`pip install --no-deps llava-torch==1.2.2.post1` and `pip install 'llava-clipmoe[llava]'`; or run "
+                "this in your LLaVA checkout. (The package called `llava` on the index is another project.)",
+                name="llava",
+            ) from error
+        raise
+
+
+def _is_ours(error: Exception) -> bool:
+    """True for an error that our own code raised on purpose: its message says what to do, a trace adds nothing."""
+    if os.environ.get("LLAVA_CLIPMOE_DEBUG", "0") not in ("", "0"):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return isinstance(error, (ValueError, RuntimeError, OSError)) and raised_in.startswith("llava_clipmoe.")
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}\n({type(error).__name__}; LLAVA_CLIPMOE_DEBUG=1 shows the whole trace)", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

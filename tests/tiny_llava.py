@@ -1,0 +1,92 @@
+"""Makes what the LLaVA tests need, offline: a tiny random LLaMA with a real tokenizer, a tiny CLIP-MoE and CLIP as
+tower directories, pictures, and conversations in LLaVA's format.
+
+    python tests/tiny_llava.py FOLDER      (in either environment)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+SENTENCES = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "USER: What colour is the square? ASSISTANT: It is red, green, blue or yellow.",
+    "Answer the question using a single word or phrase. Describe the picture in one sentence.",
+    "Provide a brief description of the given image. A small square in one plain colour.",
+]
+COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+def make_language_model(folder: Path, hidden_size: int = 32) -> Path:
+    """A random LLaMA of 2 blocks (fp32) with a sentencepiece tokenizer of its own, as a transformers directory."""
+    import sentencepiece
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "sentences.txt"
+    text.write_text("\n".join(SENTENCES * 20), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=200, model_type="bpe", pad_id=-1,
+        byte_fallback=False, character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    text.unlink()
+    (folder / "tokenizer.vocab").unlink()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+                    "model_max_length": 512, **special})
+    )  # fmt: skip
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_towers(folder: Path) -> tuple[Path, Path]:
+    """-> (CLIP-MoE directory, dense CLIP directory) of one tiny CLIP: 24 px, 9 patches, width 48, 3 blocks."""
+    from conftest import make_tiny_config, shake
+
+    from llava_clipmoe.model_directory import ClipBundle, save_bundle
+    from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, Router
+    from llava_clipmoe.tokenizer import open_clip_tokenizer
+    from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
+
+    dense = shake(CLIPMoEModel(make_tiny_config()), seed=1).eval()
+    stages = [ffn_state(shake(CLIPMoEModel(dense.config), seed).state_dict()) for seed in (2, 3, 4)]
+    moe = upcycle(dense, stages, moe_config(dense.config, num_experts=4, num_experts_per_tok=2))
+    for seed, router in enumerate((m for m in moe.modules() if isinstance(m, Router)), start=5):
+        shake(router, seed)
+    for name, model in (("clip-moe", moe), ("clip", dense)):
+        save_bundle(ClipBundle(model, open_clip_tokenizer(16)), folder / name)
+    return folder / "clip-moe", folder / "clip"
+
+
+def make_data(folder: Path, count: int = 12) -> Path:
+    """Pictures of plain squares, and their conversations: `folder`/data.json, `folder`/images/."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        name = list(COLOURS)[i % len(COLOURS)]
+        Image.new("RGB", (40 + i, 30), COLOURS[name]).save(folder / "images" / f"{i}.png")
+        turns = [("human", "<image>\nWhat colour is the square?"), ("gpt", f"It is {name}.")]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": [{"from": f, "value": v} for f, v in turns]})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    root = Path(sys.argv[1])
+    make_language_model(root / "llama")
+    make_towers(root)
+    make_data(root / "data")
