@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 
 def install() -> None:
-    """Where CUDA is missing: `tensor.cuda()` and `torch.cuda.synchronize()` do nothing, as upstream calls both."""
-    if torch.cuda.is_available():
+    """Where CUDA is missing, what upstream's runners send to "cuda" stays on the CPU: `tensor.cuda()`,
+    `tensor.to("cuda")`; and `torch.cuda.synchronize()` does nothing."""
+    if torch.cuda.is_available() or getattr(torch.Tensor.to, "stays_on_cpu", False):
         return
+    upstream = torch.Tensor.to
+
+    @functools.wraps(upstream)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple("cpu" if _is_cuda(value) else value for value in args)
+        kwargs = {name: "cpu" if _is_cuda(value) else value for name, value in kwargs.items()}
+        return upstream(self, *args, **kwargs)
+
+    to.stays_on_cpu = True
+    torch.Tensor.to = to
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.cuda.synchronize = lambda *args, **kwargs: None
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"

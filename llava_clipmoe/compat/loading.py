@@ -34,6 +34,9 @@ def cpu_dtype() -> torch.dtype:
 def patch_language_model(module: ModuleType) -> None:
     """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM.from_pretrained` takes upstream's arguments."""
     cls = module.LlavaLlamaForCausalLM
+    # A full fine-tuning saves the frozen tower too; like upstream we read it from its own directory. Said nowhere,
+    # transformers prints a page of unexpected tensors.
+    cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or []), r"\.vision_tower\."]
     upstream = cls.from_pretrained.__func__
 
     @functools.wraps(upstream)
