@@ -5,10 +5,7 @@ configuration or model class also teaches transformers' Auto classes about CLIP-
 `AutoModel.from_pretrained(directory)` works without `trust_remote_code`.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # type checkers know the name; `typing` itself would cost every Python start 10 ms (llava_hook)
 
 __version__ = "0.1.0"
 
@@ -45,8 +42,10 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .upcycling import sparse_upcycle, upcycle
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     """Import a public name on first use (PEP 562), and register the Auto classes with it."""
+    import importlib
+
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
@@ -55,5 +54,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def __dir__() -> list[str]:
+def __dir__():
     return sorted({*globals(), *_HOME})

@@ -58,17 +58,21 @@ def registry_file() -> Path:
     return base / "llava-clipmoe" / "towers.json"
 
 
+def _entries() -> dict[str, dict[str, Any]]:
+    """The registrations as they are written. Raises ValueError for a damaged file."""
+    path = registry_file()
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict) or not all(isinstance(v, dict) and "source" in v for v in content.values()):
+        raise ValueError(f'{path} is not a list of towers ({{"NAME": {{"source": DIR}}}}): mend or delete it.')
+    return content
+
+
 def registered() -> dict[str, Tower]:
     """Every registered tower by name, the environment's last. Raises ValueError for a damaged file or variable."""
     towers = {}
-    path = registry_file()
-    if path.exists():
-        content = read_json(path)
-        if not isinstance(content, dict) or not all(isinstance(v, dict) and "source" in v for v in content.values()):
-            raise ValueError(f'{path} is not a list of towers ({{"NAME": {{"source": DIR}}}}): mend or delete it.')
-        for name, entry in content.items():
-            known = {key: entry[key] for key in ("source", "s2", "s2_scales") if key in entry}
-            towers[name] = Tower(name, **known)
+    for name, entry in _entries().items():
+        known = {key: entry[key] for key in ("source", "s2", "s2_scales") if key in entry}
+        towers[name] = Tower(name, **known)
     for part in filter(None, (part.strip() for part in os.environ.get(OVERRIDE, "").split(","))):
         name, equals, source = part.partition("=")
         if not (equals and name and source):
@@ -106,6 +110,11 @@ def _from_path(path: str) -> Tower | None:
     model_type = _model_type(Path(path))
     if model_type == MODEL_TYPE:
         return Tower(path, path)
+    if (model_type or "").startswith(MODEL_TYPE):  # upstream would load it as a dense CLIP with random FFNs
+        raise UnknownTower(
+            f"{path} holds a CLIP-MoE's vision tower alone (model_type {model_type}). Give the directory of the whole "
+            "CLIP-MoE."
+        )
     if Path(path).name.lower().startswith("clipmoe"):  # a stray folder: upstream would load it with random weights
         found = f"its model_type is {model_type!r}" if model_type else "it has no readable config.json"
         raise UnknownTower(
@@ -185,17 +194,16 @@ def register(tower: Tower) -> Tower:
     elif not _HUB_ID.match(tower.source):
         raise ValueError(f"{tower.source} is neither a directory on this machine nor a hub id (org/name).")
     _check_source(tower)
-    path = registry_file()
-    content: dict[str, Any] = read_json(path) if path.exists() else {}
+    content = _entries()
     entry = {key: value for key, value in asdict(tower).items() if key != "name" and value not in (False, [])}
-    write_json(path, dict(sorted({**content, tower.name: entry}.items())))
+    write_json(registry_file(), dict(sorted({**content, tower.name: entry}.items())))
     return tower
 
 
 def unregister(name: str) -> None:
     """Forget a registration; the model stays. Raises UnknownTower when there is none."""
     path = registry_file()
-    content = read_json(path) if path.exists() else {}
+    content = _entries()
     if name not in content:
         raise UnknownTower(f"{name!r} is not registered in {path}. Registered: {', '.join(sorted(content)) or 'none'}.")
     write_json(path, {key: value for key, value in content.items() if key != name})

@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("llava_clipmoe", "train_encoder", "train_llava")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
@@ -45,16 +46,17 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
-def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
+def test_the_wheel_holds_the_packages_the_hook_the_licence_and_nothing_else(wheel):
     names = wheel.namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
     sources = {
         str(file.relative_to(REPOSITORY))
-        for package in ("llava_clipmoe", "train_encoder")
-        for file in (REPOSITORY / package).rglob("*.py")
+        for package in PACKAGES
+        for ending in ("py", "sh", "json")
+        for file in (REPOSITORY / package).rglob(f"*.{ending}")
     }
     assert sources <= shipped
-    assert {name.partition("/")[0] for name in shipped} == {"llava_clipmoe", "train_encoder"}
+    assert {name.partition("/")[0] for name in shipped} == {*PACKAGES, "llava_clipmoe.pth"}
     assert not [name for name in names if "test" in name or "__pycache__" in name]
     licence = next(name for name in names if name.endswith("licenses/LICENSE"))
     assert "Apache License" in wheel.read(licence).decode()[:200]
@@ -131,7 +133,7 @@ def test_help_lists_every_command_with_an_example(capsys):
     text = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
         assert f"  {name} " in text and command.help in text and f"$ {command.example}" in text
-        assert command.example.startswith(f"llava-clipmoe {name} ")
+        assert f"{command.example} ".startswith(f"llava-clipmoe {name} ")
 
 
 def test_version_and_the_empty_command_line(capsys):
