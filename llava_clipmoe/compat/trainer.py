@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .data import guard
 from .versions import check_transformers
 
 
@@ -29,15 +30,18 @@ def before_import(module: ModuleType) -> None:
     rename_flags(sys.argv, transformers.TrainingArguments)
 
 
+RENAMED_FLAGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
+"""Flags of LLaVA's own scripts -> their names in transformers 5 (where `warmup_steps` below 1 is a ratio)."""
+
+
 def rename_flags(argv: list[str], arguments: type) -> None:
-    """Change `--evaluation_strategy` (LLaVA's own scripts) into `--eval_strategy` where only that exists, in place."""
+    """Change flags that the installed TrainingArguments no longer has, in place."""
     fields = getattr(arguments, "__dataclass_fields__", {})
-    if "evaluation_strategy" in fields or "eval_strategy" not in fields:
-        return
     for position, word in enumerate(argv):
         flag, equals, value = word.partition("=")
-        if flag == "--evaluation_strategy":
-            argv[position] = f"--eval_strategy{equals}{value}"
+        old = flag.removeprefix("--")
+        if flag.startswith("--") and old in RENAMED_FLAGS and old not in fields and RENAMED_FLAGS[old] in fields:
+            argv[position] = f"--{RENAMED_FLAGS[old]}{equals}{value}"
 
 
 def patch_trainer(module: ModuleType) -> None:
@@ -56,6 +60,8 @@ def _patch_init(cls: type, base: type) -> None:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not takes_tokenizer and "tokenizer" in kwargs:
             kwargs["processing_class"] = kwargs.pop("tokenizer")
+        if kwargs.get("train_dataset") is not None:
+            guard(kwargs["train_dataset"])
         base.__init__(self, *args, **kwargs)
         stand_in_for_deepspeed()
 
