@@ -83,11 +83,12 @@ class CLIPMoEVisionTower(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> CLIPMoEVisionTower:
         """As `nn.Module.to`, but float16 on the CPU becomes float32: upstream asks for float16 everywhere, and the
-        CPU has no fast (in older torch versions: no) float16 convolution."""
-        super().to(*args, **kwargs)
-        if self.is_loaded and self.dtype == torch.float16 and self.device.type == "cpu":
-            super().to(torch.float32)
-        return self
+        CPU has no fast (in older torch versions: no) float16 convolution. The weights are never rounded on the way."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # as Module.to does
+        place = device or (self.device if self.is_loaded else torch.device("cpu"))
+        if dtype == torch.float16 and place.type == "cpu":
+            dtype = torch.float32
+        return super().to(device=device, dtype=dtype, non_blocking=non_blocking)
 
     # ------------------------------------------------------------------------------------------------------- forward
 
