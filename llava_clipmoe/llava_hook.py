@@ -63,6 +63,8 @@ class _Loader:
         self._loader = loader
 
     def __getattr__(self, name):  # get_data, get_source, is_package, ...: upstream's
+        if name == "_loader":
+            raise AttributeError(name)  # a copy (copy, pickle) that is being made has none yet
         return getattr(self._loader, name)
 
     def create_module(self, spec):

@@ -62,15 +62,15 @@ def _prepare() -> None:
     cpu.install()
     try:
         imports.import_language_model()
-    except ModuleNotFoundError as error:
-        if error.name == "llava":
+    except ImportError as error:
+        if error.name == "llava" and isinstance(error, ModuleNotFoundError):
             raise ModuleNotFoundError(
                 "upstream LLaVA is not installed here. Install it without its pins: "
                 "`pip install --no-deps llava-torch==1.2.2.post1` and `pip install 'llava-clipmoe[llava]'`; or run "
                 "this in your LLaVA checkout. (The package called `llava` on the index is another project.)",
                 name="llava",
             ) from error
-        raise
+        raise imports.real_error(error) from error
 
 
 def _fail(error: Exception) -> int:

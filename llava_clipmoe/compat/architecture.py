@@ -10,6 +10,8 @@ from typing import Any
 from ..towers import resolve
 from .versions import check_transformers
 
+BUILDER = "llava.model.multimodal_encoder.builder"
+
 
 def patch_builder(module: ModuleType) -> None:
     """llava.model.multimodal_encoder.builder: `build_vision_tower` asks us first.
@@ -34,6 +36,8 @@ def patch_builder(module: ModuleType) -> None:
 
 def patch_architecture(module: ModuleType) -> None:
     """llava.model.llava_arch: another tower than the checkpoint's is really built; pictures come in the right dtype."""
+    # Upstream bound the name when it was imported: before the hook was there, perhaps.
+    module.build_vision_tower = sys.modules[BUILDER].build_vision_tower
     _patch_initialize(module.LlavaMetaModel)
     _patch_encode_images(module.LlavaMetaForCausalLM)
 

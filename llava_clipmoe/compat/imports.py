@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from types import ModuleType
 
 LANGUAGE_MODEL = "llava.model.language_model.llava_llama"
@@ -14,11 +16,21 @@ def report_hidden_error(module: ModuleType) -> None:
     'LlavaLlamaForCausalLM'", which names no cause.
     """
     if not hasattr(module, "LlavaLlamaForCausalLM"):
-        import_language_model()
+        try:
+            import_language_model()
+        except Exception as error:
+            module.hidden_error = error  # for the launcher
+            raise
 
 
 def import_language_model() -> ModuleType:
-    """Import upstream's language model; any error is the real one."""
-    from importlib import import_module
-
+    """Import upstream's language model."""
     return import_module(LANGUAGE_MODEL)
+
+
+def real_error(error: ImportError) -> BaseException:
+    """The error behind upstream's "cannot import name", as far as it is known."""
+    hidden = getattr(sys.modules.get("llava.model"), "hidden_error", None) or error
+    while hidden.__cause__ is not None:  # transformers wraps what its lazy imports met
+        hidden = hidden.__cause__
+    return hidden
