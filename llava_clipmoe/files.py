@@ -54,8 +54,8 @@ def _save_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except SaveError:
-        raise  # a file inside a folder: its own message says it all
+    except (SaveError, FileNotFoundError):
+        raise  # a file inside a folder, or a missing input: their own messages say it all
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise SaveError(
@@ -200,11 +200,13 @@ def load_foreign_pt(path: str | Path) -> Any:
     Raises UnsafeFile when the file needs code to be read (a pickled object, a TorchScript archive).
     """
     import pickle
+    import zipfile
 
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not read: a shard of a 7B model is 10 GB. torch's oldest format cannot be.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, OSError) as error:  # OSError: a cut zip

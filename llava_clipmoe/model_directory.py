@@ -37,7 +37,7 @@ _FIELDS = {
     ),
     "vision_config": (*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"),
 }  # fmt: skip
-_MODELING_FILES = ("configuration_clipmoe.py", "modeling_clipmoe.py")
+MODELING_FILES = ("configuration_clipmoe.py", "modeling_clipmoe.py")
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
@@ -113,7 +113,7 @@ def load_bundle(
 def _load_directory(directory: Path, name: str, quick_gelu: bool | None, num_experts_per_tok: int | None) -> ClipBundle:
     config = override(read_config(directory), quick_gelu, num_experts_per_tok)
     model = build_model(config, read_weights(directory), str(directory))
-    mean, std = _pixel_statistics(directory)
+    mean, std = pixel_statistics(directory)
     length = config.text_config.max_position_embeddings
     if has_tokenizer(directory):
         tokenizer = load_tokenizer(directory, length)
@@ -219,7 +219,7 @@ def _check_fit(
         raise ValueError(f"the weights of {where} do not fit its config. Tensors {'; '.join(found)}. {advice}")
 
 
-def _pixel_statistics(directory: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def pixel_statistics(directory: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """image_mean and image_std of a directory: preprocessor_config.json, or the processor_config.json that holds the
     image processor in newer transformers. OpenAI's, with a warning, when neither file says them."""
     for file in ("preprocessor_config.json", "processor_config.json"):
@@ -282,7 +282,7 @@ def save_bundle(
         save_tokenizer(bundle.tokenizer, folder, bundle.context_length)
         (folder / "README.md").write_text(model_card(bundle, card or {}), encoding="utf-8")
         if not config.is_dense:
-            for file in _MODELING_FILES:
+            for file in MODELING_FILES:
                 shutil.copyfile(Path(__file__).with_name(file), folder / file)
 
 

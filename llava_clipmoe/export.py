@@ -1,0 +1,399 @@
+"""A LLaVA-1.5 directory of upstream's format as one that transformers alone can run: `llava-clipmoe export-hf`.
+
+    llava-clipmoe export-hf checkpoints/llava-v1.5-7b-clipmoe llava-clipmoe-hf
+
+The output is a `LlavaForConditionalGeneration` whose vision model is CLIPMoEVisionModel (for a dense tower,
+transformers' CLIPVisionModel), with its LlavaProcessor. Weights go through in shards, each in the dtype it has, so
+that a 7B model needs a few gigabytes of memory. Tensors get the names that transformers 4.37 saved
+(`language_model.model.*`, `vision_tower.vision_model.*`): version 5 renames them when it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from . import export_files
+from .configuration_clipmoe import CLIPMoEConfig
+from .files import WEIGHTS, atomic_directory, load_foreign_pt, read_json, save_tensors, write_json
+from .model_directory import WRONG_DIRECTORY, config_dict, download, read_config
+from .modeling_clipmoe import CLIPMoEVisionModel
+from .towers import resolve
+
+MODEL_TYPE = "llava"
+_SOURCE_TYPES = ("llava_llama", "llava")  # the second: LLaVA's checkpoints from before its MPT variant had a name
+_SHARD_BYTES = 2 * 10**9  # a shard is in memory twice while it is written
+_VOCABULARY_MULTIPLE = 64  # as transformers' own conversion pads, for the speed of the last matrix product
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOWER = "model.vision_tower.vision_tower."
+_PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
+
+_LLAMA_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: an upstream LLaVA directory and the model directory of its vision tower."""
+
+    directory: Path
+    config: dict[str, Any]
+    tower: Path
+    clip: CLIPMoEConfig
+
+    @property
+    def tower_from_checkpoint(self) -> bool:
+        """True where the LLaVA checkpoint's own copy of the tower counts: upstream loads it when that tower was trained
+        too. Otherwise the copy is ignored, as upstream ignores it; a CLIP-MoE tower is never trained in LLaVA."""
+        return bool(self.config.get("unfreeze_mm_vision_tower")) and self.clip.is_dense
+
+
+def export_hf(
+    directory: str | Path, output: str | Path, *, vision_tower: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the LLaVA of `directory` to `output` for transformers; -> its config.json.
+
+    vision_tower: name or directory to use for the one that LLaVA's config names (it must be the same tower).
+    overwrite: replace an earlier export at `output`; anything else there is never replaced.
+    Raises ValueError for what is no LLaVA-1.5 or cannot be expressed exactly, FileNotFoundError for missing files,
+    UnknownTower for an unregistered tower and SaveError for a failed write; `output` is then what it was.
+    """
+    _check_output(Path(output), overwrite)
+    source = open_source(Path(directory), vision_tower)
+    for folder in (source.directory, source.tower):
+        _weight_files(folder)  # before anything is written
+    expected = _expected_shapes(source)
+    with atomic_directory(output) as folder:
+        image_token = export_files.write_tokenizer(source.directory, folder)
+        rows = expected["language_model.model.embed_tokens.weight"][0]
+        if image_token >= rows:
+            rows = -(-(image_token + 1) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        config = llava_config(source, image_token, rows)
+        write_json(folder / "config.json", config)
+        export_files.write_processor(folder, source.config, source.tower, source.clip.vision_config)
+        export_files.write_generation_config(source.directory, folder, source.config)
+        _write_shards(_checked(_tensors(source), expected, source), rows, folder)
+        export_files.write_card(folder, source.config, source.clip)
+    return config
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    config = output / "config.json"
+    if not (config.is_file() and read_json(config).get("model_type") == MODEL_TYPE and _is_export(output)):
+        raise ValueError(f"{output} exists and is no earlier export; it is not replaced. Choose another output.")
+    if not overwrite:
+        raise ValueError(f"{output} holds an earlier export. Add --overwrite to replace it, or choose another output.")
+
+
+def _is_export(output: Path) -> bool:
+    return (output / "processor_config.json").is_file()  # upstream's oldest directories are of type llava, too
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_source(directory: Path, vision_tower: str | None = None) -> Source:
+    """Read and check the configurations of a LLaVA directory and of its tower; no weights yet."""
+    config = read_llava_config(directory)
+    tower = _tower_directory(vision_tower or config["mm_vision_tower"])
+    clip = read_config(tower)
+    if config.get("mm_hidden_size") != clip.vision_config.hidden_size:
+        raise ValueError(
+            f"{tower} is another tower than the one {directory} was trained with: its features are "
+            f"{clip.vision_config.hidden_size} wide, the projector reads {config.get('mm_hidden_size')}."
+        )
+    return Source(directory, config, tower, clip)
+
+
+def read_llava_config(directory: Path) -> dict[str, Any]:
+    """config.json of an upstream LLaVA-1.5. Raises ValueError for everything that would not be exported exactly."""
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} holds LoRA weights only. Merge them into their base with LLaVA's own "
+            "scripts/merge_lora_weights.py, then export what it wrote."
+        )
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is not a LLaVA directory: it has no config.json.")
+    config = read_json(path)
+    if config.get("model_type") not in _SOURCE_TYPES or not config.get("mm_vision_tower"):
+        raise ValueError(
+            f"{directory} is not a LLaVA of upstream's format: its model_type is {config.get('model_type')!r}, "
+            "expected 'llava_llama' and the field mm_vision_tower. Give the directory that LLaVA's stage 2 wrote."
+        )
+    problems = list(_not_expressible(config))
+    if problems:
+        raise ValueError(f"{directory} cannot be exported with the same answers: {'; '.join(problems)}.")
+    return config
+
+
+def _not_expressible(config: Mapping[str, Any]) -> Iterator[str]:
+    """What transformers' LlavaForConditionalGeneration has no place for."""
+    projector = config.get("mm_projector_type", "linear")  # upstream's default
+    if projector != "mlp2x_gelu":
+        yield (
+            f"its projector is {projector!r}, and LlavaForConditionalGeneration has exactly two layers with a GELU "
+            "between (mlp2x_gelu); no other projector can be written as that"
+        )
+    if config.get("mm_patch_merge_type", "flat") != "flat" or "anyres" in str(config.get("image_aspect_ratio")):
+        yield "it cuts pictures into tiles (LLaVA-1.6: anyres, spatial), which is transformers' LlavaNext, not Llava"
+    if config.get("s2"):
+        yield "its tower looks on several scales (S2), which LlavaForConditionalGeneration cannot do"
+    if config.get("mm_use_im_start_end"):
+        yield "its prompts have tokens before and after the picture (mm_use_im_start_end)"
+    select = config.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        yield f"mm_vision_select_feature is {select!r}, known are 'patch' and 'cls_patch'"
+    if not isinstance(config.get("mm_vision_select_layer"), int):
+        yield "its config does not say mm_vision_select_layer (LLaVA-1.5 has -2)"
+
+
+def _tower_directory(name: str) -> Path:
+    """The model directory behind a tower's name: a registration, a directory, or a hub id. Raises UnknownTower."""
+    tower = resolve(name)
+    if tower is not None and tower.s2:
+        raise ValueError(f"the tower {name!r} is registered with S2, which LlavaForConditionalGeneration cannot do.")
+    source = name if tower is None else tower.source
+    path = Path(source).expanduser()
+    return path if path.is_dir() else download(source)
+
+
+def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the export under its new name, one file after the other."""
+    tied: dict[str, torch.Tensor] = {}
+    for name, tensor in read_tensors(source.directory):
+        if name.startswith(_TOWER):
+            if source.tower_from_checkpoint:
+                yield _tower_name(name.removeprefix(_TOWER)), tensor
+            continue
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer that transformers before 4.32 saved
+            continue
+        if source.config.get("tie_word_embeddings") and name in (_EMBEDDING, _HEAD):
+            tied[name] = tensor
+            if name == _HEAD:
+                continue
+        yield _language_or_projector_name(name), tensor
+    if len(tied) == 2 and not torch.equal(*tied.values()):
+        raise ValueError(
+            f"{source.directory} says tie_word_embeddings, but its lm_head differs from its embeddings. Set "
+            "tie_word_embeddings to false in its config.json if it was trained with two."
+        )
+    if not source.tower_from_checkpoint:
+        for name, tensor in read_tensors(source.tower):
+            if name.startswith("vision_model."):
+                yield _tower_name(name), tensor
+
+
+def _language_or_projector_name(name: str) -> str:
+    for old, new in _PROJECTOR.items():
+        if name.startswith(old):
+            return f"multi_modal_projector.{new}{name.removeprefix(old)}"
+    return f"language_model.{name}"
+
+
+def _tower_name(name: str) -> str:
+    """transformers 5 saves a CLIPVisionModel without its inner `vision_model.`"""
+    return f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a directory's weights, one at a time; a pytorch_model.bin one file at a time, without code.
+
+    Raises FileNotFoundError where there are none, ValueError or UnsafeFile for damaged or unsafe files.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = _weight_files(directory)
+    for file in files:
+        if file.suffix != ".safetensors":
+            yield from load_foreign_pt(file).items()
+            continue
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                for name in content.keys():
+                    yield name, content.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for single in (WEIGHTS, "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        elif (directory / single).is_file():
+            files = [directory / single]
+        else:
+            continue
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which its index names. {WRONG_DIRECTORY}")
+        return files
+    hint = ""
+    if (directory / "mm_projector.bin").is_file():
+        hint = " It holds a projector alone (stage 1): export what stage 2 wrote."
+    raise FileNotFoundError(f"{directory} has no weights: expected {WEIGHTS} or pytorch_model.bin.{hint}")
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+def llava_config(source: Source, image_token: int, rows: int) -> dict[str, Any]:
+    """config.json of the export. `image_token`: id of <image>; `rows`: of the embedding, padding included."""
+    config, vision = source.config, source.clip.vision_config
+    tower = config_dict(source.clip)["vision_config"]
+    select = config.get("mm_vision_select_feature", "patch")
+    content = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_seq_length": vision.num_patches + (select == "cls_patch"),
+        "image_token_index": image_token,
+        "model_type": MODEL_TYPE,
+        "pad_token_id": config.get("pad_token_id"),
+        "projector_hidden_act": "gelu",
+        "text_config": text_config(config, rows),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        "vision_config": tower,
+        "vision_feature_layer": config["mm_vision_select_layer"],
+        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[select],
+        "vocab_size": rows,
+    }
+    if not source.clip.is_dense:
+        content["auto_map"] = export_files.AUTO_MAP
+    return content
+
+
+def text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The LlamaConfig inside a LLaVA's config, in the fields that every version of transformers reads."""
+    text = {name: config[name] for name in _LLAMA_FIELDS if config.get(name) is not None}
+    rope = dict(config.get("rope_parameters") or {})  # transformers 5's name for two older fields
+    if "rope_theta" in rope:
+        text["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        text["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text, "vocab_size": rows}
+
+
+def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the export must have, before its vocabulary grows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = text_config(source.config, source.config["vocab_size"])
+    with torch.device("meta"):
+        language = LlamaForCausalLM(LlamaConfig(**text)).state_dict()
+        tower = CLIPMoEVisionModel(source.clip.vision_config).state_dict()
+    if text.get("tie_word_embeddings"):
+        language.pop(_HEAD, None)
+    wide, narrow = text["hidden_size"], source.clip.vision_config.hidden_size
+    shapes = {f"language_model.{name}": tuple(tensor.shape) for name, tensor in language.items()}
+    shapes.update({_tower_name(name): tuple(tensor.shape) for name, tensor in tower.items()})
+    for layer, inputs in (("linear_1", narrow), ("linear_2", wide)):
+        shapes[f"multi_modal_projector.{layer}.weight"] = (wide, inputs)
+        shapes[f"multi_modal_projector.{layer}.bias"] = (wide,)
+    return {name: shape for name, shape in shapes.items() if not name.endswith(("inv_freq", "position_ids"))}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _checked(
+    tensors: Iterator[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]], source: Source
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the tensors on; raise ValueError for one that is unexpected, misshapen or, at the end, missing."""
+    where = f"the weights of {source.directory} (or of its tower {source.tower}) do not fit the config"
+    missing = set(expected)
+    for name, tensor in tensors:
+        if name.endswith("position_ids"):  # a buffer that transformers 4 saved
+            continue
+        if name not in expected:
+            raise ValueError(f"{where}: {name} has no place. {WRONG_DIRECTORY}")
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"{where}: {name} is {list(tensor.shape)} instead of {list(expected[name])}. {WRONG_DIRECTORY}"
+            )
+        missing.discard(name)
+        yield name, tensor
+    if missing:
+        names = ", ".join(sorted(missing)[:5])
+        raise ValueError(f"{where}: {len(missing)} tensors are missing ({names}). {WRONG_DIRECTORY}")
+
+
+def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], rows: int, folder: Path) -> None:
+    """Write the tensors as they come, a shard as soon as it is full, and the index; one file when one is enough."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = filled = 0
+
+    def flush() -> None:
+        save_tensors(folder / f"{len(shards)}.safetensors", pending, {"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensor = _grow(tensor, rows)
+        size = tensor.numel() * tensor.element_size()
+        if pending and filled + size > _SHARD_BYTES:
+            flush()
+            filled = 0
+        pending[name] = tensor
+        filled += size
+        total += size
+    flush()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):  # how many there are is in every name, and known only now
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _grow(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """[V,D] -> [rows,D]. The new rows are the mean of the old ones: a logit that is the mean of all others is never
+    the largest, so greedy answers stay what they were (a row of zeros could win)."""
+    new = weight.float().mean(0, keepdim=True).to(weight.dtype).expand(rows - weight.shape[0], -1)
+    return torch.cat([weight, new])
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@dataclass
+class ExportHF:
+    """Write a LLaVA for transformers: LlavaForConditionalGeneration with its processor, the same logits.
+
+    Example: llava-clipmoe export-hf checkpoints/llava-v1.5-7b-clipmoe llava-clipmoe-hf
+    """
+
+    llava: tyro.conf.Positional[Path]
+    """The directory that LLaVA's stage 2 wrote (merged, when it was LoRA)."""
+    output: tyro.conf.Positional[Path]
+    """The directory to write."""
+    vision_tower: str | None = None
+    """Where the vision tower is, if not where the LLaVA's config says: a directory, registered name or hub id."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+
+
+def main(argv: list[str]) -> int:
+    """The command `llava-clipmoe export-hf`; -> exit status. Raises what `export_hf` raises, which cli.py prints."""
+    args = tyro.cli(ExportHF, args=argv, prog="llava-clipmoe export-hf")
+    config = export_hf(args.llava, args.output, vision_tower=args.vision_tower, overwrite=args.overwrite)
+    print(f"wrote {args.output}: LlavaForConditionalGeneration with a {config['vision_config']['model_type']}")
+    return 0
