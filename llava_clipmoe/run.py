@@ -60,6 +60,7 @@ def _prepare() -> None:
 
     versions.check_transformers()
     cpu.install()
+    cpu.prepare_deepspeed()
     try:
         imports.import_language_model()
     except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -29,3 +30,17 @@ def install() -> None:
 
 def _is_cuda(value: Any) -> bool:
     return isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
+
+
+def prepare_deepspeed() -> None:
+    """DeepSpeed's engine without GPUs (DS_ACCELERATOR=cpu): start its processes before the model is made.
+
+    ZeRO-3 shards while the model is being built and would see one process. Its shared-memory operator is left out: it
+    is compiled for minutes at first use, and gloo does the same work.
+    """
+    if os.environ.get("DS_ACCELERATOR") != "cpu" or "WORLD_SIZE" not in os.environ:
+        return
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")

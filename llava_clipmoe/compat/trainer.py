@@ -10,9 +10,11 @@ import functools
 import importlib.util
 import inspect
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..files import load_foreign_pt
 from .data import guard
 from .versions import check_transformers
 
@@ -51,6 +53,8 @@ def patch_trainer(module: ModuleType) -> None:
     _patch_init(cls, base)
     _patch_sampler(cls)
     _patch_save_checkpoint(cls, base)
+    _patch_load_checkpoint(cls)
+    allow_numpy_random_state()
 
 
 def _patch_init(cls: type, base: type) -> None:
@@ -79,17 +83,53 @@ def _patch_sampler(cls: type) -> None:
 
 
 def _patch_save_checkpoint(cls: type, base: type) -> None:
+    """A checkpoint of stage 1 gets what resuming needs: upstream's holds the projector alone, and the trainer, which
+    is told to resume from it, refuses it."""
     upstream = cls._save_checkpoint
     base_takes_metrics = "metrics" in inspect.signature(base._save_checkpoint).parameters
 
     @functools.wraps(upstream)
     def _save_checkpoint(self, model: Any, trial: Any, *rest: Any, **named: Any) -> None:
-        if getattr(self.args, "tune_mm_mlp_adapter", False) or base_takes_metrics:
-            upstream(self, model, trial, *rest, **named)
-        else:
-            base._save_checkpoint(self, model, trial)
+        if _only_projector(self):
+            upstream(self, model, trial, *rest, **named)  # mm_projector.bin, config.json
+        if not base_takes_metrics:
+            rest, named = (), {}
+        base._save_checkpoint(self, model, trial, *rest, **named)  # optimizer, schedule, random state, trainer_state
 
     cls._save_checkpoint = _save_checkpoint
+
+
+def _patch_load_checkpoint(cls: type) -> None:
+    upstream = cls._load_from_checkpoint
+
+    @functools.wraps(upstream)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not _only_projector(self):
+            upstream(self, resume_from_checkpoint, model)
+            return
+        weights = load_foreign_pt(Path(resume_from_checkpoint) / "mm_projector.bin")
+        found = (model or self.model).load_state_dict(weights, strict=False)
+        if found.unexpected_keys:
+            raise ValueError(
+                f"{resume_from_checkpoint} belongs to another model ({', '.join(found.unexpected_keys[:3])}). Give "
+                "another --output_dir, or delete the checkpoint to start anew."
+            )
+
+    cls._load_from_checkpoint = _load_from_checkpoint
+
+
+def _only_projector(trainer: Any) -> bool:
+    return bool(getattr(trainer.args, "tune_mm_mlp_adapter", False))
+
+
+def allow_numpy_random_state() -> None:
+    """Let torch >= 2.6 read the checkpoints of transformers 4.37, whose rng_state.pth holds numpy's state."""
+    import numpy as np
+    import torch
+
+    if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4
+        rebuild = np.zeros(1).__reduce__()[0]
+        torch.serialization.add_safe_globals([rebuild, np.ndarray, np.dtype, type(np.dtype("uint32"))])
 
 
 def stand_in_for_deepspeed() -> None:
