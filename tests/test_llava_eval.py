@@ -1,0 +1,576 @@
+"""`eval-llava` without a model: scorers, converters, question files, and what it says about bad input."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib.util
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from train_llava.eval import converters, questions, scorers
+from train_llava.eval import run as command
+from train_llava.eval.answers import EvalError, merge, read_answers, write_jsonl
+from train_llava.eval.benchmarks import BENCHMARKS, SHORT_PROMPT
+from train_llava.eval.runners import _readable_by_pandas, _split
+from train_llava.eval.scorers import letter
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PICTURE = b"\x89PNG not looked into"
+
+
+def upstream(name: str) -> ModuleType:
+    """A module of upstream's llava.eval, loaded alone: the package itself would import the whole model."""
+    package = importlib.util.find_spec("llava")
+    if package is None or package.origin is None:
+        pytest.skip("upstream LLaVA is not installed")
+    spec = importlib.util.spec_from_file_location(name, Path(package.origin).parent / f"eval/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def evaluate(*words: object) -> int:
+    return command.main(list(map(str, words)))
+
+
+def table(path: Path, rows: list[dict]) -> Path:
+    lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def saying(*texts: str) -> list[dict]:
+    return [{"question_id": i, "text": text, "model_id": "llava-x"} for i, text in enumerate(texts)]
+
+
+# --- POPE -----------------------------------------------------------------------------------------------------------
+
+
+def test_pope_by_hand():
+    rows = [("random", "yes", "Yes"), ("random", "yes", "No, it is not."), ("random", "no", "Yes, there is."),
+            ("random", "no", "no"), ("popular", "no", "There is none. No."), ("popular", "yes", "Sure")]  # fmt: skip
+    found = scorers.pope(rows)
+    assert found["by_category"]["random"] == {
+        "accuracy": 50, "precision": 50, "recall": 50, "f1": 50, "yes_ratio": 50, "n": 4,
+    }  # fmt: skip
+    # only the first sentence is read: "There is none" has neither "no" nor "not", and so is a yes
+    popular = found["by_category"]["popular"]
+    assert (popular["precision"], popular["recall"], popular["yes_ratio"]) == (50, 100, 100)
+    assert found["mean_f1"] == pytest.approx((50 + 200 / 3) / 2) and found["mean_accuracy"] == 50
+
+
+def test_pope_where_nothing_is_yes_scores_zero():
+    assert scorers.pope([("random", "yes", "no"), ("random", "no", "no")])["by_category"]["random"]["f1"] == 0
+
+
+def test_pope_equals_upstreams_script(tmp_path):
+    draw = random.Random(0)
+    words = ["yes", "No", "no", "not", "Yes", "a", "nothing,", "there. no", "No, it", "not.", "NO"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(400)]
+    labels = [draw.choice(["yes", "no"]) for _ in texts]
+    write_jsonl(tmp_path / "labels.json", [{"label": label} for label in labels])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        upstream("eval_pope").eval_pope([{"text": text} for text in texts], tmp_path / "labels.json")
+    theirs = dict(line.split(": ") for line in printed.getvalue().splitlines() if ": " in line)
+    ours = scorers.pope([("all", label, text) for label, text in zip(labels, texts, strict=True)])["by_category"]["all"]
+    names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "f1",
+             "Yes ratio": "yes_ratio"}  # fmt: skip
+    for their_name, our_name in names.items():
+        assert ours[our_name] == pytest.approx(100 * float(theirs[their_name])), our_name
+    assert 30 < ours["yes_ratio"] < 70
+
+
+@pytest.fixture
+def pope(tmp_path) -> Path:
+    folder = tmp_path / "pope"
+    (folder / "coco").mkdir(parents=True)
+    rows = [{"question_id": i, "image": f"{i}.jpg", "text": "Is it?", "category": "random"} for i in range(3)]
+    write_jsonl(folder / "llava_pope_test.jsonl", rows)
+    labels = [{"image": f"{i}.jpg", "label": label} for i, label in enumerate(("yes", "no", "no"))]
+    write_jsonl(folder / "coco/coco_pope_random.json", labels)
+    return folder
+
+
+def test_pope_from_files_matches_labels_by_the_questions_order_not_the_answers(pope, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", reversed(saying("Yes", "No", "Yes")))
+    out = tmp_path / "out"
+    assert evaluate("pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["metrics"]["by_category"]["random"]["accuracy"] == pytest.approx(200 / 3)
+    assert (results["n"], results["model"], results["headline"]) == (3, "llava-x", "mean_f1")
+    assert results["paper"] == {"llava-1.5-7b": 85.9, "llava-1.5-7b + CLIP-MoE": 86.4} and results["seconds"] >= 0
+
+
+def test_pope_labels_of_another_version_are_refused(pope, tmp_path):
+    labels = [{"image": f"{i}.jpg", "label": "no"} for i in (0, 2, 1)]
+    write_jsonl(pope / "coco/coco_pope_random.json", labels)
+    write_jsonl(tmp_path / "a.jsonl", saying("Yes", "No", "Yes"))
+    with pytest.raises(EvalError, match=r"question 1: image 1\.jpg against 2\.jpg"):
+        evaluate("pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- MME ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mme(tmp_path) -> Path:
+    """Two tasks of MME in both of its folder layouts, with LLaVA's question file over them."""
+    folder = tmp_path / "MME"
+    release = folder / "MME_Benchmark_release_version"
+    (release / "count").mkdir(parents=True)
+    (release / "artwork/questions_answers_YN").mkdir(parents=True)
+    rows = []
+    for task, name, image in (("count", "1", "count/1.jpg"), ("count", "2", "count/2.jpg"),
+                              ("artwork", "3", "artwork/images/3.jpg")):  # fmt: skip
+        place = release / task / ("questions_answers_YN" if task == "artwork" else "")
+        asked = ("Is it one?", "Yes"), ("Is it two?", "No")
+        (place / f"{name}.txt").write_text("".join(f"{text} Please answer yes or no.\t{a}\n" for text, a in asked))
+        rows += [{"question_id": f"{task}/{name}.jpg", "image": image, "text": f"{text}\n{SHORT_PROMPT}"} for text, _ in
+                 asked]  # fmt: skip
+    write_jsonl(folder / "llava_mme.jsonl", rows)
+    return folder
+
+
+def test_mme_scores_and_files_by_hand(mme, tmp_path):
+    asked = questions.llava_questions(mme / "llava_mme.jsonl")
+    texts = ["Yes", "No", "yes.", "Yes, it is", "I see\ta yes", "no"]
+    answers = [
+        {"question_id": q["question_id"], "prompt": q["text"], "text": t} for q, t in zip(asked, texts, strict=True)
+    ]
+    write_jsonl(tmp_path / "llava-m.jsonl", answers)
+    evaluate("mme", "--answers", tmp_path / "llava-m.jsonl", "--data", mme, "--output-dir", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    assert metrics["by_category"]["count"] == {"score": 125, "acc": 75, "acc_plus": 50, "n": 4}
+    assert metrics["by_category"]["artwork"] == {"score": 50, "acc": 50, "acc_plus": 0, "n": 2}, "'i se' is neither"
+    assert (metrics["perception"], metrics["cognition"], metrics["total"]) == (175, 0, 175)
+    lines = (tmp_path / "out/upload/llava-m/artwork.txt").read_text().splitlines()
+    assert lines == ["3.jpg\tIs it one? Please answer yes or no.\tYes\tI see a yes",
+                     "3.jpg\tIs it two? Please answer yes or no.\tNo\tno"]  # fmt: skip
+
+
+def test_mme_cognition_and_a_single_question_under_limit():
+    rows = [
+        ("code_reasoning", "a", "Yes", "yes"),
+        ("code_reasoning", "a", "No", "no"),
+        ("code_reasoning", "b", "No", "no"),
+    ]
+    assert scorers.mme(rows) == {
+        "perception": 0, "cognition": 200, "total": 200,
+        "by_category": {"code_reasoning": {"score": 200, "acc": 100, "acc_plus": 100, "n": 3}},
+    }  # fmt: skip
+
+
+# --- short answers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "normal"),
+    [("The two dogs.", "2 dogs"), ("Dont, know?", "don't know"), ("10,000", "10000"), ("3.5 kg.", "3.5 kg"),
+     ("black/white", "black white"), ("black / white", "black  white".replace("  ", " ")), ("Joe's", "joe 's"),
+     ("None", "0"), ("an  apple\nand a pear", "apple and pear"), ("", "")],
+)  # fmt: skip
+def test_normalise_by_hand(said, normal):
+    assert scorers.normalise(said) == normal
+
+
+def test_normalise_equals_upstreams_processor():
+    module = upstream("m4c_evaluator")
+    processor = module.EvalAIAnswerProcessor()
+    draw = random.Random(0)
+    parts = [*"ab '.,?!-/()19\n\t\"", "'s", "the ", "two ", "none ", "mr. ", *(f"{w} " for w in processor.CONTRACTIONS)]
+    for _ in range(5000):
+        text = "".join(draw.choices(parts, k=draw.randint(0, 12)))
+        assert scorers.normalise(text) == processor(text), repr(text)
+    lower = {key: value for key, value in processor.CONTRACTIONS.items() if key == key.lower() and key != value}
+    assert lower == scorers.CONTRACTIONS
+
+
+def test_vqa_accuracy_by_hand():
+    people = ["red"] * 2 + ["Blue."] * 8
+    # of ten leave-one-outs: two see one other "red" (1/3), eight see two (2/3)
+    assert scorers.vqa_accuracy("red", people) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert scorers.vqa_accuracy("the blue", people) == 1 and scorers.vqa_accuracy("green", people) == 0
+
+
+def test_textvqa_equals_upstreams_evaluator():
+    draw = random.Random(1)
+    words = ["stop", "Stop.", "the stop", "two", "2", "go", "dont", "don't"]
+    rows = [(draw.choice(words), draw.choices(words, k=10)) for _ in range(200)]
+    theirs = upstream("m4c_evaluator").TextVQAAccuracyEvaluator().eval_pred_list(
+        [{"pred_answer": text, "gt_answers": people} for text, people in rows]
+    )  # fmt: skip
+    assert scorers.textvqa(rows)["accuracy"] == pytest.approx(100 * theirs) and 20 < 100 * theirs < 80
+
+
+def test_textvqa_knows_its_questions_by_image_and_words(tmp_path):
+    """Questions share their image's id, and the line of OCR tokens stands between question and instruction."""
+    texts = [f"What {w}?\nReference OCR token: A, B\n{SHORT_PROMPT}" for w in "ab"]
+    asked = [{"question_id": "img", "image": "img.jpg", "text": text} for text in texts]
+    write_jsonl(tmp_path / "llava_textvqa_val_v051_ocr.jsonl", asked)
+    people = [{"image_id": "img", "question": f"what {w.upper()}?", "answers": [w] * 10} for w in "ab"]
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": people}))
+    answers = [
+        {"question_id": "img", "prompt": texts[1], "text": "B"},
+        {"question_id": "img", "prompt": texts[0], "text": "b"},
+    ]
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    evaluate("textvqa", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out/results.json").read_text())["metrics"]["accuracy"] == 50
+    without = questions.textvqa_without_ocr(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
+    assert without[0]["text"] == "What a?\nAnswer the question using a single word or phrase."
+
+
+def test_gqa_predictions_and_accuracy(tmp_path):
+    asked = [{"question_id": str(i), "image": "x.jpg", "text": "?"} for i in range(3)]
+    write_jsonl(tmp_path / "llava_gqa_testdev_balanced.jsonl", asked)
+    truth = {str(i): {"answer": a, "types": {"structural": t}} for i, (a, t) in enumerate((("yes", "verify"),
+             ("red", "query"), ("cat", "query")))}  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/testdev_balanced_questions.json").write_text(json.dumps(truth))
+    answers = [{"question_id": str(i), "text": text} for i, text in enumerate(("Yes.", "blue", "Cat"))]
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    evaluate("gqa", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["metrics"] == {"accuracy": pytest.approx(200 / 3), "by_category": {"verify": 100, "query": 50}}
+    assert json.loads(Path(results["upload"]).read_text())[2] == {"questionId": "2", "prediction": "cat"}
+
+
+def test_vqav2_fills_the_rest_of_the_split_and_vizwiz_names_images(tmp_path):
+    asked = [{"question_id": i, "image": f"{i}.jpg", "text": "?"} for i in range(2)]
+    answers = saying("The two dogs.", "Dont know")
+    converters.vqav2_json(tmp_path / "v.json", [{"question_id": i} for i in (1, 5, 0)], answers)
+    said = json.loads((tmp_path / "v.json").read_text())
+    assert said == [{"question_id": 1, "answer": "don't know"}, {"question_id": 5, "answer": ""},
+                    {"question_id": 0, "answer": "2 dogs"}]  # fmt: skip
+    converters.vizwiz_json(tmp_path / "w.json", asked, answers)
+    assert json.loads((tmp_path / "w.json").read_text())[0] == {"image": "0.jpg", "answer": "2 dogs"}
+    with pytest.raises(EvalError, match=r"1 answered questions are not in test2015, e\.g\. id 1"):
+        converters.vqav2_json(tmp_path / "x.json", [{"question_id": 0}], answers)
+
+
+# --- OCRBench, MMStar, MMVP -----------------------------------------------------------------------------------------
+
+
+def test_ocrbench_reads_all_its_forms_and_scores(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    official = [
+        {
+            "dataset_name": "IIIT5K",
+            "type": "Regular Text Recognition",
+            "question": "q",
+            "answers": "Stop",
+            "image_path": "a/1.png",
+        },
+        {"dataset_name": "HME100k", "type": "HMER", "question": "q", "answers": ["x ^ 2"], "image_path": "b.png"},
+    ]
+    (tmp_path / "OCRBench.json").write_text(json.dumps(official))
+    asked = questions.ocrbench_questions(tmp_path / "OCRBench.json")
+    assert asked[0]["image"] == "a/1.png"
+    picture = {"bytes": PICTURE, "path": None}
+    hub = [{"dataset": row["dataset_name"], "question_type": row["type"], "question": "q", "image": picture,
+            "answer": list(q["answers"])} for row, q in zip(official, asked, strict=True)]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(hub), tmp_path / "test.parquet")
+    encoded = base64.b64encode(PICTURE).decode()
+    rows = [
+        {"index": i, "image": encoded if i == 0 else 0, "question": "q", "answer": answer, "category": category}
+        for i, (answer, category) in enumerate(
+            (("['Stop']", asked[0]["category"]), ("['x ^ 2']", asked[1]["category"]))
+        )
+    ]
+    table(tmp_path / "OCRBench.tsv", rows)
+    for name in ("test.parquet", "OCRBench.tsv"):
+        other = questions.ocrbench_questions(tmp_path / name)
+        assert [(q["category"], q["answers"]) for q in other] == [(q["category"], q["answers"]) for q in asked]
+        questions.extract_images(other, tmp_path / name[:4])
+        assert {(tmp_path / name[:4] / q["image"]).read_bytes() for q in other} == {PICTURE}
+    rows = [(q["category"], text, q["answers"]) for q, text in zip(asked, ("it says STOP.", "X^2"), strict=True)]
+    assert scorers.ocrbench(rows) == {
+        "score": 1, "percent": 50,
+        "by_category": {"Regular Text Recognition": 1, scorers.HANDWRITTEN_MATHS: 0},
+    }  # fmt: skip
+    assert scorers.ocrbench_right(scorers.HANDWRITTEN_MATHS, "= x^2", ["x ^ 2"])
+
+
+def test_mmstar_by_category(tmp_path):
+    encoded = base64.b64encode(PICTURE).decode()
+    rows = [{"index": i, "question": f"Which?{inline}", "image": encoded, "answer": "B", "category": category}
+            for i, (inline, category) in enumerate(((" Options: A: one, B: two, C: three, D: 4", "math"),
+                                                    (" Options: A: one, B: two", "math"), ("", "logic")))]  # fmt: skip
+    table(tmp_path / "MMStar.tsv", rows)
+    asked = questions.mmstar_questions(tmp_path / "MMStar.tsv")
+    assert asked[0]["options"] == {"A": "one", "B": "two", "C": "three", "D": "4"}
+    assert asked[0]["text"].endswith("D: 4\nAnswer with the option's letter from the given choices directly.")
+    write_jsonl(tmp_path / "a.jsonl", saying("B", "two", "A dog"))
+    evaluate("mmstar", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    assert metrics == {"accuracy": pytest.approx(200 / 3), "unread": 1, "by_category": {"math": 100, "logic": 0}}
+
+
+def test_mmvp_counts_pairs(tmp_path):
+    lines = [
+        "Index,Question,Options,Correct Answer",
+        '1,"Open, or closed?",(a) Open (b) Closed,(a)',
+        "2,Open or closed?,(a) Open (b) Closed,(b)",
+        "3,Left?,(a) Yes (b) No,(a)",
+        "4,Left?,(a) Yes (b) No,(b)",
+    ]
+    (tmp_path / "Questions.csv").write_text("\n".join(lines))
+    asked = questions.mmvp_questions(tmp_path / "Questions.csv")
+    assert asked[0]["image"] == "1.jpg" and asked[0]["text"].startswith("Open, or closed? (a) Open (b) Closed\nAnswer")
+    answers = [{"question_id": i, "text": text} for i, text in zip(range(1, 5), ("(a)", "B", "Yes", "A"), strict=True)]
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    evaluate("mmvp", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    assert metrics == {"pair_accuracy": 50, "accuracy": 75, "pairs": 2, "unread": 0}
+    (tmp_path / "Questions.csv").write_text("\n".join(lines[:-1]))
+    with pytest.raises(EvalError, match="3 rows: two consecutive rows are a pair"):
+        questions.mmvp_questions(tmp_path / "Questions.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("B", "B"), ("b.", "B"), ("(B)", "B"), ("B. a dog", "B"), ("B: x", "B"), ("The answer is B.", "B"),
+     ("Answer: (c)", "C"),
+     ("The correct option is A", "A"), ("a cat", "A"), ("Two birds.", "C"), ("A bird", None), ("E", None),
+     ("", None), ("A dog", "B")],
+)  # fmt: skip
+def test_the_letter_of_an_answer(text, named):
+    assert letter(text, {"A": "a cat", "B": "a dog", "C": "two birds"}) == named
+
+
+# --- MMBench --------------------------------------------------------------------------------------------------------
+
+HEAD = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
+        "comment", "split")  # fmt: skip
+
+
+def _row(index: int, options: list[str], answer: str, category: str = "colour", hint: str = "") -> dict:
+    cells = (index, "Which?", hint, *options, *[""] * (4 - len(options)), answer, category, "aa", "s", "l2", "c", "dev")
+    return dict(zip(HEAD, cells, strict=True))
+
+
+def test_mmbench_circular_copies_count_together_and_a_cut_group_does_not(tmp_path):
+    rows = [_row(1, ["red", "blue"], "A"), _row(2, ["x", "y"], "B", "shape"), _row(1_000_001, ["blue", "red"], "B"),
+            _row(1_000_002, ["y", "x"], "A", "shape")]  # fmt: skip
+    table(tmp_path / "t.tsv", rows)
+    answers = [
+        {"question_id": row["index"], "text": text} for row, text in zip(rows, ("A", "B", "red", "B"), strict=True)
+    ]
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    words = (
+        "mmbench",
+        "--answers",
+        tmp_path / "a.jsonl",
+        "--data",
+        tmp_path / "t.tsv",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    evaluate(*words)
+    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    assert (metrics["accuracy"], metrics["circular_accuracy"], metrics["circular_questions"]) == (75, 50, 2)
+    assert metrics["circular_by_category"] == {"colour": 100, "shape": 0}
+    evaluate(*words, "--limit", "3")
+    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    assert (metrics["accuracy"], metrics["circular_accuracy"], metrics["circular_questions"]) == (100, 100, 1)
+
+
+def test_mmbench_all_rounds_read_the_letter_of_the_turned_options(tmp_path):
+    table(tmp_path / "t.tsv", [_row(7, ["red", "blue", "green"], "B", hint="Look.")])
+    asked = questions.mmbench_questions(tmp_path / "t.tsv", all_rounds=True)
+    assert asked[1]["text"] == "Look.\nWhich?\nA. blue\nB. green\nC. red" and asked[1]["option_char"] == ["B", "C", "A"]
+    answers = [{"question_id": 7, "round_id": r, "text": text} for r, text in enumerate("BAC")]
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    evaluate(
+        "mmbench", "--answers", tmp_path / "a.jsonl", "--data", tmp_path / "t.tsv", "--output-dir", tmp_path / "out"
+    )
+    assert json.loads((tmp_path / "out/results.json").read_text())["metrics"]["circular_accuracy"] == 100
+
+
+def test_mmbench_xlsx_is_upstreams_table(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("openpyxl")
+    table(tmp_path / "t.tsv", [_row(1, ["red", "7"], "A"), _row(2, ["None", "y"], "B")])
+    answers = [{"question_id": 1, "text": "=A1\x07"}, {"question_id": 2, "text": "B"}]
+    converters.mmbench_xlsx(tmp_path / "ours.xlsx", answers, tmp_path / "t.tsv")
+    ours = pandas.read_excel(tmp_path / "ours.xlsx")
+    assert list(ours.columns) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert list(ours["prediction"]) == ["=A1", "B"], "no formula, no control characters"
+    assert list(ours["index"]) == [1, 2] and pandas.isna(ours["A"][1]), "'None' is empty, as in upstream's table"
+
+
+def test_a_small_table_gets_a_row_that_keeps_pandas_from_making_numbers():
+    rows = [_row(1, ["1", "2"], "A"), _row(2, ["True", "8"], "A"), _row(3, ["one", "x"], "A")]
+    assert _readable_by_pandas(rows, [0]) == [0, 2]
+    assert _readable_by_pandas(rows, [1]) == [1, 2] and _readable_by_pandas(rows, [2]) == [2]
+
+
+def test_golden_mmbench_xlsx_of_llava_15(shared_data, tmp_path, capsys):
+    """LLaVA's published answers give LLaVA's published upload, with the tsv and without; and its 67.7 points."""
+    pandas = pytest.importorskip("pandas")
+    golden = pandas.read_excel(shared_data / "llava_eval/mmbench/upload-llava-v1.5-13b.xlsx")
+    file = shared_data / "llava_eval/mmbench/answers-llava-v1.5-13b.jsonl"
+    tsv = golden.drop(columns="prediction").assign(hint="", category="all", image="aa", comment="", source="")
+    tsv["l2-category"] = ""
+    tsv.to_csv(tmp_path / "mmbench_dev_20230712.tsv", sep="\t", index=False)
+    evaluate("mmbench", "--answers", file, "--data", tmp_path, "--output-dir", tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    pandas.testing.assert_frame_equal(pandas.read_excel(results["upload"]), golden)
+    assert results["n"] == 4377 and results["metrics"]["circular_accuracy"] == pytest.approx(67.7, abs=0.05)
+
+    evaluate("mmbench", "--answers", file, "--output-dir", tmp_path / "alone")
+    results = json.loads((tmp_path / "alone/results.json").read_text())
+    alone = pandas.read_excel(results["upload"])
+    same = ["index", "A", "B", "C", "D", "prediction"]
+    pandas.testing.assert_frame_equal(alone[same], golden[same])
+    ends = [a.endswith(b) for a, b in zip(alone["question"], golden["question"], strict=True)]
+    assert all(ends), "the question stands behind its hint"
+    assert results["metrics"] == {} and "Not scored" in capsys.readouterr().out
+
+
+def test_golden_mmvet_json_of_llava_15(shared_data, tmp_path):
+    folder = shared_data / "llava_eval/mm-vet"
+    file = folder / "answers-llava-v1.5-13b.jsonl"
+    golden = json.loads((folder / "results-llava-v1.5-13b.json").read_text())
+    for name, words in (("with", ("--data", folder)), ("alone", ())):
+        evaluate("mmvet", "--answers", file, "--output-dir", tmp_path / name, *words)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert json.loads(Path(results["upload"]).read_text()) == golden
+        assert results["upload"].endswith("llava-v1.5-13b.json") and "mm-vet_evaluator" in results["next_step"]
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+GOOD = ['{"question_id": 0, "text": "Yes"}', '{"question_id": 1, "text": "No"}', '{"question_id": 2, "text": "No"}']
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], r"a\.jsonl is empty"),
+        ([*GOOD[:2], GOOD[2][:20]], r"a\.jsonl, line 3 is not valid JSON.*cut or damaged"),
+        ([*GOOD[:2], '{"question_id": 2}'], r"line 3 has no 'text'"),
+        ([*GOOD[:2], '{"question_id": 2, "text": null}'], r"the answer to question 2 is no text: None"),
+        ([*GOOD, '{"question_id": 9, "text": "No"}'], r"1 questions that are not in the benchmark, e\.g\. id 9"),
+        ([*GOOD, GOOD[0]], r"answers 1 questions twice, e\.g\. id 0"),
+        (GOOD[:2], r"answers to 2 of 3 questions; 1 are missing, e\.g\. id 2.*--limit"),
+    ],
+)
+def test_bad_answers_files_are_named_and_nothing_is_written(pope, tmp_path, lines, message):
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(EvalError, match=message):
+        evaluate("pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_limit_scores_the_first_questions_of_an_incomplete_set(pope, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(GOOD[:2]))
+    evaluate(
+        "pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", tmp_path / "out", "--limit", "2"
+    )
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["n"] == 2 and results["limited"] and results["metrics"]["mean_f1"] == 100
+
+
+def test_a_second_answer_is_refused_without_the_questions_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join([*GOOD, GOOD[1]]))
+    with pytest.raises(EvalError, match=r"answers 1 questions twice, e\.g\. id 1"):
+        evaluate("mmvet", "--answers", tmp_path / "a.jsonl", "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_data_is_listed_with_its_place_and_origin(name, tmp_path):
+    with pytest.raises(EvalError) as error:
+        evaluate(name, "--model-path", "llava", "--data", tmp_path, "--output-dir", tmp_path / "out")
+    for need in BENCHMARKS[name].needs:
+        listed = str(tmp_path / need.paths[0]) in str(error.value) and need.origin in str(error.value)
+        assert listed != need.optional
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pope"], "--model-path .* or --answers"),
+        (["pope", "--model-path", "m", "--answers", "a"], "one of them"),
+        (["pope", "--model-path", "m"], "--data is needed: POPE's folder"),
+        (["pope", "--model-path", "m", "--data", "d", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["pope", "--model-path", "m", "--data", "d", "--all-rounds"], "--all-rounds is for mmbench"),
+    ],
+)
+def test_contradicting_settings(words, message):
+    with pytest.raises(EvalError, match=message):
+        evaluate(*words)
+
+
+def test_a_table_with_a_cut_row_is_named(tmp_path):
+    table(tmp_path / "t.tsv", [_row(1, ["red", "7"], "A")])
+    with (tmp_path / "t.tsv").open("a") as file:
+        file.write("2\tWhich?")
+    with pytest.raises(EvalError, match=r"t\.tsv, line 3: 14 cells are needed"):
+        questions.mmbench_questions(tmp_path / "t.tsv")
+
+
+# --- one file from several ------------------------------------------------------------------------------------------
+
+
+def test_merge_keeps_the_first_answer_and_the_questions_order():
+    asked = [{"question_id": i} for i in (3, 1, 2)]
+    first, second = {"question_id": 1, "text": "old"}, {"question_id": 1, "text": "new"}
+    stranger = {"question_id": 8, "text": "other"}
+    assert merge(asked, [first], [second, stranger, {"question_id": 3, "text": "x"}]) == [
+        {"question_id": 3, "text": "x"}, first,
+    ]  # fmt: skip
+
+
+def test_shares_are_never_empty_and_keep_the_rounds_of_a_question_together():
+    rows = [{"question_id": i} for i in (0, 0, 0, 1, 2)]
+    assert [[row["question_id"] for row in share] for share in _split(rows, 4)] == [[0, 0, 0], [1, 2]]
+    assert [len(share) for share in _split([{"question_id": i} for i in range(5)], 4)] == [2, 2, 1]
+    assert len(_split(rows[:1], 8)) == 1
+
+
+def test_a_cut_last_line_of_a_killed_process_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes("\n".join([*GOOD[:2], GOOD[2][:25]]).encode() + b"\xc3")
+    assert len(read_answers(tmp_path / "a.jsonl", cut_end=True)) == 2
+
+
+def test_scoring_needs_neither_torch_nor_upstream(pope, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(GOOD))
+    words = ["pope", "--answers", str(tmp_path / "a.jsonl"), "--data", str(pope), "--output-dir", str(tmp_path / "out")]
+    code = (f"import sys; from train_llava.eval.run import main; main({words!r}); "
+            "sys.exit(str([m for m in ('torch', 'transformers', 'llava') if m in sys.modules] or ''))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stderr.strip() == "" and (tmp_path / "out/results.json").exists()
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "train_llava/eval").glob("*.sh")), ids=lambda path: path.stem)
+def test_each_script_runs_its_benchmark(script, tmp_path):
+    program = tmp_path / "llava-clipmoe"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(["bash", str(script), "--limit", "3"], capture_output=True, text=True, check=True,
+                          env={"PATH": f"{tmp_path}:/usr/bin:/bin", "MODEL": "my llava", "DATA": "d"})  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "eval-llava",
+        script.stem,
+        "--model-path",
+        "my llava",
+        "--data",
+        "d",
+        "--limit",
+        "3",
+    ]
+    assert script.stem in BENCHMARKS

@@ -1,0 +1,182 @@
+"""`eval-llava` with a model: upstream's runners and the batched one over a tiny random LLaVA on the CPU, in fp32."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llava", reason="upstream LLaVA is not installed")
+
+from PIL import Image
+from tiny_llava import make_language_model, make_towers
+
+from train_llava.eval import run as command
+from train_llava.eval.answers import EvalError, read_answers, read_jsonl, write_jsonl
+from train_llava.eval.benchmarks import BENCHMARKS
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+BUILD = """
+import sys, torch
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
+llama, tower, out = sys.argv[1:]
+language = LlamaForCausalLM.from_pretrained(llama)
+config = LlavaConfig(**{k: v for k, v in language.config.to_dict().items() if k != "model_type"})
+config.mm_vision_tower, config.mm_hidden_size, config.mm_projector_type = tower, 48, "mlp2x_gelu"
+config.mm_vision_select_layer, config.mm_vision_select_feature, config.image_aspect_ratio = -2, "patch", "pad"
+config.mm_use_im_start_end, config.mm_use_im_patch_token, config.use_mm_proj = False, False, True
+torch.manual_seed(0)
+model = LlavaLlamaForCausalLM(config)
+model.load_state_dict(language.state_dict(), strict=False)
+for parameter in model.get_model().mm_projector.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+model.save_pretrained(out)
+AutoTokenizer.from_pretrained(llama, use_fast=False).save_pretrained(out)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_llava(tmp_path_factory) -> Path:
+    """A random LLaVA of 2 blocks with a tiny CLIP-MoE as its eye. Its weights are large, so that it babbles."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_language_model(folder / "llama")
+    tower, _ = make_towers(folder)
+    script = folder / "build.py"
+    script.write_text(BUILD)
+    words = [sys.executable, "-m", "llava_clipmoe.run", script, folder / "llama", tower, folder / "llava-tiny"]
+    subprocess.run(list(map(str, words)), check=True, env=_environment())
+    return folder / "llava-tiny"
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(autouse=True)
+def child_processes_find_us(monkeypatch):
+    for name, value in _environment().items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def pope(tmp_path) -> Path:
+    """A folder in POPE's layout: two categories of 4 questions of different lengths about 2 pictures."""
+    folder = tmp_path / "pope"
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "coco").mkdir()
+    rows = []
+    for category in ("random", "popular"):
+        labels = []
+        for number in range(4):
+            image = f"{number % 2}.jpg"
+            Image.effect_noise((40, 30), 60 + 60 * (number % 2)).convert("RGB").save(folder / "val2014" / image)
+            text = f"Is there a {category} {'square ' * number}in the image?\nAnswer the question."
+            rows.append({"question_id": len(rows), "image": image, "text": text, "category": category})
+            labels.append({"question_id": number, "image": image, "label": "yes" if number % 2 else "no"})
+        write_jsonl(folder / f"coco/coco_pope_{category}.json", labels)
+    write_jsonl(folder / "llava_pope_test.jsonl", rows)
+    return folder
+
+
+def _evaluate(benchmark: str, model: Path, data: Path, out: Path, *flags: str) -> dict:
+    words = [benchmark, "--model-path", str(model), "--data", str(data), "--output-dir", str(out), *flags]
+    assert command.main(words) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def test_batched_answers_equal_upstreams_one_by_one(tiny_llava, pope, tmp_path):
+    one = _evaluate("pope", tiny_llava, pope, tmp_path / "one")
+    batched = _evaluate("pope", tiny_llava, pope, tmp_path / "batched", "--batch-size", "3")
+    texts = [[row["text"] for row in read_answers(tmp_path / name / "answers.jsonl")] for name in ("one", "batched")]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 8, "a model that answers everything alike proves nothing"
+    assert one["metrics"] == batched["metrics"] and one["n"] == 8
+    assert set(one["metrics"]["by_category"]) == {"random", "popular"}
+
+
+def test_only_questions_without_an_answer_are_asked_and_two_processes_share_them(tiny_llava, pope, tmp_path):
+    questions = read_jsonl(pope / "llava_pope_test.jsonl")
+    lines = [json.dumps({"question_id": i, "prompt": questions[i]["text"], "text": f"kept {i}"}) for i in range(8)]
+    parts = tmp_path / "out/parts"
+    parts.mkdir(parents=True)
+    (tmp_path / "out/answers.jsonl").write_text("\n".join(lines[:3]))
+    (parts / "answers-0.jsonl").write_text("\n".join([*lines[3:5], lines[5][:20]]))  # a killed process: cut at the end
+    results = _evaluate("pope", tiny_llava, pope, tmp_path / "out", "--num-gpus", "2", "--batch-size", "2")
+    answers = read_answers(tmp_path / "out/answers.jsonl")
+    assert [row["question_id"] for row in answers] == list(range(8)) and results["n"] == 8
+    assert [row["text"].startswith("kept") for row in answers] == [True] * 5 + [False] * 3
+    asked = [[row["question_id"] for row in read_jsonl(parts / f"questions-{i}.jsonl")] for i in range(2)]
+    assert asked == [[5, 6], [7]]
+    assert not list(parts.glob("answers-*")), "merged and removed"
+
+
+def test_mmbench_goes_through_upstreams_runner(tiny_llava, tmp_path, monkeypatch):
+    """With options that pandas would take for numbers, on which upstream's runner would stop with a TypeError."""
+    picture = io.BytesIO()
+    Image.effect_noise((30, 20), 90).convert("RGB").save(picture, "PNG")
+    image = base64.b64encode(picture.getvalue()).decode()
+    head = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "split"]
+    rows = [[3, "How many?", "", "1", "2", "3", "", "B", "count", image, "dev"],
+            [4, "Which?", "Look.", "red", "blue square", "it", "no", "A", "colour", image, "dev"]]  # fmt: skip
+    with (tmp_path / "small.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([head, *rows])
+    results = _evaluate("mmbench", tiny_llava, tmp_path / "small.tsv", tmp_path / "out", "--limit", "1")
+    assert results["n"] == 1 and set(results["metrics"]["by_category"]) == {"count"}
+    monkeypatch.setitem(BENCHMARKS, "mmbench", replace(BENCHMARKS["mmbench"], max_new_tokens=16))
+    flags = ("--all-rounds", "--batch-size", "4")
+    _evaluate("mmbench", tiny_llava, tmp_path / "small.tsv", tmp_path / "batched", *flags)
+    rounds = read_answers(tmp_path / "batched/answers.jsonl")
+    asked = [(row["question_id"], row["round_id"]) for row in rounds]
+    assert asked == [(3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 2), (4, 3)]
+    upstream = read_answers(tmp_path / "out/answers.jsonl")[0]
+    same = ("question_id", "round_id", "prompt", "options", "option_char")
+    assert {name: upstream[name] for name in same} == {name: rounds[0][name] for name in same}
+    assert rounds[0]["text"] and upstream["text"].startswith(rounds[0]["text"])
+
+
+def test_answers_of_another_model_are_not_continued(pope, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "settings.json").write_text(json.dumps({"benchmark": "pope", "conv_mode": "plain"}))
+    with pytest.raises(EvalError, match=r"made with another .*conv_mode.*Choose another --output-dir"):
+        _evaluate("pope", tmp_path / "llava", pope, out)
+
+
+def test_a_missing_picture_is_named_before_the_model_is_loaded(pope, tmp_path):
+    (pope / "val2014/1.jpg").unlink()
+    with pytest.raises(EvalError, match=r"1 of 2 images are not in .*val2014, e\.g\. 1\.jpg"):
+        _evaluate("pope", tmp_path / "llava", pope, tmp_path / "out")
+
+
+def test_a_runner_that_fails_says_what_is_kept(pope, tmp_path):
+    with pytest.raises(EvalError, match=r"exit status \d+\) after 0 of 8 answers.*the same command goes on"):
+        _evaluate("pope", tmp_path / "llava-that-is-not-there", pope, tmp_path / "out")
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_termination_stops_the_runner_and_keeps_its_answers(tiny_llava, pope, tmp_path):
+    """As a cluster's time limit does."""
+    rows = read_jsonl(pope / "llava_pope_test.jsonl")
+    write_jsonl(pope / "llava_pope_test.jsonl", [{**rows[i % 8], "question_id": i} for i in range(5000)])
+    out = tmp_path / "out"
+    words = ["pope", "--model-path", tiny_llava, "--data", pope, "--output-dir", out, "--batch-size", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "train_llava.eval.run", *map(str, words)])
+    part = out / "parts/answers-0.jsonl"
+    deadline = time.monotonic() + 300
+    while not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not part.exists() and 0 < len(read_answers(out / "answers.jsonl")) < 5000

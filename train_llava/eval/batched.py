@@ -1,0 +1,147 @@
+"""Answer questions several at a time, with the answers that upstream's runners give one by one.
+
+    python -m llava_clipmoe.run train_llava.eval.batched --model-path DIR --batch-size 16 \
+        --question-file Q.jsonl --image-folder IMAGES --answers-file A.jsonl
+
+Same prompts, same picture preparation, greedy. A decoder must have its prompts end at the same place, so a batch is
+padded on the left; upstream's prepare_inputs_labels_for_multimodal does that when the model's config has
+`tokenizer_padding_side = "left"` and an attention mask says what is padding (positions are counted from the mask).
+Padding changes the order of sums: in fp16 two nearly equal logits may change places, in fp32 that is very rare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch.utils.data import DataLoader, Dataset
+
+from .answers import Row, read_jsonl
+
+KEPT = ("round_id", "options", "option_char")
+"""What MMBench's answers have more than others."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    model_path: str
+    question_file: Path
+    image_folder: Path
+    answers_file: Path
+    model_base: str | None = None
+    conv_mode: str = "vicuna_v1"
+    batch_size: int = 8
+    max_new_tokens: int = 128
+    workers: int = min(4, os.cpu_count() or 1)
+    """Processes that read pictures; 0 does it in this one."""
+
+
+class Prompts(Dataset):
+    """Questions -> (input ids [T] with one image token, pixels [3,R,R] or [N,3,R,R], picture size)."""
+
+    def __init__(self, questions: Sequence[Row], image_folder: Path, tokenizer: Any, processor: Any, config: Any,
+                 conv_mode: str):  # fmt: skip
+        self.questions, self.image_folder, self.conv_mode = questions, image_folder, conv_mode
+        self.tokenizer, self.processor, self.config = tokenizer, processor, config
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        from llava.mm_utils import process_images, tokenizer_image_token
+        from PIL import Image
+
+        question = self.questions[index]
+        with Image.open(self.image_folder / question["image"]) as file:
+            image = file.convert("RGB")
+        pixels = process_images([image], self.processor, self.config)[0]
+        ids = tokenizer_image_token(self.prompt(question), self.tokenizer, return_tensors="pt")
+        return ids, pixels, image.size
+
+    def prompt(self, question: Row) -> str:
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+        from llava.conversation import conv_templates
+
+        token = DEFAULT_IMAGE_TOKEN
+        if self.config.mm_use_im_start_end:
+            token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+        conversation = conv_templates[self.conv_mode].copy()
+        conversation.append_message(conversation.roles[0], f"{token}\n{question['text']}{question.get('suffix', '')}")
+        conversation.append_message(conversation.roles[1], None)
+        return conversation.get_prompt()
+
+
+def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]) -> tuple[Any, ...]:
+    """-> ids [B,T] padded on the right, mask [B,T], pixels (stacked, or a list where shapes differ), sizes.
+
+    The side is free here: upstream takes the padding out by the mask before it puts the picture in and pads anew.
+    """
+    ids, pixels, sizes = zip(*batch, strict=True)
+    width = max(len(row) for row in ids)
+    padded = torch.zeros(len(ids), width, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for row, own in enumerate(ids):
+        padded[row, : len(own)], mask[row, : len(own)] = own, 1
+    same = len({tuple(picture.shape) for picture in pixels}) == 1
+    return padded, mask, torch.stack(pixels) if same else list(pixels), list(sizes)
+
+
+def answer(model: Any, tokenizer: Any, prompts: Prompts, *, batch_size: int, max_new_tokens: int, workers: int = 0
+           ) -> Iterator[list[str]]:  # fmt: skip
+    """Yields the answers of one batch after the other, in the order of the questions."""
+    model.config.tokenizer_padding_side = "left"
+    loader = DataLoader(prompts, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
+    for ids, mask, pixels, sizes in loader:
+        half = {"device": model.device, "dtype": torch.float16}  # upstream's runners hand over halves, on every device
+        with torch.inference_mode():
+            found = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                images=[picture.to(**half) for picture in pixels] if isinstance(pixels, list) else pixels.to(**half),
+                image_sizes=sizes,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                pad_token_id=tokenizer.eos_token_id,  # what an answer that ended early is filled with: not printed
+            )
+        yield [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer a question file. Answers are on disk after each batch."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+    from llava.utils import disable_torch_init
+    from tqdm import tqdm
+
+    questions = read_jsonl(arguments.question_file, fields=("question_id", "text", "image"))
+    disable_torch_init()
+    name = get_model_name_from_path(arguments.model_path)
+    tokenizer, model, processor, _ = load_pretrained_model(arguments.model_path, arguments.model_base, name)
+    prompts = Prompts(questions, arguments.image_folder, tokenizer, processor, model.config, arguments.conv_mode)
+    rows = iter(questions)
+    arguments.answers_file.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.answers_file.open("w", encoding="utf-8") as file, tqdm(total=len(questions)) as bar:
+        for texts in answer(model, tokenizer, prompts, batch_size=arguments.batch_size,
+                            max_new_tokens=arguments.max_new_tokens, workers=arguments.workers):  # fmt: skip
+            for text, question in zip(texts, rows, strict=False):
+                kept = {key: question[key] for key in KEPT if key in question}
+                line = {"question_id": question["question_id"], "prompt": question["text"], "text": text, **kept,
+                        "model_id": name, "metadata": {}}  # fmt: skip
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+            bar.update(len(texts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""Question files of every benchmark -> one list of questions, without torch.
+
+A question is a dict with `question_id`, `text` (the prompt that LLaVA gets) and the picture: `image`, a path inside the
+image folder, or `image_data`, its bytes or base64. What a scorer needs later (category, answer, options) lies beside.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_clipmoe.files import atomic_file
+
+from .answers import EvalError, Row, read_jsonl
+
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+LETTER_PROMPT_CN = "请直接回答选项字母。"
+OCR_TOKENS = "Reference OCR token:"
+LETTERS = "ABCD"
+CIRCULAR_STEP = 1_000_000
+"""MMBench numbers the turned copies of question i as i + 1e6, i + 2e6, ..."""
+MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+           "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none"}  # fmt: skip
+"""Cells that are empty for upstream's MMBench runner: what pandas reads as missing, and "none"."""
+
+
+# --- LLaVA's own question files -------------------------------------------------------------------------------------
+
+
+def llava_questions(path: Path) -> list[Row]:
+    """LLaVA's jsonl: question_id, image, text, sometimes category."""
+    return read_jsonl(path, fields=("question_id", "image", "text"))
+
+
+def pope_questions(path: Path) -> list[Row]:
+    """The same with the category (random, popular, adversarial) that POPE is scored by."""
+    return read_jsonl(path, fields=("question_id", "image", "text", "category"))
+
+
+def textvqa_without_ocr(path: Path) -> list[Row]:
+    """TextVQA's questions without the line of OCR tokens that LLaVA-1.5's file puts into every prompt."""
+    questions = llava_questions(path)
+    for question in questions:
+        lines = question["text"].split("\n")
+        question["text"] = "\n".join(line for line in lines if not line.startswith(OCR_TOKENS))
+    return questions
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path) -> tuple[list[str], list[Row]]:
+    """A .tsv, .csv, .json (list of objects) or .parquet file -> its columns and rows. Raises EvalError."""
+    if path.suffix == ".parquet":
+        rows = _parquet(path)
+    elif path.suffix == ".json":
+        rows = _json_list(path)
+    else:
+        csv.field_size_limit(sys.maxsize)  # a cell may hold a whole picture
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            columns = list(reader.fieldnames or ())
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise EvalError(f"{path}, line {reader.line_num}: {len(columns)} cells are needed. The file was "
+                                    "cut or damaged; download it again.")  # fmt: skip
+                rows.append(row)
+    if not rows:
+        raise EvalError(f"{path} has no rows.")
+    return list(rows[0]), rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError as error:
+        raise EvalError(f"reading {path} needs pyarrow: `pip install pyarrow`, or take the .tsv file.") from error
+    return parquet.ParquetFile(path).read().to_pylist()
+
+
+def _json_list(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EvalError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise EvalError(f"{path} must be a list of objects.")
+    return rows
+
+
+def column(row: Row, *names: str, path: Path | str) -> Any:
+    """The first of several columns that a row has. Raises EvalError that names them all."""
+    for name in names:
+        if name in row:
+            return row[name]
+    raise EvalError(f"{path} needs a column {' or '.join(names)}; it has {', '.join(map(str, row))}.")
+
+
+def is_missing(cell: Any) -> bool:
+    return cell is None or str(cell) in MISSING
+
+
+def options_of(row: Row) -> dict[str, str]:
+    """The options A, B, ... of a row, up to the first that is missing (as upstream's runner reads them)."""
+    found = {}
+    for name in LETTERS:
+        if is_missing(row.get(name)):
+            break
+        found[name] = str(row[name])
+    return found
+
+
+def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False) -> list[Row]:
+    """MMBench's tsv -> a question per row, with `all_rounds` one per turn of its options.
+
+    `text` is what upstream's runner keeps as the prompt; `suffix` is what it adds before it asks.
+    """
+    _, rows = read_table(path)
+    questions = []
+    for number, row in enumerate(rows):
+        options = options_of(row)
+        stem = str(column(row, "question", path=path))
+        if not is_missing(row.get("hint")):
+            stem = f"{row['hint']}\n{stem}"
+        letters, texts = list(options), list(options.values())
+        for turn in range(len(letters) if all_rounds else 1):
+            turned = texts[turn:] + texts[:turn]
+            lines = [stem, *(f"{name}. {text}" for name, text in zip(letters, turned, strict=True))]
+            questions.append({
+                "question_id": _number(column(row, "index", path=path), path), "round_id": turn,
+                "text": "\n".join(lines), "suffix": "\n" + (LETTER_PROMPT_CN if lang == "cn" else LETTER_PROMPT),
+                "options": turned, "option_char": letters[turn:] + letters[:turn], "answer": row.get("answer"),
+                "category": row.get("category") or "all", "image_data": row.get("image"), "row": number,
+            })  # fmt: skip
+    forms = Counter(question["question_id"] % CIRCULAR_STEP for question in questions)
+    for question in questions:
+        question["forms"] = forms[question["question_id"] % CIRCULAR_STEP]
+    return questions
+
+
+def _number(cell: Any, path: Path) -> int:
+    try:
+        return int(cell)
+    except ValueError as error:
+        raise EvalError(f"{path}: the index {cell!r} is no number.") from error
+
+
+def mmstar_questions(path: Path) -> list[Row]:
+    """MMStar's parquet or tsv: the options stand in the question, or in columns A to D."""
+    questions = []
+    for number, row in enumerate(read_table(path)[1]):
+        options = options_of(row)
+        lines = [str(column(row, "question", path=path)).strip(), *(f"{name}. {text}" for name, text in
+                 options.items()), LETTER_PROMPT]  # fmt: skip
+        questions.append({
+            "question_id": _number(row.get("index", number), path), "text": "\n".join(lines),
+            "image_data": column(row, "image", path=path), "category": str(column(row, "category", path=path)),
+            "answer": str(column(row, "answer", path=path)).strip().upper(),
+            "options": options or inline_options(str(row["question"])),
+        })  # fmt: skip
+    return questions
+
+
+def inline_options(text: str) -> dict[str, str]:
+    """Options written into a question -> {letter: text}.
+
+    "Which? Options: A: yes, B: no" and "(a) Open (b) Closed" are read. The letters A to D without texts where the
+    question has none that can be read.
+    """
+    tail = text.rsplit("Options:", 1)[-1]
+    marks = list(re.finditer(r"\(([A-Da-d])\)|(?:^|[\s,;])([A-D])[:.]", tail))
+    ends = [*(mark.start() for mark in marks), len(tail)][1:]
+    found = {
+        (mark.group(1) or mark.group(2)).upper(): tail[mark.end() : end].strip(" ,;\n")
+        for mark, end in zip(marks, ends, strict=True)
+    }
+    return found or dict.fromkeys(LETTERS, "")
+
+
+def ocrbench_questions(path: Path) -> list[Row]:
+    """OCRBench's json (pictures in a folder), tsv or parquet (pictures inside)."""
+    questions = []
+    for number, row in enumerate(read_table(path)[1]):
+        answers = column(row, "answers", "answer", path=path)
+        if isinstance(answers, str) and answers.startswith("["):
+            try:
+                answers = ast.literal_eval(answers)
+            except (ValueError, SyntaxError) as error:
+                raise EvalError(f"{path}: the answers of row {number} are no list: {answers!r}.") from error
+        maths = row.get("dataset_name", row.get("dataset")) == "HME100k"
+        picture = {"image": str(row["image_path"])} if "image_path" in row else \
+                  {"image_data": column(row, "image", "image_path", path=path)}  # fmt: skip
+        questions.append({
+            "question_id": row.get("id", row.get("index", number)), "text": str(column(row, "question", path=path)),
+            "category": "Handwritten Mathematical Expression Recognition" if maths else
+                        str(column(row, "type", "question_type", "category", path=path)),
+            "answers": [str(answer) for answer in (answers if isinstance(answers, list) else [answers])], **picture,
+        })  # fmt: skip
+    return questions
+
+
+def mmvp_questions(path: Path) -> list[Row]:
+    """MMVP's Questions.csv (Index, Question, Options, Correct Answer); two consecutive rows are a pair."""
+    questions = []
+    for row in read_table(path)[1]:
+        index = _number(column(row, "Index", "lndex", path=path), path)  # a published copy has a misspelt head
+        options = str(column(row, "Options", path=path)).strip()
+        text = f"{str(column(row, 'Question', path=path)).strip()} {options}\n{LETTER_PROMPT}"
+        truth = re.search(r"[A-Da-d]", str(column(row, "Correct Answer", path=path)))
+        if truth is None:
+            raise EvalError(f"{path}: row {index} has no correct answer like (a).")
+        questions.append({"question_id": index, "text": text, "image": f"{index}.jpg", "answer": truth.group().upper(),
+                          "options": inline_options(options)})  # fmt: skip
+    if len(questions) % 2:
+        raise EvalError(f"{path} has {len(questions)} rows: two consecutive rows are a pair, so one is missing.")
+    return questions
+
+
+# --- pictures inside tables -----------------------------------------------------------------------------------------
+
+
+def extract_images(questions: Sequence[Row], folder: Path) -> None:
+    """Write the pictures that came inside a table to `folder`, once, and name them in `image`.
+
+    A cell is bytes, {"bytes": ...}, base64, or the index of the row whose picture it repeats.
+    """
+    by_id = {str(question["question_id"]): question for question in questions}
+    for question in questions:
+        if "image" in question:
+            continue
+        cell = question["image_data"]
+        if isinstance(cell, str) and cell in by_id:
+            cell = by_id[cell]["image_data"]
+        stem = str(question["question_id"])
+        done = next(folder.glob(f"{stem}.*"), None)
+        if done is None:
+            data = _bytes(cell, stem)
+            done = folder / f"{stem}.{'png' if data.startswith(b'PNG', 1) else 'jpg'}"
+            with atomic_file(done) as temporary:
+                temporary.write_bytes(data)
+        question["image"] = done.name
+
+
+def _bytes(cell: Any, name: str) -> bytes:
+    if isinstance(cell, dict):
+        cell = cell.get("bytes")
+    if isinstance(cell, str):
+        try:
+            cell = base64.b64decode(cell, validate=True)
+        except binascii.Error as error:
+            raise EvalError(f"the picture of question {name} is no base64 ({error}). Download the data again.") \
+                from error  # fmt: skip
+    if not isinstance(cell, bytes) or not cell:
+        raise EvalError(f"question {name} has no picture. Download the data again.")
+    return cell
+
+
+def check_images(questions: Sequence[Row], folder: Path) -> None:
+    """Raises EvalError when a picture is not in `folder`: upstream's runner would stop in the middle."""
+    names = {question["image"] for question in questions}
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise EvalError(f"{len(missing):,} of {len(names):,} images are not in {folder}, e.g. {missing[0]}. Was the "
+                        "archive unpacked whole, and into this folder?")  # fmt: skip

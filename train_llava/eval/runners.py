@@ -1,0 +1,205 @@
+"""Run upstream's (or our batched) runner over the questions that have no answer yet, one process a GPU.
+
+Upstream's runners start their answers file anew at every start and split questions themselves (a split into more
+parts than there are questions ends in an IndexError). So each process gets its own file with its own share of what is
+left, and what it wrote is merged into `answers.jsonl` when it ends, is stopped, or was killed in an earlier run.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_clipmoe.files import atomic_file
+
+from .answers import EvalError, Row, match, merge, read_answers, write_jsonl
+from .benchmarks import Benchmark
+from .questions import is_missing, read_table
+
+TEXT_COLUMNS = ("hint", "question", "A", "B", "C", "D")
+PARTS = "parts"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation of one model: what to ask, how, and where it is kept."""
+
+    benchmark: Benchmark
+    questions: Sequence[Row]
+    """All of the benchmark, whatever `limit` says: only so is an answer known to be one of its."""
+    limit: int | None
+    image_folder: Path | None
+    """None where the runner reads pictures from the table itself (MMBench)."""
+    table: Path
+    folder: Path
+    """Holds answers.jsonl and, while running, parts/."""
+    model_path: str
+    model_base: str | None
+    conv_mode: str
+    batch_size: int
+    gpus: tuple[str, ...]
+    """One process for each; ("",) leaves CUDA_VISIBLE_DEVICES as it is."""
+    all_rounds: bool = False
+
+    @property
+    def answers_file(self) -> Path:
+        return self.folder / "answers.jsonl"
+
+
+def answer_all(run: Run) -> list[Row]:
+    """Have every question up to the limit answered; -> the answers file's rows. Answers from earlier runs are kept.
+
+    Raises EvalError when a runner fails.
+    """
+    left = _unanswered(run, _collect(run))
+    asked = len(run.questions[: run.limit])
+    if not left:
+        return _collect(run)
+    if len(left) < asked:
+        print(f"{asked - len(left):,} of {asked:,} questions are answered already; {len(left):,} are left", flush=True)
+    commands = [_command(run, share, number) for number, share in enumerate(_split(left, len(run.gpus)))]
+    try:
+        statuses = _run_processes(commands, run.gpus)
+    finally:
+        answers = _collect(run)
+    missing = len(_unanswered(run, answers))
+    if missing:
+        codes = ", ".join(map(str, sorted({status for status in statuses if status}))) or "0"
+        raise EvalError(
+            f"the runner ended (exit status {codes}) after {asked - missing:,} of {asked:,} answers; its own message "
+            f"is above. They are kept in {run.answers_file}: the same command goes on with the other {missing:,}."
+        )
+    return answers
+
+
+def _unanswered(run: Run, answers: Sequence[Row]) -> list[Row]:
+    found = match(run.questions, answers, run.answers_file)[: run.limit]
+    return [question for question, answer in zip(run.questions, found, strict=False) if answer is None]
+
+
+def _split(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
+    """At most `parts` shares of nearly equal size, none empty; the rounds of one question stay together."""
+    size = -(-len(rows) // parts)
+    shares: list[list[Row]] = [[]]
+    for row in rows:
+        if len(shares[-1]) >= size and row["question_id"] != shares[-1][-1]["question_id"]:
+            shares.append([])
+        shares[-1].append(row)
+    return shares
+
+
+def _collect(run: Run) -> list[Row]:
+    """Merge what is in parts/ into answers.jsonl and remove it; -> all answers so far, in the questions' order."""
+    parts = sorted((run.folder / PARTS).glob("answers-*.jsonl"))
+    before = read_answers(run.answers_file) if run.answers_file.is_file() else []
+    new = [read_answers(part, cut_end=True) for part in parts]
+    answers = merge(run.questions, before, *new)
+    if any(new):
+        write_jsonl(run.answers_file, answers)
+    for part in parts:
+        part.unlink()
+    return answers
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+def _command(run: Run, share: Sequence[Row], number: int) -> list[str]:
+    """Write the share's question file and -> the command that answers it."""
+    folder = run.folder / PARTS
+    upstream_table = run.batch_size == 1 and run.benchmark.runner == "model_vqa_mmbench"
+    asked = folder / f"questions-{number}.{'tsv' if upstream_table else 'jsonl'}"
+    (_write_tsv if upstream_table else _write_questions)(run, share, asked)
+    command = [
+        sys.executable, "-m", "llava_clipmoe.run",
+        f"llava.eval.{run.benchmark.runner}" if run.batch_size == 1 else "train_llava.eval.batched",
+        "--model-path", run.model_path, "--question-file", str(asked),
+        "--answers-file", str(folder / f"answers-{number}.jsonl"), "--conv-mode", run.conv_mode,
+    ]  # fmt: skip
+    if run.model_base:
+        command += ["--model-base", run.model_base]
+    if not upstream_table:
+        command += ["--image-folder", str(run.image_folder)]
+    if run.batch_size > 1:
+        return [*command, "--batch-size", str(run.batch_size), "--max-new-tokens", str(run.benchmark.max_new_tokens)]
+    rounds = ["--all-rounds"] if run.all_rounds else []
+    return [*command, "--temperature", "0", *run.benchmark.runner_flags, *rounds]
+
+
+def _write_questions(run: Run, share: Sequence[Row], path: Path) -> None:
+    fields = ("question_id", "image", "text", "suffix", "round_id", "options", "option_char")
+    write_jsonl(path, [{name: question[name] for name in fields if name in question} for question in share])
+
+
+def _write_tsv(run: Run, share: Sequence[Row], path: Path) -> None:
+    header, rows = read_table(run.table)
+    chosen = sorted({question["row"] for question in share})
+    chosen = _readable_by_pandas(rows, chosen)
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, header, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[number] for number in chosen)
+
+
+def _readable_by_pandas(rows: Sequence[Row], chosen: list[int]) -> list[int]:
+    """Add rows until no text column of a small file is all numbers or all true/false.
+
+    Upstream adds a cell to a string, and pandas would have made numbers of such a column: TypeError. The answers to
+    the added rows are not used twice.
+    """
+    for name in TEXT_COLUMNS:
+        cells = [rows[number][name] for number in chosen if not is_missing(rows[number].get(name))]
+        if cells and not any(map(_is_text, cells)):
+            spare = next((number for number, row in enumerate(rows) if _is_text(row[name])), None)
+            chosen = chosen if spare is None else [*chosen, spare]
+    return chosen
+
+
+def _is_text(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return not is_missing(cell) and cell.lower() not in ("true", "false")
+    return False
+
+
+def _run_processes(commands: Sequence[Sequence[str]], gpus: Sequence[str]) -> list[int]:
+    """Run all commands at once, wait for them, -> their exit statuses. None outlives us."""
+    processes: list[subprocess.Popen] = []
+    with _terminated_like_interrupted():
+        try:
+            for command, gpu in zip(commands, gpus, strict=False):
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
+                processes.append(subprocess.Popen(command, env=environment))
+            return [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+            for process in processes:
+                process.wait()
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (a cluster's time limit) ends us as Ctrl-C does: the runners are stopped and their answers merged."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever owns it looks after signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
