@@ -40,8 +40,10 @@ def patch_language_model(module: ModuleType) -> None:
     upstream = cls.from_pretrained.__func__
 
     @functools.wraps(upstream)
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
-        return upstream(cls, *args, **translate(kwargs))
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any):
+        kwargs = translate(kwargs)
+        check_memory(Path(name), kwargs)
+        return upstream(cls, name, *args, **kwargs)
 
     cls.from_pretrained = classmethod(from_pretrained)
 
@@ -73,17 +75,14 @@ def _on_cpu(device_map: Any) -> bool:
 
 
 def patch_load_pretrained_model(module: ModuleType) -> None:
-    """llava.model.builder: `load_pretrained_model` checks version, name and memory first."""
+    """llava.model.builder: `load_pretrained_model` checks version and name first."""
     upstream = module.load_pretrained_model
 
     @functools.wraps(upstream)
     def load_pretrained_model(model_path, model_base, model_name, load_8bit=False, load_4bit=False, *args, **kwargs):
         check_transformers()
         check_name(model_path, model_name)
-        device = args[1] if len(args) > 1 else kwargs.get("device", "cuda")
-        bits = 4 if load_4bit else 8 if load_8bit else 16
-        check_memory(Path(model_base or model_path), bits, str(device))
-        if bits < 16 and kwargs.get("torch_dtype") is None:
+        if (load_8bit or load_4bit) and kwargs.get("torch_dtype") is None:
             kwargs["torch_dtype"] = torch.float16  # what is not quantised: upstream leaves it at float32
         return upstream(model_path, model_base, model_name, load_8bit, load_4bit, *args, **kwargs)
 
@@ -114,26 +113,48 @@ def check_name(model_path: str, model_name: str) -> None:
         )
 
 
-def check_memory(directory: Path, bits: int, device: str) -> None:
-    """Raise TooLittleMemory when the weights cannot fit: parameters x bytes against what the device has free."""
-    parameters = count_parameters(directory)
-    if parameters is None:
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def check_memory(directory: Path, kwargs: dict[str, Any]) -> None:
+    """Raise TooLittleMemory when the weights cannot fit: parameters x bytes against what the device has free.
+
+    kwargs: those of `from_pretrained`. Nothing is said of a hub id, whose size is not known here, nor of a model that
+    DeepSpeed shards while it is loaded.
+    """
+    parameters = count_parameters(directory) if directory.is_dir() else None
+    if parameters is None or _is_sharded():
         return
-    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
-    width = bits / 8 if on_gpu or bits < 16 else cpu_dtype().itemsize
-    needed = parameters * width
-    free = _free_on_gpus() if on_gpu else _free_on_cpu()
+    bits = bits_of(kwargs)
+    on_cpu = kwargs.get("device_map") is None or _on_cpu(kwargs["device_map"])
+    free = _free_on_cpu() if on_cpu else _free_on_gpus()
+    needed = parameters * bits / 8
     if free is None or needed <= free:
         return
-    if on_gpu:
-        smaller = {16: "--load-8bit or --load-4bit", 8: "--load-4bit"}.get(bits, "a smaller model")
+    if on_cpu:
+        smaller = f"{CPU_DTYPE}=bfloat16" if bits == 32 else "a smaller model"
     else:
-        smaller = f"{CPU_DTYPE}=bfloat16" if width == 4 else "a smaller model"
-    place, shown = ("GPU", bits) if on_gpu else ("machine", int(width * 8))
+        smaller = {16: "--load-8bit or --load-4bit (in training --bits 8 or 4)", 8: "4 bits"}.get(bits, "16 bits")
     raise TooLittleMemory(
-        f"{directory.name} needs about {needed / 2**30:.1f} GiB for its weights in {shown} bits, and "
-        f"{free / 2**30:.1f} GiB are free on this {place}. Free some, or use {smaller}."
+        f"{directory.name} needs about {needed / 2**30:.1f} GiB for its weights in {bits} bits, and "
+        f"{free / 2**30:.1f} GiB are free on this {'machine' if on_cpu else 'GPU'}. Free some, or use {smaller}."
     )
+
+
+def bits_of(kwargs: dict[str, Any]) -> int:
+    """Bits a weight takes when loaded with these keyword arguments of `from_pretrained`."""
+    quantization = kwargs.get("quantization_config")
+    for bits in (4, 8):
+        if getattr(quantization, f"load_in_{bits}bit", False):
+            return bits
+    dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
+    return 8 * dtype.itemsize if isinstance(dtype, torch.dtype) else 32
+
+
+def _is_sharded() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
 
 
 def count_parameters(directory: Path) -> int | None:
