@@ -6,6 +6,7 @@ tower directories, pictures, and conversations in LLaVA's format.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ SENTENCES = [
     "Provide a brief description of the given image. A small square in one plain colour.",
 ]
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+def upstream_is_installed() -> bool:
+    """Whether upstream LLaVA (llava-torch, or a checkout) is there; found without importing it, which takes seconds.
+
+    The package called `llava` on the index is another project: it has no `llava.model`.
+    """
+    spec = importlib.util.find_spec("llava")
+    places = (spec.submodule_search_locations or []) if spec is not None else []
+    return any((Path(place) / "model" / "llava_arch.py").is_file() for place in places)
 
 
 def make_language_model(folder: Path, hidden_size: int = 32) -> Path:
@@ -52,13 +63,27 @@ def make_language_model(folder: Path, hidden_size: int = 32) -> Path:
     return folder
 
 
+def save_tower(model: torch.nn.Module, folder: Path) -> Path:
+    """Write a CLIP or CLIP-MoE as a model directory, with a tokenizer of its 99 tokens."""
+    from llava_clipmoe.model_directory import ClipBundle, save_bundle
+    from llava_clipmoe.tokenizer import END, START, load_tokenizer
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    tokens = [*letters, *(f"{x}</w>" for x in letters)]
+    tokens += [f"unused{i}" for i in range(97 - len(tokens))] + [START, END]
+    words = folder.with_name(folder.name + "-words")
+    words.mkdir(parents=True, exist_ok=True)
+    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    save_bundle(ClipBundle(model, load_tokenizer(words, 16)), folder)
+    return folder
+
+
 def make_towers(folder: Path) -> tuple[Path, Path]:
     """-> (CLIP-MoE directory, dense CLIP directory) of one tiny CLIP: 24 px, 9 patches, width 48, 3 blocks."""
     from conftest import make_tiny_config, shake
 
-    from llava_clipmoe.model_directory import ClipBundle, save_bundle
     from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, Router
-    from llava_clipmoe.tokenizer import open_clip_tokenizer
     from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 
     dense = shake(CLIPMoEModel(make_tiny_config()), seed=1).eval()
@@ -66,9 +91,7 @@ def make_towers(folder: Path) -> tuple[Path, Path]:
     moe = upcycle(dense, stages, moe_config(dense.config, num_experts=4, num_experts_per_tok=2))
     for seed, router in enumerate((m for m in moe.modules() if isinstance(m, Router)), start=5):
         shake(router, seed)
-    for name, model in (("clip-moe", moe), ("clip", dense)):
-        save_bundle(ClipBundle(model, open_clip_tokenizer(16)), folder / name)
-    return folder / "clip-moe", folder / "clip"
+    return save_tower(moe, folder / "clip-moe"), save_tower(dense, folder / "clip")
 
 
 def make_data(folder: Path, count: int = 12) -> Path:
