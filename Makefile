@@ -25,7 +25,7 @@ llava-quickstart: $(VENV)/.llava ## train two small LLaVAs, dense and CLIP-MoE e
 # The second environment holds LLaVA's pinned versions: what is saved in one must load in the other.
 test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
 	OMP_NUM_THREADS=1 LLAVA_CLIPMOE_PINNED_PYTHON="$(CURDIR)/$(PINNED)/bin/python" \
-	    $(VENV)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	    $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style with ruff
 	$(VENV)/bin/ruff check .

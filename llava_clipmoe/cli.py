@@ -110,7 +110,7 @@ def overview() -> str:
         "usage: llava-clipmoe COMMAND ...        (llava-clipmoe COMMAND --help for its settings)",
     ]
     for name, command in COMMANDS.items():
-        lines += ["", f"  {name:<15}{command.help}", f"{'':17}$ {command.example}"]
+        lines += ["", f"  {name:<18}{command.help}", f"{'':20}$ {command.example}"]
     lines += ["", "  --version      print the version", "", f"{DEBUG}=1 shows the whole trace of an error."]
     return "\n".join(lines)
 

@@ -175,7 +175,7 @@ def test_progress_is_read_from_upstreams_bar(tmp_path):
 
 
 def test_both_stages_run_upstreams_trainer(tmp_path):
-    s = Settings(encoder=tmp_path / "encoder", output=tmp_path / "out")
+    s = Settings(encoder_run=tmp_path / "encoder", output_dir=tmp_path / "out")
     job = quickstart.job_of(s, "clipmoe")
     steps = {step.name: step.command for step in quickstart.steps_of(s, job)}
     for stage, version in (("stage 1", "plain"), ("stage 2", "v1")):
@@ -189,7 +189,7 @@ def test_both_stages_run_upstreams_trainer(tmp_path):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_results_names_pick_upstreams_class_and_template(tmp_path, name):
-    folder = Path(quickstart.job_of(Settings(output=tmp_path), name)["result"]).name
+    folder = Path(quickstart.job_of(Settings(output_dir=tmp_path), name)["result"]).name
     assert "llava" in folder and "v1" in folder
     assert not any(word in folder for word in ("lora", "mpt", "mistral"))
 
@@ -248,7 +248,7 @@ def test_the_table_shows_every_score(tmp_path):
 
 def test_without_an_encoder_run_it_says_what_makes_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="make quickstart"):
-        quickstart.check(Settings(encoder=tmp_path, output=tmp_path / "out"))
+        quickstart.check(Settings(encoder_run=tmp_path, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -262,17 +262,17 @@ def encoder_run(tmp_path):
 def test_without_llava_it_says_which_package(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"llava-torch==1\.2\.2\.post1"):
-        quickstart.check(Settings(encoder=encoder_run(tmp_path), output=tmp_path / "out"))
+        quickstart.check(Settings(encoder_run=encoder_run(tmp_path), output_dir=tmp_path / "out"))
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(quickstart, "find_gguf", lambda: tmp_path)
-    s = Settings(encoder=encoder_run(tmp_path), output=tmp_path / "out")
+    s = Settings(encoder_run=encoder_run(tmp_path), output_dir=tmp_path / "out")
     quickstart.check(s)
     quickstart.check(s)
     with pytest.raises(ValueError, match="other settings"):
-        quickstart.check(Settings(encoder=s.encoder, output=s.output, seed=1))
+        quickstart.check(Settings(encoder_run=s.encoder_run, output_dir=s.output_dir, seed=1))
 
 
 def test_a_kill_ends_the_children_too(tmp_path):

@@ -1,6 +1,6 @@
 """The command `llava-clipmoe llava-quickstart`: two small real LLaVAs on the CPU, one for each eye, and their scores.
 
-    llava-clipmoe llava-quickstart --encoder runs/quickstart --output runs/llava-quickstart
+    llava-clipmoe llava-quickstart --encoder-run runs/quickstart --output-dir runs/llava-quickstart
 
 Language model: SmolLM2-135M-Instruct. Towers: the encoder run's dense base and its CLIP-MoE. Both are trained alike and
 side by side, each in four steps: a start for the projector (projector.py), upstream's stage 1 (projector, captions),
@@ -47,9 +47,9 @@ ACCUMULATED = 2
 
 @dataclass(frozen=True)
 class Settings:
-    encoder: Path = Path("runs/quickstart")
+    encoder_run: Path = Path("runs/quickstart")
     """Run of the encoder (`make quickstart`): its base/ and clip-moe/ are the two towers."""
-    output: Path = Path("runs/llava-quickstart")
+    output_dir: Path = Path("runs/llava-quickstart")
     """Everything is written there; the two models are its llava-v1-smollm2-* folders."""
     seed: int = 0
     warm_steps: int = 800
@@ -79,10 +79,10 @@ class Step:
 
 def job_of(s: Settings, name: str) -> dict[str, Any]:
     """What one tower's steps need to know; all paths absolute, as upstream writes the tower's into the model."""
-    out = s.output.resolve()
+    out = s.output_dir.resolve()
     work = out / "work" / name
     return {
-        "name": name, "tower": str(s.encoder.resolve() / TOWERS[name]), "seed": s.seed, "warm_steps": s.warm_steps,
+        "name": name, "tower": str(s.encoder_run.resolve() / TOWERS[name]), "seed": s.seed, "warm_steps": s.warm_steps,
         "language_model": str(out / "smollm2"), "data": str(out / "data"), "work": str(work),
         "warm_start": str(work / "warm-start"), "stage1": str(work / "stage1"), "stage2": str(work / "stage2-lora"),
         "answers": str(work / "answers"), "result": str(out / f"llava-v1-smollm2-{name}"), "card": _card(name),
@@ -339,10 +339,10 @@ def table_of(results: Mapping[str, Any]) -> Table:
 def check(s: Settings) -> None:
     """Everything that could be missing, before any work. Raises FileNotFoundError, ModuleNotFoundError, ValueError."""
     for folder in TOWERS.values():
-        if not (s.encoder / folder / "config.json").is_file():
+        if not (s.encoder_run / folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{s.encoder} is not a finished encoder run (there is no {folder}/ in it). Train one with `make "
-                "quickstart`, or point --encoder to the --output-dir of `llava-clipmoe train-encoder`."
+                f"{s.encoder_run} is not a finished encoder run (there is no {folder}/ in it). Train one with `make "
+                "quickstart`, or point --encoder-run to the --output-dir of `llava-clipmoe train-encoder`."
             )
     if importlib.util.find_spec("llava") is None:
         raise FileNotFoundError(
@@ -350,11 +350,13 @@ def check(s: Settings) -> None:
             "pip install 'llava-clipmoe[llava]' for what it imports)"
         )
     find_gguf()
-    file = s.output / "settings.json"
+    file = s.output_dir / "settings.json"
     known = json.loads(json.dumps(asdict(s), default=lambda path: str(path.resolve())))
     if file.exists() and read_json(file) != known:
-        raise ValueError(f"{s.output} holds a quick start with other settings. Give another --output, or remove it.")
-    s.output.mkdir(parents=True, exist_ok=True)
+        raise ValueError(
+            f"{s.output_dir} holds a quick start with other settings. Give another --output-dir, or remove it."
+        )
+    s.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(file, known)
 
 
@@ -372,17 +374,17 @@ def main(argv: list[str] | None = None) -> int:
     leave_on_sigterm()
     from train_encoder.openmoji import build_openmoji
 
-    remove_leftovers(s.output)
+    remove_leftovers(s.output_dir)
     console.print("language model: SmolLM2-135M-Instruct")
-    make_language_model(s.output / "smollm2")
+    make_language_model(s.output_dir / "smollm2")
     console.print("questions: from OpenMoji's names and pixels")
-    build_conversations(s.output / "data", build_openmoji(), seed=s.seed)
+    build_conversations(s.output_dir / "data", build_openmoji(), seed=s.seed)
     threads = max(1, (os.cpu_count() or 1) // len(TOWERS))
     jobs = [job_of(s, name) for name in TOWERS]
     runs = [TowerRun(job, steps_of(s, job), threads) for job in jobs]
     run_all(runs, console)
     results = collect(runs)
-    write_json(s.output / "results.json", results)
+    write_json(s.output_dir / "results.json", results)
     console.print(table_of(results))
     console.print(
         "blind: the same model with a plain grey picture. pairs: attribute pairs, both pictures right; both get the "

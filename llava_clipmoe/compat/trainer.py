@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..files import load_foreign_pt
+from ..files import load_foreign_pt, load_tensors, save_tensors
 from .data import guard
 from .versions import check_transformers
 
@@ -95,6 +95,9 @@ def _patch_save_checkpoint(cls: type, base: type) -> None:
         if not base_takes_metrics:
             rest, named = (), {}
         base._save_checkpoint(self, model, trial, *rest, **named)  # optimizer, schedule, random state, trainer_state
+        if _lora_beside_others(self) and self.args.should_save:
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_tensors(checkpoint / NOT_LORA, trained_beside_lora(self.model))
 
     cls._save_checkpoint = _save_checkpoint
 
@@ -106,6 +109,8 @@ def _patch_load_checkpoint(cls: type) -> None:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _only_projector(self):
             upstream(self, resume_from_checkpoint, model)
+            if _lora_beside_others(self):
+                load_beside_lora(self.model, Path(resume_from_checkpoint))
             return
         weights = load_foreign_pt(Path(resume_from_checkpoint) / "mm_projector.bin")
         found = (model or self.model).load_state_dict(weights, strict=False)
@@ -116,6 +121,35 @@ def _patch_load_checkpoint(cls: type) -> None:
             )
 
     cls._load_from_checkpoint = _load_from_checkpoint
+
+
+NOT_LORA = "non_lora_trainables.safetensors"
+
+
+def _lora_beside_others(trainer: Any) -> bool:
+    """LoRA training, whose checkpoints hold the adapter alone; DeepSpeed's own checkpoints hold everything."""
+    return bool(getattr(trainer.args, "lora_enable", False)) and not trainer.is_deepspeed_enabled
+
+
+def trained_beside_lora(model: Any) -> dict[str, Any]:
+    """What stage 2 trains besides the adapter, by name: the projector."""
+    named = model.named_parameters()
+    return {name: tensor for name, tensor in named if tensor.requires_grad and "lora_" not in name}
+
+
+def load_beside_lora(model: Any, checkpoint: Path) -> None:
+    """Put the projector of a LoRA checkpoint back; without it a resumed run would go on from stage 1's, silently."""
+    if not (checkpoint / NOT_LORA).is_file():
+        raise ValueError(
+            f"{checkpoint} holds LoRA's adapter alone, not the projector that was trained with it: it was written "
+            "without llava-clipmoe. Delete the checkpoint to train this stage anew."
+        )
+    import torch
+
+    parameters = trained_beside_lora(model)
+    with torch.no_grad():
+        for name, tensor in load_tensors(checkpoint / NOT_LORA).items():
+            parameters[name].copy_(tensor)
 
 
 def _only_projector(trainer: Any) -> bool:
