@@ -255,7 +255,7 @@ def finetuned(installed, pretrained) -> Path:
 @pytest.fixture(scope="module")
 def lora(installed, pretrained) -> Path:
     """Stage 2 with LoRA."""
-    more = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 2e-5}
+    more = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e-2}
     installed.upstream("llava.train.train", *installed.stage2("llava-tiny-lora", **more))
     return installed.folder / "llava-tiny-lora"
 
@@ -551,3 +551,23 @@ def test_both_stages_go_on_after_they_were_interrupted(installed, pretrained, fi
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=1e-2)
     assert (again[finetuned] / "model.safetensors").is_file()
+
+
+def test_an_interrupted_lora_stage_goes_on_with_the_projector_it_had(installed, pretrained, lora):
+    """Upstream's LoRA checkpoints hold the adapter alone: resumed, it would go on from stage 1's projector."""
+    again = shutil.copytree(lora, installed.folder / "llava-tiny-lora-again")
+    for name in ("non_lora_trainables.bin", "adapter_model.safetensors", "trainer_state.json"):
+        (again / name).unlink()
+    for checkpoint in again.glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-2":
+            shutil.rmtree(checkpoint)
+    more = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e-2}
+    installed.upstream("llava.train.train", *installed.stage2(again.name, **more))
+    straight, resumed = (torch.load(path / "non_lora_trainables.bin", weights_only=True) for path in (lora, again))
+    start = torch.load(pretrained / "mm_projector.bin", weights_only=True)
+    moved = 0.0
+    for name, tensor in straight.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-3, rtol=1e-2)
+        before = next(value for key, value in start.items() if name.endswith(key))
+        moved = max(moved, (tensor.float() - before.float()).abs().max().item())
+    assert moved > 1e-2, "the projector hardly moved: the test shows nothing"
