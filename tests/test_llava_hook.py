@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import types
@@ -96,15 +95,6 @@ def test_the_hook_imports_nothing_but_itself(start):
     assert said(start("-c", code % heavy)) == "['llava_clipmoe', 'llava_clipmoe.llava_hook']"
 
 
-def test_the_hook_costs_a_start_less_than_5_ms(start):
-    """The line of the `.pth` itself, in processor time (a busy machine does not count), median of 9 starts."""
-    code = f"import time; line = open({str(PTH)!r}).read(); t = time.process_time(); exec(line)\n"
-    code += "print(time.process_time() - t); import sys; assert 'llava_clipmoe.llava_hook' in sys.modules"
-    command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {code}"]
-    seconds = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(9)]
-    assert statistics.median(seconds) < 0.005, seconds
-
-
 def test_zero_in_the_environment_turns_it_off(start):
     code = f"import sys, {BUILDER} as b; print('llava_clipmoe' in sys.modules, hasattr(b, 'patched'))"
     assert said(start("-c", code)) == "True True"
@@ -120,9 +110,10 @@ def test_installing_twice_is_installing_once(start):
 # ---------------------------------------------------------------------------------------------- errors break no program
 
 
-def test_a_package_that_is_gone_is_one_line(start):
-    """Uninstalled by hand, with the `.pth` left behind."""
-    done = start("-c", "print('goes on')", ours=False)
+def test_a_package_that_is_gone_is_one_line():
+    """Uninstalled by hand, with the `.pth` left behind: no site-packages here, so nothing of ours can be imported."""
+    code = f"exec(open({str(PTH)!r}).read()); print('goes on')"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert said(done) == "goes on"
     assert done.stderr.startswith("llava-clipmoe: no hook (ModuleNotFoundError") and done.stderr.count("\n") == 1
 

