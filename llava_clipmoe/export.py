@@ -21,7 +21,7 @@ import tyro
 from . import export_files
 from .configuration_clipmoe import CLIPMoEConfig
 from .files import WEIGHTS, atomic_directory, load_foreign_pt, read_json, save_tensors, write_json
-from .model_directory import WRONG_DIRECTORY, config_dict, download, read_config
+from .model_directory import WRONG_DIRECTORY, config_dict, local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .towers import resolve
 
@@ -165,9 +165,7 @@ def _tower_directory(name: str) -> Path:
     tower = resolve(name)
     if tower is not None and tower.s2:
         raise ValueError(f"the tower {name!r} is registered with S2, which LlavaForConditionalGeneration cannot do.")
-    source = name if tower is None else tower.source
-    path = Path(source).expanduser()
-    return path if path.is_dir() else download(source)
+    return local_directory(name if tower is None else tower.source)
 
 
 def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:

@@ -237,6 +237,12 @@ def pixel_statistics(directory: Path) -> tuple[tuple[float, float, float], tuple
     return OPENAI_MEAN, OPENAI_STD
 
 
+def local_directory(source: str) -> Path:
+    """The directory that `source` names, or that of a hub id after fetching it. Raises FileNotFoundError."""
+    path = Path(source).expanduser()
+    return path if path.is_dir() else download(source)
+
+
 def download(hub_id: str) -> Path:
     """Fetch a hub model's config, tokenizer and weights (or find them in the cache) -> local directory."""
     from huggingface_hub import snapshot_download

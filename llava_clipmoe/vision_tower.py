@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessor
 
 from .configuration_clipmoe import CLIPMoEVisionConfig
 from .files import load_tensors
-from .model_directory import download, read_config
+from .model_directory import local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .towers import Tower, UnknownTower, resolve
 
@@ -49,7 +49,7 @@ class CLIPMoEVisionTower(nn.Module):
         if tower is None:
             raise UnknownTower(f"{vision_tower!r} is upstream LLaVA's own tower, not a CLIP-MoE.")
         self.source = tower
-        self.directory = _local_directory(tower)
+        self.directory = local_directory(tower.source)
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         if self.select_feature not in ("patch", "cls_patch"):
@@ -200,11 +200,6 @@ class CLIPMoEVisionTowerS2(CLIPMoEVisionTower):
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
-
-
-def _local_directory(tower: Tower) -> Path:
-    path = Path(tower.source).expanduser()
-    return path if path.is_dir() else download(tower.source)
 
 
 def _blocks_needed(config: CLIPMoEVisionConfig, select_layer: int) -> int:
