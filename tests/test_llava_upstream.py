@@ -58,7 +58,7 @@ import json, os, sys, shutil
 from llava_clipmoe import run
 run.main(["-h"])
 from llava_clipmoe import llava_hook
-llava_hook.install(); run._prepare()
+llava_hook.install(); run.prepare()
 import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model

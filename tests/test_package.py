@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("llava_clipmoe", "train_encoder", "train_llava")
+PACKAGES = ("llava_clipmoe", "train_encoder", "train_llava", "demo")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_packages_the_hook_the_licence_and_nothing_else(whee
     sources = {
         str(file.relative_to(REPOSITORY))
         for package in PACKAGES
-        for ending in ("py", "sh", "json")
+        for ending in ("py", "sh", "json", "css")
         for file in (REPOSITORY / package).rglob(f"*.{ending}")
     }
     assert sources <= shipped

@@ -48,9 +48,10 @@ class DataError(ValueError):
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-def decode_image(file: BinaryIO, max_pixels: int) -> Image.Image:
+def decode_image(file: BinaryIO, max_pixels: int, formats: Sequence[str] | None = None) -> Image.Image:
     """Decodes the first frame of an image file, upright and in RGB; transparent pixels lie on white.
 
+    formats: Pillow's names of the only formats to try (default: all that it knows).
     Raises BadImage when the header promises more than `max_pixels` (nothing is decoded then), or when the file is
     corrupt or cut short.
     """
@@ -59,7 +60,7 @@ def decode_image(file: BinaryIO, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged EXIF, which is handled, and large images: next line
-            image = Image.open(file)
+            image = Image.open(file, formats=formats)
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"too large: {width} x {height} pixels in its header, over max_pixels={max_pixels}")

@@ -62,20 +62,24 @@ class Prompts(Dataset):
         with Image.open(self.image_folder / question["image"]) as file:
             image = file.convert("RGB")
         pixels = process_images([image], self.processor, self.config)[0]
-        ids = tokenizer_image_token(self.prompt(question), self.tokenizer, return_tensors="pt")
+        text = question["text"] + question.get("suffix", "")
+        prompt = prompt_of(text, self.config, self.conv_mode)
+        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
         return ids, pixels, image.size
 
-    def prompt(self, question: Row) -> str:
-        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-        from llava.conversation import conv_templates
 
-        token = DEFAULT_IMAGE_TOKEN
-        if self.config.mm_use_im_start_end:
-            token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
-        conversation = conv_templates[self.conv_mode].copy()
-        conversation.append_message(conversation.roles[0], f"{token}\n{question['text']}{question.get('suffix', '')}")
-        conversation.append_message(conversation.roles[1], None)
-        return conversation.get_prompt()
+def prompt_of(text: str, config: Any, conv_mode: str) -> str:
+    """The whole prompt of a first question about one picture: upstream's template, its image token before the text."""
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+    from llava.conversation import conv_templates
+
+    token = DEFAULT_IMAGE_TOKEN
+    if config.mm_use_im_start_end:
+        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+    conversation = conv_templates[conv_mode].copy()
+    conversation.append_message(conversation.roles[0], f"{token}\n{text}")
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
 
 
 def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]) -> tuple[Any, ...]:

@@ -1,0 +1,66 @@
+"""Questions with known answers, joined to mined pairs: the same question, another right answer for each picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from demo.images import Pictures
+from demo.pairs import Question
+from train_encoder.data import DataError
+from train_encoder.sources import _json_rows as json_rows
+
+FORMAT = 'A row is {"image": "a.png", "attribute": "color", "question": "What is the main color?", "answer": "red"}.'
+
+
+class Questions:
+    """The questions of every picture, by its number."""
+
+    def __init__(self, file: Path, pictures: Pictures) -> None:
+        """Read a JSONL such as train_llava's heldout.jsonl or pairs.jsonl. `image` is a picture's path (a relative one
+        starts from the file's folder) or its name. Raises DataError for a malformed row, and where no picture has a
+        question; FileNotFoundError.
+        """
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file of questions at {file}. {FORMAT}")
+        by_name = {name: i for i, name in enumerate(pictures.names)}
+        by_path = {path.resolve(): i for i, path in enumerate(pictures.paths or ())}
+        self.of: dict[int, dict[str, tuple[str, str]]] = {}
+        rows = 0
+        for rows, row in enumerate(json_rows(file), start=1):
+            image, attribute, question, answer = (_text(file, rows, row, key) for key in KEYS)
+            number = by_path.get((file.parent / image).resolve(), by_name.get(image))
+            if number is not None:
+                self.of.setdefault(number, {})[question] = (attribute, answer)
+        if not self.of:
+            raise DataError(f"none of the {rows} questions of {file} is about one of the {len(pictures)} pictures: "
+                            "their `image` must be a picture's path, or its name below IMAGES.")  # fmt: skip
+
+    def __len__(self) -> int:
+        """Pictures with a question."""
+        return len(self.of)
+
+    def shared(self, first: int, second: int) -> tuple[Question, ...]:
+        """Questions that both pictures have, word for word, with different answers; in the first one's order."""
+        others = self.of.get(second, {})
+        return tuple(
+            Question(attribute, question, (answer, others[question][1]))
+            for question, (attribute, answer) in self.of.get(first, {}).items()
+            if question in others and others[question][1] != answer
+        )
+
+    def any_shared(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """bool [n]: which of n pairs share a question."""
+        pairs = zip(first.tolist(), second.tolist(), strict=True)
+        return np.fromiter((bool(self.shared(*pair)) for pair in pairs), bool, len(first))
+
+
+KEYS = (("image",), ("attribute", "type"), ("question",), ("answer",))
+
+
+def _text(file: Path, number: int, row: dict, keys: tuple[str, ...]) -> str:
+    value = next((row[key] for key in keys if key in row), None)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{file}, row {number} has no text in {keys[0]!r}. {FORMAT}")
+    return value

@@ -1,0 +1,132 @@
+"""Compare: two pictures, one question, four answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from .. import html
+from ..asking import ask_all
+from ..components import picture_input
+from ..context import Demo
+from ..messages import explain, told
+from ..uploads import check_question, read_picture
+
+HELP = (
+    "CLIP embeds both pictures as nearly the same point. Ask both eyes about both: an eye that gives the **same answer "
+    "twice**, though the truth differs, is blind to the difference. Choose a mined pair, or drop two pictures of yours."
+)
+NO_PAIRS = (
+    "No mined pairs are loaded: upload two pictures. `llava-clipmoe mine-pairs IMAGES` finds pairs in a folder; give "
+    "them to the demo with `--pairs FOLDER`."
+)
+
+
+class Compare(NamedTuple):
+    """What other tabs need of this one."""
+
+    pair: gr.State
+    """Index of the chosen pair; None while uploaded pictures are compared."""
+    pictures: tuple[gr.Image, gr.Image]
+    picker: gr.Dropdown
+    show_outputs: list[Any]
+    """What `show` fills."""
+
+
+def build(demo: Demo) -> Compare:
+    """Draw the tab (inside a gr.Tab)."""
+    some = bool(demo.pairs)
+    gr.Markdown(HELP if some else NO_PAIRS)
+    pair = gr.State(0 if some else None)
+    with gr.Row(visible=some, equal_height=True):
+        picker = gr.Dropdown(demo.choices(), value=0 if some else None, label="Mined pair", scale=4, min_width=220,
+                             elem_id="pair-picker")  # fmt: skip
+        surprise = gr.Button("Another pair", scale=1, min_width=120, elem_id="another-pair")
+    with gr.Row():
+        pictures = picture_input(1), picture_input(2)
+    cosines = gr.HTML(elem_id="cosines")
+    known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
+    with gr.Row(equal_height=True):
+        question = gr.Textbox(label="Question", placeholder="What do you want to know about both pictures?", scale=4,
+                              lines=1, max_lines=4, min_width=220, elem_id="question")  # fmt: skip
+        ask = gr.Button("Ask both", variant="primary", scale=1, min_width=110, elem_id="ask")
+        stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
+    board = gr.HTML(elem_id="board")
+
+    shown = [pair, *pictures, cosines, known, question, board]
+    picker.input(told(lambda index: show(demo, index)), picker, shown)
+    surprise.click(told(lambda now: _another(demo, now)), pair, [picker, *shown])
+    for number, picture in enumerate(pictures, start=1):
+        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board])
+        picture.upload(told(lambda path, index, n=number: _uploaded(demo, path, n)), **given)
+        picture.clear(lambda: (None, None, "", gr.Radio(visible=False), ""), None, given["outputs"])
+    known.input(lambda text: text, known, question)
+
+    def run(index, first, second, text, request: gr.Request):
+        yield from _ask(demo, index, first, second, text, request.session_hash)
+
+    asking = dict(fn=told(run), inputs=[pair, *pictures, question], outputs=[board, cosines], show_progress="hidden",
+                  concurrency_limit=16)  # fmt: skip
+    ask.click(**asking)
+    question.submit(**asking)
+    stop.click(_stopper(demo), None, None, show_progress="hidden")
+    return Compare(pair, pictures, picker, shown)
+
+
+def _stopper(demo: Demo):
+    def stop(request: gr.Request) -> None:
+        demo.stop(request.session_hash)
+
+    return stop
+
+
+def show(demo: Demo, index: int | None) -> tuple[Any, ...]:
+    """Values of `show_outputs` for a mined pair."""
+    if index is None or not demo.pairs:
+        return None, None, None, "", gr.Radio(visible=False), "", ""
+    pair = demo.pairs[index]
+    texts = list(dict.fromkeys(q.question for q in pair.questions))
+    first = texts[0] if texts else "What is in this picture?"
+    known = gr.Radio(texts, value=first if texts else None, visible=bool(texts))
+    pictures = (read_picture(path, demo.limits).image for path in pair.images)
+    return index, *pictures, html.cosines(pair.cosines, demo.cosine_names), known, first, ""
+
+
+def _another(demo: Demo, now: int | None) -> tuple[Any, ...]:
+    others = [index for index in range(len(demo.pairs)) if index != now] or [0]
+    index = random.choice(others)
+    return index, *show(demo, index)
+
+
+def _uploaded(demo: Demo, path: str | None, number: int) -> tuple[Any, ...]:
+    """A picture came in: check it, show what was read. A bad one leaves the place empty and says why."""
+    try:
+        picture = read_picture(path, demo.limits) if path else None
+    except ValueError as error:
+        gr.Warning(explain(error), title=f"Picture {number} was not taken", duration=15)
+        picture = None
+    if picture and picture.note:
+        gr.Info(picture.note, title=f"Picture {number}")
+    return picture.image if picture else None, None, "", gr.Radio(visible=False), ""
+
+
+def _ask(
+    demo: Demo, index: int | None, first: str | None, second: str | None, text: str, session: str | None
+) -> Iterator[tuple[Any, ...]]:
+    question = check_question(text, demo.question_limit)
+    pictures = demo.pictures(index, first, second)
+    truth = demo.truth(index, question)
+    demo.warn_if_gone()
+    with demo.stoppable(session) as stop:
+        for cells in ask_all(demo.eyes, pictures, question, demo.how, stop, explain):
+            yield html.board(cells, demo.names, truth), gr.skip()
+    if index is None:
+        try:
+            alike = demo.similarity.cosines(*pictures)
+        except (ValueError, OSError) as error:  # the answers stand; only the cosines are missing
+            gr.Warning(explain(error), title="No cosines")
+        else:
+            yield gr.skip(), html.cosines(alike, {})

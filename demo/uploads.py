@@ -1,0 +1,194 @@
+"""What the page does with a stranger's file and question before anything else sees them.
+
+    picture = read_picture(path)          # RGB, upright, on white; picture.note says what was left out
+    question = check_question(text)
+
+Both raise BadUpload, whose message is for the person at the page: the cause and the next step, no paths, no traces.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from train_encoder.data import BadImage, decode_image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow's names of what is let in. Its other decoders (some start programs, as EPS does) are never tried."""
+
+NEXT_STEP = "Please upload a PNG, JPEG, WebP, GIF, BMP or TIFF picture."
+_IMAGE_TOKEN = re.compile(r"<\s*/?\s*(image|im_start|im_end|im_patch)\s*>", re.IGNORECASE)
+
+
+class BadUpload(ValueError):
+    """A picture or question that cannot be used; the message is meant to be shown as it is."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a picture may be."""
+
+    max_bytes: int = 20 * 2**20
+    """Bytes of the file."""
+    max_pixels: int = 50_000_000
+    """Width times height, by the header, before anything is decoded. Decoding takes up to 16 bytes a pixel."""
+    max_aspect: float = 50.0
+    """Longer side over shorter side. Padded to a square, a picture beyond this is a line of a few pixels."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    image: Image.Image
+    """RGB, upright, transparent pixels on white."""
+    note: str
+    """What the person should know about how it was read ("" mostly), as for an animation's first frame."""
+
+
+def read_picture(path: str | Path, limits: Limits = Limits()) -> Picture:
+    """The picture in a file of any name and content. Raises BadUpload."""
+    data = _read(Path(path), limits)
+    note = _check_header(data, limits)
+    try:
+        return Picture(decode_image(io.BytesIO(data), limits.max_pixels, FORMATS), note)
+    except BadImage as error:
+        raise BadUpload(
+            "This picture is damaged or was cut short: it starts like a picture, but cannot be read to its end. Open "
+            "it in a picture viewer, save it again and upload the new file."
+        ) from error
+    except MemoryError as error:
+        raise BadUpload("This picture needs more memory than is free here. Upload a smaller one.") from error
+
+
+def _read(path: Path, limits: Limits) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise BadUpload("The uploaded file is not there any more. Please upload it again.") from error
+    if not data:
+        raise BadUpload("This file is empty (0 bytes): perhaps the upload was cut off. Please upload it again.")
+    if len(data) > limits.max_bytes:
+        raise BadUpload(
+            f"This file is too large: over {_mebibytes(limits.max_bytes)}. Upload a smaller picture, or save it as a "
+            "JPEG first."
+        )
+    return data
+
+
+def _check_header(data: bytes, limits: Limits) -> str:
+    """Everything that the header alone tells; no pixel is decoded. -> the note. Raises BadUpload."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "may be a decompression bomb": the next function answers that
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadUpload(_what_it_is(data)) from error
+    except Image.DecompressionBombError as error:
+        raise BadUpload(f"This picture is far too large to be read safely. {_most(limits)}") from error
+    except Exception as error:  # Pillow's readers raise almost anything on a damaged header
+        raise BadUpload(f"This picture's header is damaged, so it cannot be read. {NEXT_STEP}") from error
+    with image:
+        _check_size(*image.size, limits)
+        return _note(image)
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if min(width, height) < 1:
+        raise BadUpload(f"This picture is {width} x {height} pixels: there is nothing in it. {NEXT_STEP}")
+    if width * height > limits.max_pixels:
+        raise BadUpload(
+            f"This picture is too large: {width:,} x {height:,} pixels make {width * height / 1e6:,.0f} million. "
+            f"{_most(limits)}"
+        )
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise BadUpload(
+            f"This picture is {width:,} x {height:,} pixels, more than {limits.max_aspect:g} times as long as it is "
+            "wide; the model would see a thin line. Cut out the part that matters and upload that."
+        )
+
+
+def _note(image: Image.Image) -> str:
+    """What is left out when only the first frame is read. A phone's JPEG (MPO) may carry a preview: that is no loss."""
+    try:
+        several = getattr(image, "is_animated", False) and image.format != "MPO"
+    except Exception:  # counting frames reads on in the file; whether the first one is whole shows when it is decoded
+        return ""
+    if not several:
+        return ""
+    if image.format == "TIFF":
+        return "This file has several pages: only the first is used."
+    return "This picture is animated: only its first frame is used."
+
+
+def _what_it_is(data: bytes) -> str:
+    """The message for a file that is none of FORMATS: people should learn what they have uploaded."""
+    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in data[:4096].lower():
+        return f"This is an SVG drawing, which cannot be read here. Export it as a PNG. {NEXT_STEP}"
+    if data[4:8] == b"ftyp":
+        kind = "an AVIF or HEIC photo" if data[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"heif") else "a video"
+        return f"This is {kind}, which cannot be read here. Save it as a JPEG. {NEXT_STEP}"
+    if data.startswith(b"%PDF"):
+        return f"This is a PDF document, not a picture. {NEXT_STEP}"
+    if _is_text(data[:1024]):
+        return f"This file holds text, not a picture, whatever its name says. {NEXT_STEP}"
+    return f"This file is not a picture that can be read here, or its beginning is damaged. {NEXT_STEP}"
+
+
+def _is_text(start: bytes) -> bool:
+    text = start.decode("utf-8", errors="ignore")
+    return b"\0" not in start and len(text.encode()) > len(start) - 4 and sum(map(_is_control, text)) == 0
+
+
+def _is_control(letter: str) -> bool:
+    return unicodedata.category(letter) == "Cc" and letter not in "\t\r\n"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MB" if count >= 2**20 else f"{count:,} bytes"
+
+
+def _most(limits: Limits) -> str:
+    return f"At most {limits.max_pixels / 1e6:,.0f} million pixels are allowed: scale it down and upload it again."
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+
+
+def check_question(text: str | None, limit: int = 2000) -> str:
+    """The question as the models get it: stripped, without control characters and image tokens. Raises BadUpload.
+
+    Upstream's prompts put a picture wherever "<image>" stands (llava.mm_utils.tokenizer_image_token), so a question
+    that holds the word would ask for a picture that is not there. It becomes "image".
+    """
+    text = text or ""
+    if len(text) > 20 * limit:  # nothing below should have to read a megabyte
+        raise _too_long(len(text), limit)
+    text = "".join(letter for letter in text.replace("\r\n", "\n") if _is_allowed(letter))
+    while _IMAGE_TOKEN.search(text):  # again: what is left of "<<image>>" is "<image>"
+        text = _IMAGE_TOKEN.sub(lambda match: match.group(1), text)
+    text = text.strip()
+    if not text:
+        raise BadUpload("The question is empty. Type a question about the pictures, then ask again.")
+    if len(text) > limit:
+        raise _too_long(len(text), limit)
+    return text
+
+
+def _is_allowed(letter: str) -> bool:
+    # Cs: half of a surrogate pair, which no tokenizer can encode. U+202A to U+202E, U+2066 to U+2069: text that shows
+    # in another order than the model reads it.
+    hidden = "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
+    return not (_is_control(letter) or unicodedata.category(letter) == "Cs" or hidden)
+
+
+def _too_long(length: int, limit: int) -> BadUpload:
+    return BadUpload(
+        f"The question has {length:,} characters; at most {limit:,} are allowed. Shorten it and ask again."
+    )
