@@ -67,8 +67,8 @@ def build_page(demo):
     return page
 
 
-def launch(demo, settings: Settings, block: bool = True):
-    """Serve the page; -> its gr.Blocks (which `close()` ends) when not blocking."""
+def launch(demo, settings: Settings):
+    """Start serving the page, in threads; -> its gr.Blocks, with `local_url`, `block_thread()` and `close()`."""
     import gradio as gr
 
     page = build_page(demo)
@@ -80,11 +80,11 @@ def launch(demo, settings: Settings, block: bool = True):
         strict_cors=True,
         inbrowser=settings.open_browser,
         max_file_size=settings.upload_limits.max_bytes,
-        allowed_paths=[],
+        allowed_paths=[],  # what a picture component shows is copied into Gradio's own folder; nothing else is served
         footer_links=[],
-        show_error=False,
         ssr_mode=False,
-        prevent_thread_lock=not block,
+        quiet=True,
+        prevent_thread_lock=True,
         theme=gr.themes.Default(),
         css_paths=[Path(__file__).with_name("style.css")],
     )
@@ -94,19 +94,18 @@ def launch(demo, settings: Settings, block: bool = True):
 def main(argv: list[str] | None = None) -> int:
     """Load both LLaVAs and serve the page until Ctrl-C; -> 0."""
     settings = tyro.cli(Settings, args=argv, prog="llava-clipmoe demo", description=__doc__)
-    # Before anything of the hub is imported: nothing here asks it unless the user does.
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("GRADIO_TEMP_DIR", str((settings.output_dir / "served").resolve()))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console()
-    launch(prepare(settings, console), settings)
+    page = launch(prepare(settings, console), settings)
+    console.print(f"The page is at {page.local_url}  (Ctrl-C ends it)", soft_wrap=True)
+    page.block_thread()
     return 0
 
 
 def prepare(settings: Settings, console: Console):
-    """Everything that comes before the page: models, pairs. -> the Demo."""
-    from llava_clipmoe import llava_hook
-    from llava_clipmoe.run import prepare as prepare_llava
-
+    """Everything that comes before the page: pairs, models. -> the Demo. Raises what can be missing."""
     from .models import check_models, load_eyes
     from .pairs import read_pairs
     from .quickstart import quickstart_pairs
@@ -114,11 +113,22 @@ def prepare(settings: Settings, console: Console):
     check_models(settings.models)
     folder = settings.pairs or quickstart_pairs(settings.models, settings.output_dir / "pairs")
     pairs = read_pairs(folder) if folder else []
-    llava_hook.install()
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
     prepare_llava()
     from .context import Demo
 
-    with console.status("loading both models ..."):
-        eyes = load_eyes(settings.models, console.print)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    console.print("loading both models ...")
+    eyes = load_eyes(settings.models, console.print)
     return Demo(eyes, pairs, settings.output_dir, settings.generation, settings.upload_limits)
+
+
+def prepare_llava() -> None:
+    """Make upstream LLaVA know our towers and run here; and load without pages of notes."""
+    from llava_clipmoe import llava_hook, run
+
+    llava_hook.install()
+    run.prepare()
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

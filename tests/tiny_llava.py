@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -105,6 +106,54 @@ def make_data(folder: Path, count: int = 12) -> Path:
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": [{"from": f, "value": v} for f, v in turns]})
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json"
+
+
+def make_llava(folder: Path, tower: Path, llm: Path, seed: int = 0, *, whole: bool = True, **settings) -> Path:
+    """A LLaVA of the random weights that `seed` gives, with the tokenizer of `llm`; `settings` go into its config.
+
+    whole: the directory of stage 2 (config, weights without the tower, tokenizer); otherwise that of stage 1 (config
+    and mm_projector.bin, for `llm`). Upstream's loader wants "llava" in the folder's name.
+    """
+    from llava_clipmoe import llava_hook
+
+    llava_hook.install()
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    language_model = json.loads((llm / "config.json").read_text())
+    config = LlavaConfig(**{
+        **language_model, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": str(tower), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 48, "use_mm_proj": True,
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+        "tokenizer_model_max_length": 512, **settings,
+    })  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlavaLlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.get_model().mm_projector.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))  # so large that another picture is another answer
+    if whole:
+        model.save_pretrained(folder)
+        for file in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copyfile(llm / file, folder / file)
+    else:
+        config.save_pretrained(folder)
+        projector = {name: tensor for name, tensor in model.state_dict().items() if "mm_projector" in name}
+        torch.save(projector, folder / "mm_projector.bin")
+    return folder
+
+
+def make_two_llavas(folder: Path) -> tuple[Path, Path]:
+    """-> (LLaVA with a dense CLIP, another with its CLIP-MoE), whole directories; their language models differ."""
+    llm, (moe, dense) = make_language_model(folder / "llama"), make_towers(folder)
+    return make_llava(folder / "llava-v1-clip", dense, llm, 1), make_llava(folder / "llava-v1-clipmoe", moe, llm, 2)
+
+
+def make_two_projectors(folder: Path) -> tuple[Path, Path, Path]:
+    """-> (language model, dense CLIP and CLIP-MoE before it), the two as upstream's stage 1 leaves them."""
+    llm, (moe, dense) = make_language_model(folder / "llama"), make_towers(folder)
+    left = make_llava(folder / "llava-v1-clip-pretrain", dense, llm, 1, whole=False)
+    return llm, left, make_llava(folder / "llava-v1-clipmoe-pretrain", moe, llm, 2, whole=False)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def build(demo: Demo) -> Compare:
     picker.input(told(lambda index: show(demo, index)), picker, shown)
     surprise.click(told(lambda now: _another(demo, now)), pair, [picker, *shown])
     for number, picture in enumerate(pictures, start=1):
-        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board])
+        # Two at a time: a picture of the largest allowed size takes hundreds of megabytes while it is decoded.
+        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board], concurrency_limit=2,
+                     concurrency_id="decode")  # fmt: skip
         picture.upload(told(lambda path, index, n=number: _uploaded(demo, path, n)), **given)
         picture.clear(lambda: (None, None, "", gr.Radio(visible=False), ""), None, given["outputs"])
     known.input(lambda text: text, known, question)

@@ -27,8 +27,8 @@ ORDERS = {
 def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None:
     if not demo.pairs:
         gr.Markdown(
-            "No mined pairs are loaded. `llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` finds pairs in any folder "
-            "of pictures; start the demo with `--pairs FOLDER`."
+            "No mined pairs are loaded. `llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` finds pairs in any "
+            "folder of pictures; start the demo with `--pairs FOLDER`."
         )
         return
     gr.Markdown(_summary(demo))
@@ -42,7 +42,7 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
                           label="Gap of at least", elem_id="least-gap")  # fmt: skip
     shown = gr.State(list(range(len(demo.pairs))))
     thumbnails = [_thumbnail(pair.images) for pair in demo.pairs]
-    gallery = gr.Gallery(label="Pairs", columns=3, object_fit="contain", allow_preview=False, height="auto", buttons=[],
+    gallery = gr.Gallery(label="Pairs", columns=3, object_fit="contain", allow_preview=False, height=560, buttons=[],
                          elem_id="gallery")  # fmt: skip
     count = gr.Markdown(elem_id="pair-count")
     chosen = gr.State(None)
@@ -96,8 +96,8 @@ def _summary(demo: Demo) -> str:
     passed = sum(pair.passed for pair in demo.pairs)
     rest = "" if passed == len(demo.pairs) else f" {passed} pass both thresholds; the others are the widest gaps found."
     return (
-        f"**{len(demo.pairs)} pairs** that the dense CLIP finds alike and *{demo.pairs[0].reference}* finds less alike. "
-        f"The gap is the difference of the two cosines.{rest} Choose one to see all cosines."
+        f"**{len(demo.pairs)} pairs** that the dense CLIP finds alike and *{demo.pairs[0].reference}* finds less "
+        f"alike. The gap is the difference of the two cosines.{rest} Choose one to see all cosines."
     )
 
 

@@ -42,14 +42,15 @@ def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
         look = gr.Button("Look again", variant="primary", min_width=120, scale=0, elem_id="look")
         block = gr.Slider(0, 1, value=0, step=1, label="Block", interactive=True, elem_id="block", min_width=220,
                           visible=eye is not None)  # fmt: skip
-    picture = dict(format="png", interactive=False, buttons=["fullscreen"], min_width=140)
+    picture = dict(format="png", interactive=False, buttons=["fullscreen"], min_width=140, height=380)
     with gr.Row(visible=eye is not None):
         overlays = [gr.Image(label=f"Picture {n}: experts", elem_id=f"experts-{n}", **picture) for n in (1, 2)]
     with gr.Accordion("All blocks at once", open=False, visible=eye is not None):
         strips = [gr.Image(label=f"Picture {n}: all blocks", elem_id=f"strip-{n}", **picture) for n in (1, 2)]
     with gr.Row(visible=eye is not None):
         shares = [
-            gr.Plot(label=f"Picture {n}: each expert's share", elem_id=f"shares-{n}", min_width=280) for n in (1, 2)
+            gr.Plot(label=f"Picture {n}: each expert's share", show_label=False, elem_id=f"shares-{n}", min_width=280)
+            for n in (1, 2)
         ]
     if eye is None:
         gr.Markdown("Neither of the two LLaVAs has a CLIP-MoE for its eye, so there are no experts to show.")

@@ -80,7 +80,8 @@ def as_table(found: Scores) -> str:
     head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in found.names)
     return (
         f"<div class='wide'><table class='scores'><thead><tr><th scope='col'>what differs</th>{head}"
-        f"<th scope='col'>questions</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{html.note(verdict(found))}"
+        f"<th scope='col'>questions</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{html.note(verdict(found))}"
         f"{html.note('One answer given for both pictures (blind to the difference): ' + same)}"
     )
 
