@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ class Demo:
 
     def __post_init__(self) -> None:
         self.similarity = Similarity(self.eyes)
-        self._stops: dict[str | None, threading.Event] = {}
+        self._stops: dict[tuple[str, str | None], threading.Event] = {}
 
     @property
     def names(self) -> tuple[str, str]:
@@ -95,16 +95,23 @@ class Demo:
                 gr.Warning(str(gone), title="A model's folder is gone")
 
     @contextmanager
-    def stoppable(self, session: str | None) -> Iterator[threading.Event]:
-        """An event that `stop(session)` sets; a visitor's new run stops the one before."""
-        self.stop(session)
-        event = self._stops[session] = threading.Event()
+    def stoppable(self, action: str, session: str | None) -> Iterator[threading.Event]:
+        """An event that the visitor's stop button for this action sets; starting the action anew sets it too."""
+        key = action, session
+        if before := self._stops.get(key):
+            before.set()
+        event = self._stops[key] = threading.Event()
         try:
             yield event
         finally:
-            if self._stops.get(session) is event:
-                del self._stops[session]
+            if self._stops.get(key) is event:
+                del self._stops[key]
 
-    def stop(self, session: str | None) -> None:
-        if event := self._stops.get(session):
-            event.set()
+    def stopper(self, action: str) -> Callable[[gr.Request], None]:
+        """The handler of a stop button."""
+
+        def stop(request: gr.Request) -> None:
+            if event := self._stops.get((action, request.session_hash)):
+                event.set()
+
+        return stop

@@ -74,15 +74,8 @@ def build(demo: Demo) -> Compare:
                   concurrency_limit=16)  # fmt: skip
     ask.click(**asking)
     question.submit(**asking)
-    stop.click(_stopper(demo), None, None, show_progress="hidden")
+    stop.click(demo.stopper("ask"), None, None, show_progress="hidden")
     return Compare(pair, pictures, picker, shown)
-
-
-def _stopper(demo: Demo):
-    def stop(request: gr.Request) -> None:
-        demo.stop(request.session_hash)
-
-    return stop
 
 
 def show(demo: Demo, index: int | None) -> tuple[Any, ...]:
@@ -122,7 +115,7 @@ def _ask(
     pictures = demo.pictures(index, first, second)
     truth = demo.truth(index, question)
     demo.warn_if_gone()
-    with demo.stoppable(session) as stop:
+    with demo.stoppable("ask", session) as stop:
         for cells in ask_all(demo.eyes, pictures, question, demo.how, stop, explain):
             yield html.board(cells, demo.names, truth), gr.skip()
     if index is None:

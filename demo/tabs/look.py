@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
 from PIL import Image
 
 from .. import html
 from ..context import Demo
 from ..looking import Routing, as_seen, difference, difference_overlay, overlay, routing_of, shares_figure, strip
 from ..messages import told
+from ..models import Eye
 from .compare import Compare
 
 HELP = (
@@ -26,6 +29,9 @@ DIFFERENCE_HELP = (
 )
 
 
+Step = tuple[str, str, tuple[Any, ...]]
+
+
 @dataclass(frozen=True)
 class Looked:
     """What one look found, kept for the slider."""
@@ -36,23 +42,23 @@ class Looked:
 
 def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
     gr.Markdown(HELP)
-    eye = next((eye for eye in reversed(demo.eyes) if eye.is_moe), None)
+    moe = [eye.name for eye in demo.eyes if eye.is_moe]
     looked = gr.State(None)
     with gr.Row(equal_height=True):
-        look = gr.Button("Look again", variant="primary", min_width=120, scale=0, elem_id="look")
+        look = gr.Button("Look again", variant="primary", min_width=110, scale=0, elem_id="look")
+        stop = gr.Button("Stop", min_width=80, scale=0, elem_id="stop-look")
         block = gr.Slider(0, 1, value=0, step=1, label="Block", interactive=True, elem_id="block", min_width=220,
-                          visible=eye is not None)  # fmt: skip
+                          visible=bool(moe))  # fmt: skip
+    whose = gr.Radio(moe, value=moe[-1] if moe else None, label="Whose experts", visible=len(moe) > 1, elem_id="whose")
+    progress_bar = gr.HTML(elem_id="look-progress")
     picture = dict(format="png", interactive=False, buttons=["fullscreen"], min_width=140, height=380)
-    with gr.Row(visible=eye is not None):
+    with gr.Row(visible=bool(moe)):
         overlays = [gr.Image(label=f"Picture {n}: experts", elem_id=f"experts-{n}", **picture) for n in (1, 2)]
-    with gr.Accordion("All blocks at once", open=False, visible=eye is not None):
+    with gr.Accordion("All blocks at once", open=False, visible=bool(moe)):
         strips = [gr.Image(label=f"Picture {n}: all blocks", elem_id=f"strip-{n}", **picture) for n in (1, 2)]
-    with gr.Row(visible=eye is not None):
-        shares = [
-            gr.Plot(label=f"Picture {n}: each expert's share", show_label=False, elem_id=f"shares-{n}", min_width=280)
-            for n in (1, 2)
-        ]
-    if eye is None:
+    with gr.Row(visible=bool(moe)):
+        shares = [gr.Plot(show_label=False, elem_id=f"shares-{n}", min_width=280) for n in (1, 2)]
+    if not moe:
         gr.Markdown("Neither of the two LLaVAs has a CLIP-MoE for its eye, so there are no experts to show.")
     gr.Markdown(DIFFERENCE_HELP)
     with gr.Row():
@@ -60,42 +66,62 @@ def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
             gr.Image(label=name, elem_id=f"difference-{n}", **picture) for n, name in enumerate(demo.names, start=1)
         ]
     numbers = gr.HTML(elem_id="difference-numbers")
+    inside, outside = [looked, block, *overlays, *strips, *shares], [*differences, numbers]
 
-    def run(index, first, second, at):
-        return _look(demo, eye, index, first, second, at)
+    def run(index, first, second, name, at, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        with demo.stoppable("look", request.session_hash) as stopped:
+            for text, part, values in _look(demo, name, demo.pictures(index, first, second), at):
+                if stopped.is_set():
+                    yield {progress_bar: html.note("Stopped.")}
+                    return
+                fields = {"inside": inside, "outside": outside, "": []}[part]
+                yield {progress_bar: text, **dict(zip(fields, values, strict=True))}
 
-    given = dict(fn=told(run), inputs=[compared.pair, *compared.pictures, block],
-                 outputs=[looked, block, *overlays, *strips, *shares, *differences, numbers],
-                 show_progress_on=overlays if eye else differences)  # fmt: skip
+    given = dict(fn=told(run), inputs=[compared.pair, *compared.pictures, whose, block],
+                 outputs=[progress_bar, *inside, *outside], show_progress="hidden")  # fmt: skip
     look.click(**given)
     tab.select(**given)
+    whose.input(**given)
+    stop.click(demo.stopper("look"), None, None, show_progress="hidden")
     block.input(told(_at_block), [looked, block], overlays, show_progress="hidden", trigger_mode="always_last")
 
 
-def _look(demo: Demo, eye: Any, index: int | None, first: str | None, second: str | None, at: float) -> tuple[Any, ...]:
-    """Everything that the tab shows of the two pictures."""
-    pictures = demo.pictures(index, first, second)
+def _look(demo: Demo, name: str | None, pictures: tuple[Image.Image, Image.Image], at: float) -> Iterator[Step]:
+    """Everything that the tab shows of the two pictures, step by step: (progress, "inside" or "outside", values).
+
+    name: of the eye whose experts are shown.
+    """
     demo.warn_if_gone()
+    total = len(demo.eyes) + (name is not None)
     maps, seen_by = [], []
-    for one in demo.eyes:
-        (seen_a, a), (seen_b, b) = (as_seen(p, one.processor, one.config.image_aspect_ratio) for p in pictures)
-        with one.in_place():
-            maps.append(difference(one.tower, a, b, relative=True))
-        seen_by.append((seen_a, seen_b))
+    for number, eye in enumerate(demo.eyes):
+        yield html.progress(number, total, f"{eye.name} looks at both pictures ..."), "", ()
+        (seen, a), (_, b) = _as_seen(eye, pictures)
+        with eye.in_place():
+            maps.append(difference(eye.tower, a, b, relative=True))
+        seen_by.append(seen)
     scale = max(1e-6, *(float(np.max(found)) for found in maps))
-    heat = [difference_overlay(seen[0], found, scale) for seen, found in zip(seen_by, maps, strict=True)]
-    numbers = _numbers(demo, maps)
-    if eye is None:
-        return None, gr.skip(), *[None] * 6, *heat, numbers
-    (seen_a, a), (seen_b, b) = (as_seen(p, eye.processor, eye.config.image_aspect_ratio) for p in pictures)
+    heat = [difference_overlay(seen, found, scale) for seen, found in zip(seen_by, maps, strict=True)]
+    more = "" if name is None else html.progress(len(demo.eyes), total, f"which experts of {name} look ...")
+    yield more, "outside", (*heat, _numbers(demo, maps))
+    if name is not None:
+        yield "", "inside", _experts(next(eye for eye in demo.eyes if eye.name == name), pictures, at)
+
+
+def _experts(eye: Eye, pictures: tuple[Image.Image, Image.Image], at: float) -> tuple[Any, ...]:
+    (seen_a, a), (seen_b, b) = _as_seen(eye, pictures)
     with eye.in_place():
         routings = routing_of(eye.tower, a), routing_of(eye.tower, b)
     found = Looked((seen_a, seen_b), routings)
-    blocks = routings[0].blocks
-    at = min(max(int(at), 0), len(blocks) - 1)
-    slider = gr.Slider(0, len(blocks) - 1, value=at, label=f"Block (0 to {len(blocks) - 1} of those with experts)")
+    last = len(routings[0].blocks) - 1
+    at = min(max(int(at), 0), last)
+    slider = gr.Slider(0, last, value=at, label=f"Block (0 to {last} of those with experts)")
     sheets = [strip(seen, routing) for seen, routing in zip(found.seen, routings, strict=True)]
-    return found, slider, *_at_block(found, at), *sheets, *map(shares_figure, routings), *heat, numbers
+    return found, slider, *_at_block(found, at), *sheets, *map(shares_figure, routings)
+
+
+def _as_seen(eye: Eye, pictures: tuple[Image.Image, Image.Image]) -> list[tuple[Image.Image, torch.Tensor]]:
+    return [as_seen(picture, eye.processor, eye.config.image_aspect_ratio) for picture in pictures]
 
 
 def _at_block(looked: Looked | None, at: float) -> list[Image.Image | None]:

@@ -30,15 +30,12 @@ def build(demo: Demo) -> None:
 
     start.click(told(run), None, [running, table], show_progress="hidden", concurrency_limit=16)
 
-    def stop(request: gr.Request) -> None:
-        demo.stop(request.session_hash)
-
-    cancel.click(stop, None, None, show_progress="hidden")
+    cancel.click(demo.stopper("score"), None, None, show_progress="hidden")
 
 
 def _run(demo: Demo, session: str | None) -> Iterator[tuple[str, str]]:
     demo.warn_if_gone()
-    with demo.stoppable(session) as stop:
+    with demo.stoppable("score", session) as stop:
         for found in score(demo.eyes, demo.pairs, stop):
             yield html.progress(found.done, found.total, _left(found)), as_table(found)
         stopped = stop.is_set() and found.done < found.total

@@ -63,17 +63,10 @@ def build(demo: Demo) -> None:
 
     start.click(told(round_), None, [ballot, *pictures, question, board, names, *buttons], show_progress="hidden",
                 concurrency_limit=16)  # fmt: skip
-    stop.click(_stopper(demo), None, None, show_progress="hidden")
+    stop.click(demo.stopper("vote"), None, None, show_progress="hidden")
     for choice, button in zip(CHOICES, buttons, strict=True):
         button.click(told(lambda given, choice=choice: _vote(demo, given, choice)), ballot,
                      [ballot, board, names, score, *buttons], show_progress="hidden")  # fmt: skip
-
-
-def _stopper(demo: Demo):
-    def stop(request: gr.Request) -> None:
-        demo.stop(request.session_hash)
-
-    return stop
 
 
 def _round(demo: Demo, session: str | None) -> Iterator[tuple[Any, ...]]:
@@ -85,7 +78,7 @@ def _round(demo: Demo, session: str | None) -> Iterator[tuple[Any, ...]]:
     demo.warn_if_gone()
     closed = [gr.Button(interactive=False)] * len(CHOICES)
     shown = (*pictures, f"**{_plain(question)}**")
-    with demo.stoppable(session) as stop:
+    with demo.stoppable("vote", session) as stop:
         for cells in ask_all([demo.eyes[side] for side in sides], pictures, question, demo.how, stop, explain):
             yield None, *shown, html.board(cells, ("A", "B"), timing=False), "", *closed
             shown = (gr.skip(), gr.skip(), gr.skip())
