@@ -80,7 +80,8 @@ def launch(demo, settings: Settings):
         strict_cors=True,
         inbrowser=settings.open_browser,
         max_file_size=settings.upload_limits.max_bytes,
-        allowed_paths=[],  # what a picture component shows is copied into Gradio's own folder; nothing else is served
+        # What a component shows is copied there; nothing else is served. (Not []: Gradio would ask the environment.)
+        allowed_paths=[os.environ.get("GRADIO_TEMP_DIR", str(settings.output_dir / "served"))],
         footer_links=[],
         ssr_mode=False,
         quiet=True,

@@ -32,7 +32,7 @@ from demo.pairs import BlindPair, save_picture, write_pairs
 from demo.questions import Questions
 from demo.search import Criteria, Found, exact_cosines, search
 from llava_clipmoe.files import atomic_directory, remove_leftovers, write_json
-from train_encoder.data import DataError
+from train_encoder.data import BadImage, DataError
 
 OUTCOMES = {
     "both": "passed both thresholds",
@@ -76,7 +76,8 @@ class Settings:
     split: str = "train"
     """Split to read, where the source has several."""
     cache: Path | None = None
-    """Folder of the embeddings; OUTPUT_DIR/cache when absent."""
+    """Folder of the embeddings; OUTPUT_DIR/cache when absent. Those of other models and pictures stay in it, to be
+    used again; it can be deleted at any time."""
     device: str = "auto"
     """auto (the GPU where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -136,12 +137,19 @@ def mine(s: Settings) -> Path:
     }  # fmt: skip
     summary = {
         "outcome": found.outcome, "counts": counts, "models": {tower.eyes[0]: tower.name for tower in towers},
-        "settings": {k: v.name if isinstance(v, Path) else v for k, v in asdict(s).items()},
-        "skipped": [{"image": pictures.names[row], "error": error} for row, error in encoded.bad.items()],
+        "settings": {name: _without_folders(value) for name, value in asdict(s).items()},
+        "skipped": [{"image": _shown(pictures.names[row]), "error": error} for row, error in encoded.bad.items()],
     }  # fmt: skip
     pairs = _write(s, pictures, encoded, found, questions, summary)
     _report(console, s, pairs, found, summary, time.monotonic() - start)
     return s.output_dir
+
+
+def _without_folders(value: Any) -> Any:
+    """A path's last part: the result may be given away, and where things lay here is nobody's business."""
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).expanduser().exists()):
+        return Path(value).name
+    return value
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,13 @@ def _write(
     files: dict[int, str] = {}
     with atomic_directory(folder / folder_of.PICTURES) as temporary:
         for image in dict.fromkeys(np.stack([found.first, found.second], 1).reshape(-1).tolist()):
-            files[image] = save_picture(pictures.image(image), temporary, pictures.names[image], len(files))
+            name = pictures.names[image]
+            try:
+                files[image] = save_picture(pictures.image(image), temporary, name, len(files))
+            except BadImage as error:
+                raise DataError(
+                    f"{name} could be read before, but not now ({error}). Run the command again."
+                ) from error
     pairs = _pairs(s, pictures, encoded, found, questions, files)
     draw_contact_sheet(pairs, folder / folder_of.SHEET, f"{len(pairs)} blind pairs; reference: {s.reference_name}")
     write_pairs(folder, pairs, summary)
@@ -207,7 +221,7 @@ def _pairs(s, pictures, encoded: Encoded, found: Found, questions, files: dict[i
         pairs.append(
             BlindPair(
                 images=tuple((s.output_dir / folder_of.PICTURES / files[image]).resolve() for image in images),
-                names=tuple(pictures.names[image] for image in images),
+                names=tuple(_shown(pictures.names[image]) for image in images),
                 cosines=cosines,
                 reference=s.reference_name,
                 gap=round(gap, 6),
@@ -216,6 +230,11 @@ def _pairs(s, pictures, encoded: Encoded, found: Found, questions, files: dict[i
             )
         )
     return pairs
+
+
+def _shown(name: str) -> str:
+    """A picture's name for the result, which may be given away: without this machine's folders."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------

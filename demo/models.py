@@ -193,8 +193,9 @@ class Eye:
             ]
             with self.in_place(stop) as model:
                 prompts = Prompts(rows, Path(), self.llm.tokenizer, self.processor, self.config, self.llm.conversation)
-                yield next(answer(model, self.llm.tokenizer, prompts, batch_size=batch_size,
-                                  max_new_tokens=max_new_tokens))  # fmt: skip
+                texts = next(answer(model, self.llm.tokenizer, prompts, batch_size=batch_size,
+                                    max_new_tokens=max_new_tokens))  # fmt: skip
+            yield texts  # out of the turn: nobody knows when the next batch is asked for
 
 
 def _generate(model: Any, arguments: dict[str, Any], streamer: Any, failed: list[BaseException]) -> None:
@@ -247,7 +248,9 @@ def separator_of(conversation: str) -> str:
     from llava.conversation import SeparatorStyle, conv_templates
 
     template = conv_templates[conversation]
-    return template.sep2 if template.sep_style == SeparatorStyle.TWO else template.sep
+    if template.sep_style == SeparatorStyle.TWO or not template.sep:  # Mistral's has only the second
+        return template.sep2
+    return template.sep
 
 
 def check_models(models: Models) -> None:
@@ -265,8 +268,24 @@ def check_models(models: Models) -> None:
                 f"{directory} has no mm_projector.bin. --language-model goes with two directories of stage 1 (a "
                 "projector and a config each); leave it out for two whole LLaVAs."
             )
+        if models.language_model is None and not _has_weights(directory):
+            raise FileNotFoundError(
+                f"{directory} has no weights of a whole LLaVA. If stage 1 has left it (mm_projector.bin), give the "
+                "language model that it belongs to: --language-model DIR."
+            )
     if models.language_model is not None and not (models.language_model / "config.json").is_file():
         raise FileNotFoundError(f"there is no language model at {models.language_model} (no config.json).")
+    if models.names is not None:
+        _check_names(*models.names)
+
+
+def _has_weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
+
+
+def _check_names(left: str, right: str) -> None:
+    if left == right:
+        raise ValueError(f"both eyes are called {left!r}: give them two --names.")
 
 
 def load_eyes(models: Models, say: Callable[[str], None] = print) -> tuple[Eye, Eye]:
@@ -275,8 +294,6 @@ def load_eyes(models: Models, say: Callable[[str], None] = print) -> tuple[Eye, 
     left = _load(models.left, models, say)
     right = _share(left, models.right, say) if models.language_model else _load(models.right, models, say)
     left.name, right.name = models.names or _names(left, right)
-    if left.name == right.name:
-        raise ValueError(f"both eyes are called {left.name!r}: give them two --names.")
     return left, right
 
 
@@ -288,15 +305,44 @@ def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Eye:
     disable_torch_init()
     base = str(models.language_model) if models.language_model else None
     directory = directory.resolve()
+    device = device_of(models.device)
     tokenizer, model, _, _ = load_pretrained_model(
-        str(directory), base, directory.name, models.bits == 8, models.bits == 4, device=device_of(models.device)
+        str(directory), base, directory.name, device=device, **_quantised(models.bits, device)
     )
     conversation = models.conversation or conversation_of(directory.name)
     inner = model.get_model()
+    _settle(inner.vision_tower, model.device)
     llm = LanguageModel(model.eval(), tokenizer, conversation)
     eye = Eye(directory.name, directory, llm, inner.vision_tower, inner.mm_projector, model.config)
     say(f"{directory.name}: loaded in {time.monotonic() - start:.0f} s")
     return eye
+
+
+def _settle(tower: Any, device: Any) -> None:
+    """Where the language model is on the CPU, so is its tower, in float32: upstream puts it onto a GPU where there is
+    one, and into the dtype that it is stored in."""
+    import torch
+
+    if device.type == "cpu":
+        tower.to(device=device, dtype=torch.float32)
+
+
+def _quantised(bits: int, device: str) -> dict[str, Any]:
+    """What upstream's loader is given for a language model of 8 or 4 bits. Asked for them by its own switches, it would
+    quantise the projector too: part of what is compared, and of stage 1's it would make an empty one.
+    """
+    if bits == 16:
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from llava_clipmoe.compat.loading import cpu_dtype
+
+    how = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": cpu_dtype() if device == "cpu" else torch.float16,
+    }  # fmt: skip
+    return {"quantization_config": BitsAndBytesConfig(**how, llm_int8_skip_modules=["model.mm_projector", "lm_head"])}
 
 
 def _share(first: Eye, directory: Path, say: Callable[[str], None]) -> Eye:
@@ -315,9 +361,11 @@ def _share(first: Eye, directory: Path, say: Callable[[str], None]) -> Eye:
         )
     tower = build_vision_tower(config, delay_load=True)
     tower.load_model(device_map={"": model.device})
+    _settle(tower, model.device)
     projector = build_vision_projector(config)
     state = load_foreign_pt(directory / "mm_projector.bin")
-    projector.load_state_dict({name.rpartition("mm_projector.")[2]: tensor for name, tensor in state.items()
+    # Through halves, as upstream's loader reads the first eye's: the two must differ in nothing but their training.
+    projector.load_state_dict({name.rpartition("mm_projector.")[2]: tensor.half() for name, tensor in state.items()
                                if "mm_projector." in name})  # fmt: skip
     projector.to(device=model.device, dtype=model.dtype).eval()
     say(f"{directory.name}: its eye shares that language model")

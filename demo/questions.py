@@ -9,7 +9,7 @@ import numpy as np
 from demo.images import Pictures
 from demo.pairs import Question
 from train_encoder.data import DataError
-from train_encoder.sources import _json_rows as json_rows
+from train_encoder.sources import json_rows
 
 FORMAT = 'A row is {"image": "a.png", "attribute": "color", "question": "What is the main color?", "answer": "red"}.'
 

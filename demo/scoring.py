@@ -6,6 +6,7 @@ one answer twice, and scores nothing on the pair. (MMVP: Tong et al. 2024, "Eyes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ from train_llava.quickstart import says_rather
 from .html import same_answer
 from .models import Eye
 from .pairs import BlindPair
+from .turns import Stopped
 
 BATCH = 8
 """Pictures answered at a time; between two batches others may ask the model."""
@@ -107,11 +109,12 @@ def score(eyes: tuple[Eye, Eye], pairs: Sequence[BlindPair], stop: threading.Eve
     start = time.monotonic()
     streams = [eye.answer_files(pictures, questions, BATCH, stop=stop) for eye in eyes]
     yield found
-    while found.done < found.total and not stop.is_set():
-        for texts, stream in zip(found.texts, streams, strict=True):
-            texts += next(stream)
-            found.seconds = time.monotonic() - start
-            yield found
+    with contextlib.suppress(Stopped):
+        while found.done < found.total:
+            for texts, stream in zip(found.texts, streams, strict=True):
+                texts += next(stream)
+                found.seconds = time.monotonic() - start
+                yield found
 
 
 def save(scores: Scores, path: Path) -> None:
@@ -135,10 +138,12 @@ def verdict(scores: Scores) -> str:
     if only_left + only_right == 0:
         return f"{name_right} and {name_left} have exactly the same pairs right."
     p = binomtest(only_right, only_left + only_right).pvalue
-    told = "chance alone would seldom give such a difference" if p < 0.05 else "chance alone gives such a difference too"
+    told = (
+        "chance alone would seldom give such a difference" if p < 0.05 else "chance alone gives such a difference too"
+    )
     return (
         f"{name_right} alone is right on {only_right} and {name_left} alone on {only_left} of {len(both)}: {told} "
-        f"(exact McNemar test, p = {p:.2f})."
+        f"(exact McNemar test, {f'p = {p:.2f}' if p >= 0.01 else 'p < 0.01'})."
     )
 
 

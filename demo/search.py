@@ -22,6 +22,8 @@ from train_encoder.progress import Bar
 
 TILE = 2048
 """Rows a side: a tile of cosines is 16 MB, and its product large enough for full speed."""
+PART = 2**18
+"""Pairs handled at once: all of a tile may pass, and each step on them makes copies."""
 LOOSE = 8
 """The pool keeps so many times `per_image` pairs of an image: one that loses its partner to a better pair later on
 needs others to fall back on."""
@@ -71,11 +73,18 @@ class Rows:
 
 
 def cosines(rows: Rows, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosines of n pairs whose pictures are at most a tile's rows and columns: one product, fp32 [n]."""
-    a, i = np.unique(first, return_inverse=True)
-    b, j = np.unique(second, return_inverse=True)
+    """Cosines of n pairs out of one tile, fp32 [n]: one product of the rows and columns that occur."""
+    a, i = _occurring(first)
+    b, j = _occurring(second)
     product = rows[a] @ rows[b].T
     return product[torch.from_numpy(i).to(product.device), torch.from_numpy(j).to(product.device)].cpu().numpy()
+
+
+def _occurring(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique with the inverse, without its sort: the numbers are a tile's, so they lie close together."""
+    low = numbers.min()
+    there = np.bincount(numbers - low) > 0
+    return there.nonzero()[0] + low, (np.cumsum(there) - 1)[numbers - low]
 
 
 def exact_cosines(array: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -145,7 +154,7 @@ class Pool:
 def close_pairs(
     rows: Rows, count: int, above: Callable[[], float], advance: Callable[[int], None]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """first, second, cosine of all pairs above a threshold, tile by tile of the upper triangle.
+    """first, second, cosine of all pairs above a threshold, tile by tile of the upper triangle, PART at a time.
 
     `above` is asked before each tile; `advance` is told how many pairs have been looked at.
     """
@@ -156,10 +165,10 @@ def close_pairs(
             mask = tile > above()
             if i == j:
                 mask = mask.triu_(1)
-            found = mask.nonzero()
-            if len(found):
-                first, second = found.cpu().numpy().T
-                yield i + first, j + second, tile[mask].cpu().numpy()
+            for found, values in zip(mask.nonzero().split(PART), tile[mask].split(PART), strict=True):
+                if len(found):
+                    first, second = found.T.cpu().numpy()
+                    yield i + first, j + second, values.cpu().numpy()
             advance(len(a) * (len(a) - 1) // 2 if i == j else tile.numel())
 
 

@@ -28,8 +28,8 @@ class Turns:
     def turn(self, waiting: Callable[[int], None] | None = None, stop: threading.Event | None = None) -> Iterator[None]:
         """Wait for one's turn and have it while the block runs.
 
-        waiting: told how many are before, whenever that changes. stop: gives up the place (raises Stopped).
-        Raises QueueFull at once when `most_waiting` wait already.
+        waiting: told how many are before, whenever that changes. stop: gives up the place.
+        Raises QueueFull at once when `most_waiting` wait already, Stopped when `stop` is set before the turn has come.
         """
         me = object()
         with self._changed:
@@ -55,3 +55,5 @@ class Turns:
                 if stop is not None and stop.is_set():
                     raise Stopped
                 self._changed.wait(timeout=0.2)  # seconds: `stop` is not told to us, we look
+        if stop is not None and stop.is_set():
+            raise Stopped

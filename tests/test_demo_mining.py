@@ -20,7 +20,7 @@ pytest.importorskip("imagehash", reason="needs the `demo` extra")
 import imagehash
 from tiny_llava import make_towers
 
-from demo import embeddings
+from demo import embeddings, mining
 from demo import search as searching
 from demo.images import NearDuplicates, Pictures, looks
 from demo.mining import Settings, main, mine
@@ -43,8 +43,10 @@ def towers(tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def run(towers, tmp_path):
-    """Mines with settings by name; everything may pass unless they say otherwise. -> the pairs, and mining.json."""
+def run(towers, tmp_path, monkeypatch):
+    """Mines with settings by name, without the contact sheet, which takes a second; everything may pass unless they
+    say otherwise. -> the pairs, and mining.json."""
+    monkeypatch.setattr(mining, "draw_contact_sheet", lambda *_: None)
 
     def go(images, folder="pairs", **settings) -> tuple[list[BlindPair], dict]:
         anything = {"dense": towers[0], "moe": towers[1], "dense_threshold": -1.0, "reference_threshold": 1.0}
@@ -114,6 +116,7 @@ def double_loop(dense, references, criteria: Criteria, accept=lambda i, j: True)
 @pytest.mark.parametrize("eyes", [1, 3])
 def test_search_equals_a_double_loop(monkeypatch, criteria, outcome, eyes):
     monkeypatch.setattr(searching, "TILE", 64)  # 200 rows: whole tiles, a rest, the diagonal
+    monkeypatch.setattr(searching, "PART", 100)
     dense, references = rows(200, 0), [rows(200, seed) for seed in range(1, eyes + 1)]
     found = search(dense, references, criteria, device="cpu")
     expected, how = double_loop(dense, references, criteria)

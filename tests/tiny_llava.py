@@ -10,6 +10,8 @@ import importlib.util
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +35,21 @@ def upstream_is_installed() -> bool:
     spec = importlib.util.find_spec("llava")
     places = (spec.submodule_search_locations or []) if spec is not None else []
     return any((Path(place) / "model" / "llava_arch.py").is_file() for place in places)
+
+
+@contextmanager
+def upstream_in_this_process() -> Iterator[None]:
+    """Our hook in place; at the end torch is as before: upstream's loader switches its initialisation off for good."""
+    from llava_clipmoe import llava_hook
+
+    layers = torch.nn.Linear, torch.nn.LayerNorm
+    before = [layer.reset_parameters for layer in layers]
+    llava_hook.install()
+    try:
+        yield
+    finally:
+        for layer, reset in zip(layers, before, strict=True):
+            layer.reset_parameters = reset
 
 
 def make_language_model(folder: Path, hidden_size: int = 32) -> Path:

@@ -272,7 +272,7 @@ def _open_csv(paths: list[Path], config: DataConfig) -> PairSource:
 def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
     rows, columns = _Rows(), None
     for path in paths:
-        stream = _json_rows(path)
+        stream = json_rows(path)
         while chunk := list(itertools.islice(stream, CHUNK_ROWS)):
             if columns is None:
                 columns = _find_columns(list(dict.fromkeys(key for row in chunk for key in row)), config)
@@ -283,7 +283,7 @@ def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
     return _paths_source(rows, config, paths)
 
 
-def _json_rows(path: Path) -> Iterator[dict]:
+def json_rows(path: Path) -> Iterator[dict]:
     """Yields the rows of a JSON list or of JSON lines, one at a time: these files reach gigabytes."""
     try:
         with path.open(encoding="utf-8-sig") as file:
