@@ -1,8 +1,9 @@
 """Configuration of a CLIP-MoE: transformers' CLIP configuration plus the experts.
 
 `num_experts=1` is a dense CLIP: the same class reads, trains and saves both, so that a stage of the
-trainer and its result differ in one number. This file is copied beside the weights of a saved model
-(`auto_map`), therefore it imports nothing of this package.
+trainer and its result differ in one number. With `fusion_gate` (CLIP-FMoE) every MoE block keeps the base's FFN
+beside its experts, and `num_experts=1` is one expert beside it: not dense. This file is copied beside the weights of
+a saved model (`auto_map`), therefore it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ EXPERT_FIELDS: dict[str, Any] = {
     "router_initializer_range": 0.018,  # std of a fresh router: nn.Linear's at width 1024, as in the official code
     "expert_dropout": 0.0,  # official code 0.1, paper silent
     "experts_implementation": "auto",  # "auto", "loop" or "grouped_mm"
+    "fusion_gate": False,  # CLIP-FMoE: the base's FFN beside the experts, mixed by a gate
+    # G at the start: 1 is the base alone, 0 the experts alone. CLIP-FMoE's public sources do not say it; 0.5 is where
+    # an ordinary nn.Linear would start on average, and where the gate's gradient G(1 - G) is largest.
+    "fusion_gate_init": 0.5,
 }
 
 
@@ -32,6 +37,11 @@ def _check_tower(hidden_size: int, num_attention_heads: int, num_hidden_layers: 
     e, k = experts["num_experts"], experts["num_experts_per_tok"]
     if e < 1:
         raise ValueError(f"num_experts must be at least 1 (1 is a dense CLIP), got {e}.")
+    if not 0 < experts["fusion_gate_init"] < 1:
+        raise ValueError(
+            f"fusion_gate_init must lie between 0 and 1, both excluded, got {experts['fusion_gate_init']}: a gate that "
+            "starts quite open or shut has no gradient and stays there."
+        )
     if not 1 <= k <= e:
         raise ValueError(
             f"num_experts_per_tok ({k}) must lie between 1 and num_experts ({e}): a token cannot use more experts "
@@ -66,7 +76,7 @@ class _TowerConfig(PretrainedConfig):
     ):
         experts = {name: kwargs.pop(name, default) for name, default in EXPERT_FIELDS.items()}
         experts["num_experts_per_tok"] = 1 if experts["num_experts"] == 1 else experts["num_experts_per_tok"]
-        if experts["num_experts"] == 1:
+        if experts["num_experts"] == 1 and not experts["fusion_gate"]:
             moe_layers = []
         elif moe_layers is None:
             moe_layers = list(range(num_hidden_layers))
@@ -150,7 +160,8 @@ class CLIPMoEConfig(PretrainedConfig):
     """Both towers and the joint embedding.
 
     An expert field (`num_experts`, `num_experts_per_tok`, ...) given here goes to both towers; a tower's own
-    dictionary wins. Reading it here gives the vision tower's value.
+    dictionary wins. Reading it here gives the vision tower's value. Raises ValueError for settings that no model can
+    have, a fusion gate without a single MoE block among them.
     """
 
     model_type = "clip_moe"
@@ -163,6 +174,11 @@ class CLIPMoEConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.text_config = self._tower(CLIPMoETextConfig, text_config, shared, projection_dim)
         self.vision_config = self._tower(CLIPMoEVisionConfig, vision_config, shared, projection_dim)
+        if self.is_dense and (self.vision_config.fusion_gate or self.text_config.fusion_gate):
+            raise ValueError(
+                "fusion_gate is on, but moe_layers is empty in both towers: the gate lies in the MoE blocks. Name the "
+                "blocks in a tower's moe_layers (None: all of them), or turn fusion_gate off."
+            )
         self.projection_dim = projection_dim
         self.logit_scale_init_value = logit_scale_init_value
         self.initializer_factor = 1.0

@@ -47,8 +47,8 @@ _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
 class ClipBundle:
     """A model and what it needs to read images and captions.
 
-    `model` is dense when `num_experts` is 1; as loaded it is fp32 and in eval mode. `image_mean` and `image_std` are
-    per RGB channel, for pixels in [0, 1]. `name` says where it came from, without any path.
+    `model` is dense when its config's `is_dense` says so; as loaded it is fp32 and in eval mode. `image_mean` and
+    `image_std` are per RGB channel, for pixels in [0, 1]. `name` says where it came from, without any path.
     """
 
     model: CLIPMoEModel
@@ -378,12 +378,16 @@ def model_card(bundle: ClipBundle, card: Mapping[str, Any]) -> str:
     head = ["library_name: transformers", "pipeline_tag: zero-shot-image-classification"]
     if "license" in card:
         head.append(f"license: {card['license']}")
+    kind, place, gate = "CLIP-MoE", "in place of", ""
+    if config.fusion_gate:
+        kind, place, gate = "CLIP-FMoE", "beside", ", mixed with it by a fusion gate"
     head.append("tags: [clip]" if dense else "tags: [clip, clip-moe, mixture-of-experts]")
     what = (
         f"A CLIP at {bundle.image_size} px with {bundle.context_length} text positions."
         if dense
-        else f"A CLIP-MoE at {bundle.image_size} px with {bundle.context_length} text positions: "
-        f"{config.num_experts} experts in place of an FFN, {config.num_experts_per_tok} per token, in "
+        else f"A {kind} at {bundle.image_size} px with {bundle.context_length} text positions: "
+        f"{config.num_experts} expert{'s' * (config.num_experts > 1)} {place} an FFN, "
+        f"{config.num_experts_per_tok} per token{gate}, in "
         f"{len(config.vision_config.moe_layers)} of {config.vision_config.num_hidden_layers} image blocks and "
         f"{len(config.text_config.moe_layers)} of {config.text_config.num_hidden_layers} text blocks."
     )

@@ -5,12 +5,13 @@ transformers' CLIP classes changed names and weight prefixes between versions 4 
 
 Shape suffixes:  B batch   T tokens   N = B*T   D width   H FFN width   E experts   K experts per token   P projection
 Equations are those of the CLIP-MoE paper (Zhang et al. 2024, "CLIP-MoE: Towards Building Mixture of Experts for CLIP
-with Diversified Multiplet Upcycling").
+with Diversified Multiplet Upcycling"); the fusion gate is CLIP-FMoE's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -183,28 +184,68 @@ class CLIPMoEMLP(nn.Module):
         return self.fc2(F.dropout(self.act(self.fc1(x)), self.dropout, self.training)), None
 
 
+class FusionGate(nn.Module):
+    """How much of the base's FFN a token keeps, per dimension: G(x) = sigmoid(x W^T + b), W [D,D], b [D] (CLIP-FMoE).
+
+    In fp32 whatever the model's dtype: bf16 has no number between 0.996 and 1, so the experts' share 1 - G, and with
+    it the gate's gradient, would vanish long before the gate is open. It starts at `fusion_gate_init` for every token
+    (W = 0; its gradient is not). Tensors as nn.Linear's, but no nn.Linear: quantisers and LoRA replace those.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.initial = config.fusion_gate_init
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..,D] -> G [..,D] in fp32, between 0 and 1."""
+        with torch.autocast(x.device.type, enabled=False):  # autocast would cast the product back to bf16
+            return F.linear(x.float(), self.weight.float(), self.bias.float()).sigmoid()
+
+
 class CLIPMoESparseMLP(nn.Module):
-    """Router and experts in the place of a block's FFN."""
+    """Router and experts in the place of a block's FFN; with `fusion_gate` (CLIP-FMoE), beside it:
+
+    out = G * FFN_base(x) + (1 - G) * sum_k w_k FFN_k(x). G = 1 is the base exactly, G = 0 the MoE without a gate.
+    The base is none of the E experts. One expert alone beside it (E = 1) has a router too, whose weight is always 1
+    and whose gradient 0, so that every CLIP-FMoE has the same tensors and outputs.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
+        self.base = self.fusion_gate = None
+        if config.fusion_gate:
+            self.base = CLIPMoEMLP(config)
+            self.base.dropout = 0.0  # it is frozen: what it knows is to be kept, in training too
+            self.fusion_gate = FusionGate(config)
         self.only_expert: int | None = None  # set by `only_expert()`: that expert alone, router not asked
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """-> output [B,T,D], router logits [B,T,E] in fp32 (None while one expert is selected)."""
         if self.only_expert is not None:
-            return self.experts.single(x_BTD, self.only_expert), None
+            return self._fuse(x_BTD, self.experts.single(x_BTD, self.only_expert)), None
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE, weights_NK, experts_NK = self.router(x_ND)
         y_ND = self.experts(x_ND, weights_NK, experts_NK)
-        return y_ND.view_as(x_BTD), logits_NE.view(*x_BTD.shape[:-1], -1)
+        return self._fuse(x_BTD, y_ND.view_as(x_BTD)), logits_NE.view(*x_BTD.shape[:-1], -1)
+
+    def _fuse(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
+        """What the experts said, mixed with the base (in fp32, the gate's dtype); unchanged without a gate."""
+        if self.fusion_gate is None:
+            return y_BTD
+        gate_BTD, (base_BTD, _) = self.fusion_gate(x_BTD), self.base(x_BTD)
+        return (gate_BTD * base_BTD + (1 - gate_BTD) * y_BTD).to(y_BTD.dtype)
 
 
 @contextlib.contextmanager
 def only_expert(model: nn.Module, expert: int) -> Iterator[nn.Module]:
-    """Inside the `with`, every MoE block uses expert number `expert` alone: the model is that stage's CLIP."""
+    """Inside the `with`, every MoE block uses expert number `expert` alone: the model is that stage's CLIP.
+
+    Where there is a fusion gate it stays at work, as in the stage that trained the expert: G * base + (1 - G) * expert.
+    """
     blocks = [m for m in model.modules() if isinstance(m, CLIPMoESparseMLP)]
     if not blocks or not 0 <= expert < blocks[0].experts.num_experts:
         raise ValueError(f"expert {expert} does not exist in this model.")
@@ -414,6 +455,9 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=module.initializer_range)
+        elif isinstance(module, FusionGate):
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, math.log(module.initial / (1 - module.initial)))
         elif isinstance(module, CLIPMoEVisionEmbeddings):
             d = module.class_embedding.shape[0]
             nn.init.normal_(module.class_embedding, std=factor * d**-0.5)
@@ -588,7 +632,8 @@ def router_losses(vision_logits, text_logits, text_mask_BT: torch.Tensor, config
 
 
 def active_parameters(config: CLIPMoEConfig) -> dict[str, int]:
-    """Parameter counts from the config alone: `total`, and `active` (those one image-text pair passes through)."""
+    """Parameter counts from the config alone: `total`, and `active` (those one image-text pair passes through: of a
+    block with a fusion gate also the base's FFN and the gate)."""
     total = active = 1  # logit_scale
     for tower in (config.vision_config, config.text_config):
         d, h = tower.hidden_size, tower.intermediate_size
@@ -599,7 +644,8 @@ def active_parameters(config: CLIPMoEConfig) -> dict[str, int]:
             ends = d + tower.num_channels * tower.patch_size**2 * d + (tower.num_patches + 1) * d + 4 * d
         else:
             ends = (tower.vocab_size + tower.max_position_embeddings) * d + 2 * d
-        common = ends + d * config.projection_dim + tower.num_hidden_layers * rest + dense * ffn
+        fusion = moe * (ffn + d * d + d) if tower.fusion_gate else 0
+        common = ends + d * config.projection_dim + tower.num_hidden_layers * rest + dense * ffn + fusion
         total += common + moe * (tower.num_experts * ffn + tower.num_experts * d)
         active += common + moe * (tower.num_experts_per_tok * ffn + tower.num_experts * d)
     return {"total": total, "active": active}

@@ -1,7 +1,7 @@
-"""Dense CLIP + the FFNs of its stages -> CLIP-MoE; sparse upcycling; 77 -> 248 text positions.
+"""Dense CLIP + the FFNs of its stages -> CLIP-MoE or CLIP-FMoE; sparse upcycling; 77 -> 248 text positions.
 
-Everything that is not an FFN comes from the base; expert j is the FFN of stage j, expert 0 the base's own
-(CLIP-MoE paper, section 3.2).
+Everything that is not an FFN comes from the base. CLIP-MoE: expert j is the FFN of stage j, expert 0 the base's own
+(CLIP-MoE paper, section 3.2). CLIP-FMoE: every expert was trained, and the base's FFN stands beside them behind a gate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
-from .modeling_clipmoe import CLIPMoEModel
+from .modeling_clipmoe import CLIPMoEModel, FusionGate
 
 TOWERS = ("vision_model", "text_model")
 _FFN = re.compile(r"^(vision_model|text_model)\.encoder\.layers\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)$")
@@ -30,6 +30,63 @@ def is_ffn(name: str) -> bool:
 def ffn_state(state: State) -> dict[str, torch.Tensor]:
     """The FFN tensors of a dense state dict: what a stage directory holds."""
     return {name: tensor for name, tensor in state.items() if is_ffn(name)}
+
+
+def expert_state(moe: State, expert: int = 0) -> dict[str, torch.Tensor]:
+    """One expert's FFNs under the names of dense ones: what a stage directory holds, and `upcycle` and `fuse` take.
+
+    moe: the state dict of a CLIP-MoE or CLIP-FMoE. Only its MoE blocks are in the result. Raises ValueError when
+    there is no such expert.
+    """
+    stacked = {name: tensor for name, tensor in moe.items() if ".mlp.experts." in name}
+    if not stacked or not all(0 <= expert < len(tensor) for tensor in stacked.values()):
+        count = len(next(iter(stacked.values()))) if stacked else 0
+        raise ValueError(f"there is no expert {expert}: this state dict has {count} experts, counted from 0.")
+    return {name.replace(".mlp.experts.", ".mlp."): tensor[expert].clone() for name, tensor in stacked.items()}
+
+
+def is_router_or_gate(name: str) -> bool:
+    """True for what unification (stage 2 of CLIP-FMoE) trains: the routers and the fusion gates. Without gates: the
+    routers, which are all that the last step of Diversified Multiplet Upcycling trains."""
+    return ".mlp.router." in name or ".mlp.fusion_gate." in name
+
+
+def is_expert_or_gate(name: str) -> bool:
+    """True for what stage 1 of CLIP-FMoE trains: the expert beside the base, and the gate between them."""
+    return ".mlp.experts." in name or ".mlp.fusion_gate." in name
+
+
+def default_fusion_layers(num_layers: int) -> list[int]:
+    """CLIP-FMoE's placement, "odd blocks of the second half of the encoder" -> indices into the blocks, from 0.
+
+    "Odd" is read as people count, from 1: the 13th, 15th, ... 23rd of 24 blocks. The sources do not say; counted from
+    0, one of them would be the last block, which LLaVA (hidden state -2) does not run: of 4 blocks the only one.
+    24 blocks -> 12, 14, 16, 18, 20, 22; 12 blocks -> 6, 8, 10. The middle block of an odd number counts as second half.
+    Raises ValueError where there is no such block: of 2 blocks, or none.
+    """
+    layers = [layer for layer in range(num_layers // 2, num_layers) if (layer + 1) % 2]
+    if not layers:
+        raise ValueError(
+            f"a tower of {num_layers} blocks has no odd block in its second half: name its MoE blocks (moe_layers)."
+        )
+    return layers
+
+
+def set_fusion_gates(model: torch.nn.Module, value: float) -> None:
+    """Set G to `value` for every token, in place: 1 gives the base exactly, 0 the MoE without a gate.
+
+    Raises ValueError for a value outside 0 to 1 and for a model without gates.
+    """
+    gates = [module for module in model.modules() if isinstance(module, FusionGate)]
+    if not gates:
+        raise ValueError("this model has no fusion gate: build it with fusion_gate=True in its config.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"a gate lies between 0 and 1, got {value}.")
+    logit = torch.tensor(value, dtype=torch.float64).logit().clamp(-200, 200).item()  # sigmoid(-200) is 0 in fp32
+    with torch.no_grad():
+        for gate in gates:
+            gate.weight.zero_()
+            gate.bias.fill_(logit)
 
 
 def moe_config(base: CLIPMoEConfig, moe_layers: Mapping[str, Sequence[int]] | None = None, **experts) -> CLIPMoEConfig:
@@ -50,8 +107,13 @@ def moe_config(base: CLIPMoEConfig, moe_layers: Mapping[str, Sequence[int]] | No
 def upcycle(base: CLIPMoEModel, stages: Sequence[State], config: CLIPMoEConfig, seed: int = 0) -> CLIPMoEModel:
     """A CLIP-MoE of `base` and the FFNs in `stages`; the routers are fresh, from `seed`.
 
-    `config.num_experts` must be `len(stages) + 1`. Raises ValueError when a stage's FFNs do not fit the base.
+    `config.num_experts` must be `len(stages) + 1`. Raises ValueError when a stage's FFNs do not fit the base, or when
+    `config` asks for a fusion gate (that is `fuse`).
     """
+    if _gated(config):
+        raise ValueError(
+            "the config has fusion_gate on, upcycling makes a CLIP-MoE without one: use fuse(), or turn it off."
+        )
     if config.num_experts != len(stages) + 1:
         raise ValueError(
             f"num_experts is {config.num_experts}, but the base and {len(stages)} stages make "
@@ -60,17 +122,44 @@ def upcycle(base: CLIPMoEModel, stages: Sequence[State], config: CLIPMoEConfig, 
     dense = base.state_dict()
     for number, stage in enumerate(stages, start=1):
         check_stage(dense, stage, f"stage {number}", config)
+    return _assemble(base, [dense, *stages], config, seed)
+
+
+def fuse(base: CLIPMoEModel, experts: Sequence[State], config: CLIPMoEConfig, seed: int = 0) -> CLIPMoEModel:
+    """A CLIP-FMoE: the `experts` (FFNs under dense names) beside the FFNs of `base`, behind fresh routers and gates.
+
+    config: has `fusion_gate`, and `num_experts` is `len(experts)` (the base is none of them); only the FFNs of its MoE
+    blocks are taken from the experts. The routers come from `seed`, the gates start at `fusion_gate_init`. With one
+    expert, a copy of the base's FFN, it is the model that stage 1 starts from.
+    Raises ValueError when an expert's FFNs do not fit the base, or their number or the config does not fit.
+    """
+    if not _gated(config):
+        raise ValueError("a CLIP-FMoE needs fusion_gate=True in its config; without a gate, use upcycle().")
+    if config.num_experts != len(experts):
+        raise ValueError(
+            f"num_experts is {config.num_experts}, but {len(experts)} experts were given (the base counts as none)."
+        )
+    dense = base.state_dict()
+    for number, expert in enumerate(experts):
+        check_stage(dense, expert, f"expert {number}", config)
+    return _assemble(base, experts, config, seed)
+
+
+def _gated(config: CLIPMoEConfig) -> bool:
+    return any(tower.fusion_gate and tower.moe_layers for tower in (config.vision_config, config.text_config))
+
+
+def _assemble(base: CLIPMoEModel, experts: Sequence[State], config: CLIPMoEConfig, seed: int) -> CLIPMoEModel:
+    """The experts' FFNs stacked, fresh routers and gates, and all else from the base."""
+    dense = base.state_dict()
     model = empty_moe(config, seed, dtype=next(base.parameters()).dtype)
-    state = model.state_dict()
-    sources = [dense, *stages]
     with torch.no_grad():
-        for name, target in state.items():
+        for name, target in model.state_dict().items():
             if ".mlp.experts." in name:
-                dense_name = name.replace(".mlp.experts.", ".mlp.")
-                for expert, source in enumerate(sources):
-                    target[expert].copy_(source[dense_name])
-            elif ".mlp.router." not in name:
-                target.copy_(dense[name])
+                for number, expert in enumerate(experts):
+                    target[number].copy_(expert[name.replace(".mlp.experts.", ".mlp.")])
+            elif not is_router_or_gate(name):
+                target.copy_(dense[name.replace(".mlp.base.", ".mlp.")])
     return model
 
 
