@@ -71,6 +71,8 @@ def launch(demo, settings: Settings):
     """Start serving the page, in threads; -> its gr.Blocks, with `local_url`, `block_thread()` and `close()`."""
     import gradio as gr
 
+    from .guard import middleware
+
     page = build_page(demo)
     page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
     page.launch(
@@ -86,7 +88,9 @@ def launch(demo, settings: Settings):
         ssr_mode=False,
         quiet=True,
         prevent_thread_lock=True,
-        theme=gr.themes.Default(),
+        app_kwargs={"middleware": middleware(settings.host)},
+        # The system's fonts: the theme's own lack their bold on a machine without network.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css_paths=[Path(__file__).with_name("style.css")],
     )
     return page

@@ -18,8 +18,7 @@ from PIL import Image
 
 from train_encoder.config import DataConfig, digest
 from train_encoder.data import DataError, PairSource, decode_image
-from train_encoder.sources import FILE_KINDS, IMAGE_COLUMNS, IMAGE_SUFFIXES, FileStore, open_source
-from train_encoder.sources import json_rows
+from train_encoder.sources import FILE_KINDS, IMAGE_COLUMNS, IMAGE_SUFFIXES, FileStore, json_rows, open_source
 
 HASH_SIDE, THUMB_SIDE = 8, 16
 HASH_BYTES = HASH_SIDE**2 // 8

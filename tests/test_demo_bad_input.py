@@ -224,19 +224,26 @@ def test_no_file_outside_its_own_folder_is_served(visit, site):
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1.evil.example"])
-def test_another_site_may_not_ask(site, origin):
-    """What a browser needs to let a page of another site read an answer, or send JSON at all, is never given."""
+def test_another_site_may_neither_read_nor_ask_nor_upload(site, origin):
     ask_for = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     body = json.dumps({"data": [], "fn_index": 0, "session_hash": "evil"}).encode()
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nfilled\r\n--x--\r\n'
     requests = {
         "reading": site.status_of("/config", Origin=origin),
         "preflight": site.status_of("/gradio_api/queue/join", method="OPTIONS", Origin=origin, **ask_for),
         "sending": site.status_of("/gradio_api/queue/join", body, Origin=origin, **{"Content-Type": "text/plain"}),
+        "uploading": site.status_of("/gradio_api/upload", upload, Origin=origin, **form),
     }
-    assert {what: found[1].get("access-control-allow-origin") for what, found in requests.items()} == dict.fromkeys(
-        requests
-    )
-    assert requests["reading"][0] == 200 and requests["sending"][0] == 422  # what needs no preflight is not understood
+    refused = {what: found[0] for what, found in requests.items() if what != "preflight"}
+    assert refused == {"reading": 403, "sending": 403, "uploading": 403}  # a preflight only asks; it gets no permission
+    assert not any(found[1].get("access-control-allow-origin") for found in requests.values())
+    assert site.status_of("/gradio_api/upload", upload, Origin=site.url, **form)[0] == 200, "its own page may"
+
+
+def test_a_name_of_somebody_elses_that_points_here_is_not_its_address(site):
+    assert site.status_of("/config", Host=f"evil.example:{site.port}")[0] == 400
+    assert site.status_of("/config", Host=f"localhost:{site.port}")[0] == 200
 
 
 def test_it_is_never_shared_to_the_internet(site):
