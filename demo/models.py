@@ -298,6 +298,7 @@ def load_eyes(models: Models, say: Callable[[str], None] = print) -> tuple[Eye, 
 
 
 def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Eye:
+    from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
     from llava.utils import disable_torch_init
 
@@ -305,11 +306,11 @@ def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Eye:
     disable_torch_init()
     base = str(models.language_model) if models.language_model else None
     directory = directory.resolve()
-    device = device_of(models.device)
+    device, name = device_of(models.device), get_model_name_from_path(str(directory))
     tokenizer, model, _, _ = load_pretrained_model(
-        str(directory), base, directory.name, device=device, **_quantised(models.bits, device)
+        str(directory), base, name, device=device, **_quantised(models.bits, device)
     )
-    conversation = models.conversation or conversation_of(directory.name)
+    conversation = models.conversation or conversation_of(name)
     inner = model.get_model()
     _settle(inner.vision_tower, model.device)
     llm = LanguageModel(model.eval(), tokenizer, conversation)
