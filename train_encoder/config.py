@@ -64,6 +64,13 @@ class OptimConfig:
     """Frozen in the paper's stages; a CLIP from scratch learns it."""
     max_grad_norm: float | None = None
     """Clip the gradient to this norm; off in the paper."""
+    loss: Literal["clip", "multi-positive", "long-short"] = "clip"
+    """`clip`: one caption an image. `multi-positive` (CLIP-FMoE): the caption and its first sentence, both positives.
+    `long-short` (Long-CLIP): the caption, and its first sentence against the image's principal components."""
+    short_weight: float = 0.5
+    """gamma of the first sentence under multi-positive; the caption has the rest. The paper does not say: even."""
+    principal_components: int = 32
+    """Kept of the image feature for the first sentence under long-short (Long-CLIP's value)."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,8 @@ class TrainConfig:
         for name, optim in (("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim)):
             if optim.global_batch_size < 2:
                 raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")
+            if not 0 < optim.short_weight < 1:
+                raise ValueError(f"--{name}.short-weight must lie between 0 and 1, got {optim.short_weight}.")
 
 
 # Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these.
