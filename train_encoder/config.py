@@ -164,6 +164,16 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """The baselines without stages: direct fine-tuning, Long-CLIP, sparse upcycling."""
+
+    parts: Literal["ffn", "all"] = "ffn"
+    """What learns: the FFNs (or the experts and their routers), or every tensor."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Fine-tuning of a dense CLIP. Sparse upcycling trains by --moe.optim."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured at the end of a run, on data that training never saw."""
 
@@ -197,13 +207,16 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run of Diversified Multiplet Upcycling."""
+    """A whole run, from a base CLIP to the method's result."""
 
+    method: Literal["dmu", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
+    """How the result is made (train_encoder/methods/). A recipe sets it together with what it needs."""
     data: DataConfig = field(default_factory=DataConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
     mcl: MCLConfig = field(default_factory=MCLConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
@@ -219,7 +232,9 @@ class TrainConfig:
                 f"--moe.num-experts-per-tok is {k}, but there are {e} experts: a token cannot use more experts than "
                 "there are. Lower it, or raise --moe.num-experts."
             )
-        for name, optim in (("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim)):
+        for name, optim in (
+            ("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim), ("finetune.optim", self.finetune.optim)
+        ):  # fmt: skip
             if optim.global_batch_size < 2:
                 raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")
             if not 0 < optim.short_weight < 1:
@@ -237,8 +252,13 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the settings in which two `to_dict`s differ, those that are free to change left out."""
+    """Dotted names of the settings in which two `to_dict`s differ, those that are free to change left out.
+
+    A setting that the old one does not have is younger than that run, which was made with its default.
+    """
     found = []
+    if not prefix:
+        old = _filled(old, to_dict(TrainConfig()))
     for key in sorted(set(old) | set(new)):
         name = f"{prefix}{key}"
         if name in FREE_TO_CHANGE:
@@ -249,6 +269,13 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif a != b:
             found.append(f"{name}: {a!r} -> {b!r}")
     return found
+
+
+def _filled(given: dict, defaults: dict) -> dict:
+    """`given` with what it lacks from `defaults`, at every level."""
+    both = {k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+            for k, v in given.items()}  # fmt: skip
+    return {**defaults, **both}
 
 
 def digest(*parts: object) -> str:
