@@ -164,6 +164,18 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class FMoEConfig:
+    """CLIP-FMoE's experts: one a cluster (`moe.num_experts` clusters), each trained beside the frozen base."""
+
+    sub_clusters: int = 64
+    """Sub-clusters of a cluster; a batch comes from one of them (ICCL)."""
+    gate_init: float = 0.5
+    """The gate's value at the start: the base's share of a block's output. The public sources do not say it."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(loss="multi-positive"))
+    """Training of an expert and its gate. The public sources do not say the learning rate: CLIP-MoE's."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """The baselines without stages: direct fine-tuning, Long-CLIP, sparse upcycling."""
 
@@ -209,13 +221,14 @@ class EngineConfig:
 class TrainConfig:
     """A whole run, from a base CLIP to the method's result."""
 
-    method: Literal["dmu", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
+    method: Literal["dmu", "fmoe", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
     """How the result is made (train_encoder/methods/). A recipe sets it together with what it needs."""
     data: DataConfig = field(default_factory=DataConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
     mcl: MCLConfig = field(default_factory=MCLConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    fmoe: FMoEConfig = field(default_factory=FMoEConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -233,7 +246,8 @@ class TrainConfig:
                 "there are. Lower it, or raise --moe.num-experts."
             )
         for name, optim in (
-            ("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim), ("finetune.optim", self.finetune.optim)
+            ("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim), ("finetune.optim", self.finetune.optim),
+            ("fmoe.optim", self.fmoe.optim),
         ):  # fmt: skip
             if optim.global_batch_size < 2:
                 raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")

@@ -183,7 +183,7 @@ def _plain_step(towers, pixels, captions, objective, accelerator, seed) -> dict[
     clip_loss = objective(image, texts, scale)
     parts, router_part = {"contrastive": clip_loss.detach()}, 0.0
     if blocks:
-        counts = router_counts(blocks).over_processes()
+        counts = _over_processes(router_counts(blocks), accelerator)
         router_part, values = _router_part(blocks, counts, config, accelerator)
         parts |= values
     accelerator.backward(clip_loss + router_part)
@@ -208,7 +208,7 @@ def _cached_step(towers, chunks, objective, accelerator, seed) -> dict[str, torc
     clip_loss.backward()
     parts = {"contrastive": clip_loss.detach()}
     if counts is not None:
-        counts = counts.over_processes()
+        counts = _over_processes(counts, accelerator)
 
     sizes = [len(pixels) for pixels, *_ in chunks]
     gradients = zip(*(part.grad.split(sizes) for part in (image, *texts)), strict=True)
@@ -226,6 +226,11 @@ def _cached_step(towers, chunks, objective, accelerator, seed) -> dict[str, torc
                 parts = {**parts, **{k: parts.get(k, 0) + v for k, v in values.items()}}
             accelerator.backward(surrogate)
     return _with_total(parts, config)
+
+
+def _over_processes(counts: RouterCounts, accelerator: Accelerator) -> RouterCounts:
+    """Summed over the processes that share this training (one alone does not wait for the others)."""
+    return counts.over_processes() if accelerator.num_processes > 1 else counts
 
 
 def _router_part(blocks, counts: RouterCounts, config, accelerator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

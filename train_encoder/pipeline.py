@@ -173,9 +173,9 @@ class Pipeline:
             write()
         self.accelerator.wait_for_everyone()
 
-    def discard(self, name: str) -> None:
-        """Drop the resume state of a training whose result is saved."""
-        if self.accelerator.is_main_process:
+    def discard(self, name: str, everywhere: bool = False) -> None:
+        """Drop the resume state of a training whose result is saved. everywhere: whatever process this is."""
+        if everywhere or self.accelerator.is_main_process:
             discard_checkpoints(self.folder.checkpoints(name))
 
     @contextmanager

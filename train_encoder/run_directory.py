@@ -31,6 +31,10 @@ class RunDirectory:
     def stage_weights(self, number: int) -> Path:
         return self.path / f"stage{number}" / "model.safetensors"
 
+    def expert_weights(self, number: int) -> Path:
+        """FFNs of one independently trained expert (CLIP-FMoE)."""
+        return self.path / f"expert{number}" / "model.safetensors"
+
     def clusters(self, number: int) -> Path:
         return self.path / "clusters" / f"stage{number}.npz"
 

@@ -9,6 +9,7 @@ from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
 from llava_clipmoe.modeling_clipmoe import active_parameters
 from llava_clipmoe.upcycling import moe_config
 
+from ..config import MoEConfig
 from ..evaluate.routing import evaluate_routing, router_movement
 from ..pipeline import Pipeline, System
 
@@ -36,13 +37,18 @@ class Mixture(Pipeline):
         return vision | {("text_model", i) for i in config.text_config.moe_layers}
 
     def upcycled_config(self) -> CLIPMoEConfig:
-        moe, dense = self.config.moe, self.start.model.config
+        """The mixture's configuration, by the settings."""
+        return self.mixture_config(self.config.moe)
+
+    def mixture_config(self, moe: MoEConfig, **more: Any) -> CLIPMoEConfig:
+        """`moe` on the base's architecture; `more`: other expert fields (EXPERT_FIELDS)."""
+        dense = self.start.model.config
         fields = {name: getattr(moe, name) for name in (
             "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef",
             "router_jitter_noise", "router_initializer_range", "expert_dropout")}  # fmt: skip
         vision = range(dense.vision_config.num_hidden_layers) if moe.vision_layers is None else moe.vision_layers
         text = range(dense.text_config.num_hidden_layers) if moe.text_layers is None else moe.text_layers
-        return moe_config(dense, {"vision_model": list(vision), "text_model": list(text)}, **fields)
+        return moe_config(dense, {"vision_model": list(vision), "text_model": list(text)}, **{**fields, **more})
 
     def train_routers(self) -> ClipBundle:
         """The result: the mixture after its last training, on shuffled global batches."""
