@@ -69,7 +69,7 @@ def measure(s: Settings) -> dict:
     from train_encoder.allocator import keep_freed_memory
     from train_encoder.data import Batch
     from train_encoder.loop import TwoTowers, forward_backward
-    from train_encoder.losses import SmoothedClipLoss
+    from train_encoder.losses import Contrastive
     from train_encoder.progress import peak_memory_bytes, reset_peak_memory
 
     keep_freed_memory()
@@ -101,7 +101,7 @@ def measure(s: Settings) -> dict:
     seconds = []
     for step in range(s.steps + 1):
         started = time.perf_counter()
-        forward_backward(towers, batch, SmoothedClipLoss(0.1), accelerator, s.chunk_size, (0, step))
+        forward_backward(towers, batch, Contrastive(0.1), accelerator, s.chunk_size, (0, step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

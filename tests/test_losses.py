@@ -11,7 +11,17 @@ from llava_clipmoe.upcycling import moe_config, upcycle
 from train_encoder.config import OptimConfig
 from train_encoder.data import Batch
 from train_encoder.loop import TwoTowers, forward_backward, learning_rate
-from train_encoder.losses import SmoothedClipLoss, block_logits, router_counts, router_losses
+from train_encoder.losses import (
+    Contrastive,
+    LongShort,
+    MultiPositive,
+    SmoothedClipLoss,
+    block_logits,
+    make_objective,
+    principal_components,
+    router_counts,
+    router_losses,
+)
 
 
 @pytest.fixture
@@ -36,7 +46,9 @@ def batch_for(model, size: int = 12) -> Batch:
     return Batch(pixels, ids, torch.ones_like(ids), torch.arange(size), [], 0)
 
 
-def gradients(model, chunk_size: int | None, trainable=lambda name: True) -> tuple[dict, dict]:
+def gradients(
+    model, chunk_size: int | None, trainable=lambda name: True, objective: Contrastive | None = None
+) -> tuple[dict, dict]:
     class Bundle:
         image_mean, image_std = (0.5,) * 3, (0.5,) * 3
 
@@ -44,9 +56,11 @@ def gradients(model, chunk_size: int | None, trainable=lambda name: True) -> tup
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
         parameter.grad = None
-    accelerator = Accelerator(cpu=True)
+    accelerator, batch = Accelerator(cpu=True), batch_for(model)
+    if objective is not None and objective.captions == 2:
+        batch.short_ids = batch.input_ids[:, [0, 1, 8]]  # three tokens, the last one the end's
     parts = forward_backward(
-        TwoTowers(Bundle).train(), batch_for(model), SmoothedClipLoss(0.1), accelerator, chunk_size, (0, 0)
+        TwoTowers(Bundle).train(), batch, objective or Contrastive(0.1), accelerator, chunk_size, (0, 0)
     )
     return parts, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -82,6 +96,17 @@ def test_gradient_caching_equals_the_plain_step_when_only_routers_learn(moe):
     assert_same(plain, gradients(moe, 4, routers))
 
 
+TWO_CAPTIONS = {"multi-positive": MultiPositive(0.3, 0.1), "long-short": LongShort(3, 0.1)}
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("kind", TWO_CAPTIONS)
+def test_gradient_caching_equals_the_plain_step_with_two_captions_an_image(moe, kind, chunk):
+    plain = gradients(moe, None, objective=TWO_CAPTIONS[kind])
+    assert_same(plain, gradients(moe, chunk, objective=TWO_CAPTIONS[kind]))
+    assert not torch.allclose(plain[0]["contrastive"], gradients(moe, None)[0]["contrastive"], atol=1e-3)
+
+
 def test_activation_checkpointing_changes_no_gradient(moe):
     plain = gradients(moe, None)
     moe._set_gradient_checkpointing(True)
@@ -106,8 +131,8 @@ def test_router_losses_of_chunks_add_up_to_those_of_the_whole(moe):
         whole = whole_router_losses(vision.router_logits, text.router_logits, mask, moe.config)
         chunks = [
             block_logits(
-                [x[part] for x in vision.router_logits], [x[part] for x in text.router_logits],
-                batch.input_ids[part], moe.config,
+                [x[part] for x in vision.router_logits], [[x[part] for x in text.router_logits]],
+                [batch.input_ids[part]], moe.config,
             )
             for part in (slice(0, 5), slice(5, 12))
         ]  # fmt: skip
@@ -143,3 +168,48 @@ def test_the_schedule_warms_up_then_falls_as_a_cosine():
     assert rates[0] == pytest.approx(1 / 200) and rates[199] == pytest.approx(1.0)
     assert rates[2100] == pytest.approx(0.5, abs=1e-3) and rates[-1] < 1e-6
     assert learning_rate(optim, 9, 100) == 1.0  # a short training warms up for a tenth of it
+
+
+# ------------------------------------------------------------------------------------------- two captions an image
+
+
+def features(rows: int = 9, width: int = 16) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(2)
+    return tuple(F.normalize(torch.randn(3, rows, width), dim=-1))
+
+
+def test_multi_positive_weighs_the_loss_of_each_caption():
+    image, long, short = features()
+    scale, one = torch.tensor(20.0), SmoothedClipLoss(0.1)
+    by_hand = 0.7 * one(image, long, scale) + 0.3 * one(image, short, scale)
+    torch.testing.assert_close(MultiPositive(0.3, 0.1)(image, [long, short], scale), by_hand)
+
+
+def test_long_short_sees_the_short_caption_through_the_principal_components_only():
+    image, long, short = features()
+    scale, one = torch.tensor(20.0), SmoothedClipLoss(0.0)
+    loss = LongShort(4, 0.0)
+    coarse = loss.coarse(image)
+    by_hand = one(image, long, scale) + one(coarse, short, scale)
+    torch.testing.assert_close(loss(image, [long, short], scale), by_hand)
+    assert torch.linalg.matrix_rank(coarse - coarse.mean(0)) == 4
+    torch.testing.assert_close(LongShort(16, 0.0).coarse(image), image)  # all components: nothing is lost
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    from sklearn.decomposition import PCA
+
+    x = features(rows=40)[0]
+    mean, basis = principal_components(x, 5)
+    found = PCA(5).fit(x.numpy())
+    torch.testing.assert_close(mean + (x - mean) @ basis @ basis.T, torch.from_numpy(
+        found.inverse_transform(found.transform(x.numpy()))), atol=1e-5, rtol=0)  # fmt: skip
+
+
+def test_the_settings_name_the_objective():
+    kinds = {kind: make_objective(OptimConfig(loss=kind, short_weight=0.2, principal_components=7))
+             for kind in ("clip", "multi-positive", "long-short")}  # fmt: skip
+    assert {kind: (type(made), made.captions) for kind, made in kinds.items()} == {
+        "clip": (Contrastive, 1), "multi-positive": (MultiPositive, 2), "long-short": (LongShort, 2)
+    }  # fmt: skip
+    assert kinds["multi-positive"].gamma == (0.8, 0.2) and kinds["long-short"].components == 7

@@ -49,6 +49,39 @@ def _kmeans(x: np.ndarray, k: int, config: ClusterConfig, seed: int) -> tuple[np
     return labels.astype(np.int64), model.cluster_centers_.astype(np.float32)
 
 
+@dataclass
+class NestedClusters:
+    """ICCL's clusters (CLIP-FMoE): `labels` [rows] of the first level, `sub_labels` [rows] within each of them."""
+
+    labels: np.ndarray
+    sub_labels: np.ndarray
+
+
+def nested_clusters(
+    image: np.ndarray, clusters: int, sub_clusters: int, config: ClusterConfig, seed: int
+) -> NestedClusters:
+    """k-means of image embeddings [N,P] into `clusters`, and of each of these into at most `sub_clusters`."""
+    if len(image) < clusters:
+        raise ValueError(f"{len(image)} images cannot make {clusters} clusters: use more data, or fewer experts.")
+    labels, _ = _kmeans(image, clusters, config, seed)
+    sub_labels = np.zeros_like(labels)
+    for cluster in range(clusters):
+        mine = np.flatnonzero(labels == cluster)
+        if len(mine):
+            sub_labels[mine] = _kmeans(image[mine], min(sub_clusters, len(mine)), config, seed + 1 + cluster)[0]
+    return NestedClusters(labels, sub_labels)
+
+
+def save_nested(path: Path, clusters: NestedClusters) -> None:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, labels=clusters.labels, sub_labels=clusters.sub_labels)
+
+
+def load_nested(path: Path) -> NestedClusters:
+    with np.load(path, allow_pickle=False) as file:
+        return NestedClusters(file["labels"], file["sub_labels"])
+
+
 def save_clusters(path: Path, clusters: StageClusters) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(

@@ -64,6 +64,13 @@ class OptimConfig:
     """Frozen in the paper's stages; a CLIP from scratch learns it."""
     max_grad_norm: float | None = None
     """Clip the gradient to this norm; off in the paper."""
+    loss: Literal["clip", "multi-positive", "long-short"] = "clip"
+    """`clip`: one caption an image. `multi-positive` (CLIP-FMoE): the caption and its first sentence, both positives.
+    `long-short` (Long-CLIP): the caption, and its first sentence against the image's principal components."""
+    short_weight: float = 0.5
+    """gamma of the first sentence under multi-positive; the caption has the rest. The paper does not say: even."""
+    principal_components: int = 32
+    """Kept of the image feature for the first sentence under long-short (Long-CLIP's value)."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,28 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class FMoEConfig:
+    """CLIP-FMoE's experts: one a cluster (`moe.num_experts` clusters), each trained beside the frozen base."""
+
+    sub_clusters: int = 64
+    """Sub-clusters of a cluster; a batch comes from one of them (ICCL)."""
+    gate_init: float = 0.5
+    """The gate's value at the start: the base's share of a block's output. The public sources do not say it."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(loss="multi-positive"))
+    """Training of an expert and its gate. The public sources do not say the learning rate: CLIP-MoE's."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The baselines without stages: direct fine-tuning, Long-CLIP, sparse upcycling."""
+
+    parts: Literal["ffn", "all"] = "ffn"
+    """What learns: the FFNs (or the experts and their routers), or every tensor."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Fine-tuning of a dense CLIP. Sparse upcycling trains by --moe.optim."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured at the end of a run, on data that training never saw."""
 
@@ -190,13 +219,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run of Diversified Multiplet Upcycling."""
+    """A whole run, from a base CLIP to the method's result."""
 
+    method: Literal["dmu", "fmoe", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
+    """How the result is made (train_encoder/methods/). A recipe sets it together with what it needs."""
     data: DataConfig = field(default_factory=DataConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
     mcl: MCLConfig = field(default_factory=MCLConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    fmoe: FMoEConfig = field(default_factory=FMoEConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
@@ -212,9 +245,14 @@ class TrainConfig:
                 f"--moe.num-experts-per-tok is {k}, but there are {e} experts: a token cannot use more experts than "
                 "there are. Lower it, or raise --moe.num-experts."
             )
-        for name, optim in (("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim)):
+        for name, optim in (
+            ("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim), ("finetune.optim", self.finetune.optim),
+            ("fmoe.optim", self.fmoe.optim),
+        ):  # fmt: skip
             if optim.global_batch_size < 2:
                 raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")
+            if not 0 < optim.short_weight < 1:
+                raise ValueError(f"--{name}.short-weight must lie between 0 and 1, got {optim.short_weight}.")
 
 
 # Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these.
@@ -228,8 +266,13 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the settings in which two `to_dict`s differ, those that are free to change left out."""
+    """Dotted names of the settings in which two `to_dict`s differ, those that are free to change left out.
+
+    A setting that the old one does not have is younger than that run, which was made with its default.
+    """
     found = []
+    if not prefix:
+        old = _filled(old, to_dict(TrainConfig()))
     for key in sorted(set(old) | set(new)):
         name = f"{prefix}{key}"
         if name in FREE_TO_CHANGE:
@@ -240,6 +283,13 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif a != b:
             found.append(f"{name}: {a!r} -> {b!r}")
     return found
+
+
+def _filled(given: dict, defaults: dict) -> dict:
+    """`given` with what it lacks from `defaults`, at every level."""
+    both = {k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+            for k, v in given.items()}  # fmt: skip
+    return {**defaults, **both}
 
 
 def digest(*parts: object) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import warnings
 import zipfile
@@ -246,6 +247,14 @@ def choose_caption(captions: Sequence[str], how: str, seed: int, row: int, epoch
     return captions[int(np.random.SeedSequence([seed, row, epoch]).generate_state(1)[0]) % len(captions)]
 
 
+def first_sentence(caption: str) -> str:
+    """The caption up to the end of its first sentence: the short caption of Long-CLIP and CLIP-FMoE.
+
+    Long-CLIP's rule (the text before the first full stop that a space follows), and a line's end.
+    """
+    return re.split(r"(?<=\S)\.\s|\n", caption.strip(), maxsplit=1)[0].strip()
+
+
 class EncoderDataset(Dataset):
     """Rows as training wants them; images are decoded and captions tokenised where it is called, in the workers."""
 
@@ -258,11 +267,14 @@ class EncoderDataset(Dataset):
         captions: Literal["random", "first", "longest"],
         seed: int,
         cache: Path | None = None,
+        short: bool = False,
     ) -> None:
-        """`cache`: a file of build_image_cache to read pixels from; DataError when it is of other data."""
+        """`cache`: a file of build_image_cache to read pixels from; DataError when it is of other data. `short`: give
+        the first sentence of each caption too."""
         self.source, self.tokenizer, self.transform = source, tokenizer, transform
         self.context_length, self.captions, self.seed = context_length, captions, seed
         self._cache = None if cache is None else ImageCache(cache, source, transform)
+        self.short = short
 
     def __len__(self) -> int:
         return len(self.source)
@@ -276,8 +288,10 @@ class EncoderDataset(Dataset):
             pixels = self.transform(self.source.image(row)) if self._cache is None else self._cache.read(row)
         except BadImage as bad:
             error = str(bad)
-        tokens, truncated = self.tokens(choose_caption(self.source.captions(row), self.captions, self.seed, row, epoch))
-        return {"row": row, "pixels": pixels, "tokens": tokens, "truncated": truncated, "error": error}
+        caption = choose_caption(self.source.captions(row), self.captions, self.seed, row, epoch)
+        tokens, truncated = self.tokens(caption)
+        found = {"row": row, "pixels": pixels, "tokens": tokens, "truncated": truncated, "error": error}
+        return found | {"short": self.tokens(first_sentence(caption))[0]} if self.short else found
 
     def tokens(self, caption: str) -> tuple[list[int], bool]:
         """BOS, the caption and EOT, at most context_length tokens (the last is always EOT); whether text was lost."""
@@ -303,6 +317,12 @@ class Batch:
     rows: torch.Tensor  # int64 [B]
     bad: list[tuple[int, str]]  # (row, error) of images that could not be read
     truncated: int  # captions of this batch that were cut to the context length
+    short_ids: torch.Tensor | None = None  # int64 [B,T'], the captions' first sentences, where they are asked for
+
+    @property
+    def texts(self) -> list[torch.Tensor]:
+        """Ids of every caption an image has: the whole one, then its first sentence."""
+        return [self.input_ids] if self.short_ids is None else [self.input_ids, self.short_ids]
 
     def pin_memory(self) -> Batch:  # DataLoader(pin_memory=True) looks for this name
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -313,17 +333,25 @@ def collate(rows: Sequence[dict[str, Any]]) -> Batch:
     """Rows of EncoderDataset -> Batch. A bad image's row is left out, not replaced: a second copy of another row
     would be a false negative. `len(batch.rows)` may be 0."""
     good = [row for row in rows if row["pixels"] is not None]
-    lengths = torch.tensor([len(row["tokens"]) for row in good], dtype=torch.int64)
-    longest = int(lengths.max()) if good else 0
-    padded = [row["tokens"] + row["tokens"][-1:] * (longest - len(row["tokens"])) for row in good]
+    input_ids, lengths = _padded([row["tokens"] for row in good])
+    short = [row["short"] for row in good if "short" in row]
     return Batch(
         pixel_values=torch.stack([row["pixels"] for row in good]) if good else torch.empty(0, 3, 0, 0).byte(),
-        input_ids=torch.tensor(padded, dtype=torch.int64).view(len(good), longest),
-        attention_mask=(torch.arange(longest) < lengths[:, None]).long(),
+        input_ids=input_ids,
+        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
         rows=torch.tensor([row["row"] for row in good], dtype=torch.int64),
         bad=[(row["row"], row["error"]) for row in rows if row["pixels"] is None],
         truncated=sum(row["truncated"] for row in good),
+        short_ids=_padded(short)[0] if short else None,
     )
+
+
+def _padded(captions: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists -> ids [B,T] padded with each one's last token (EOT), and lengths [B]."""
+    lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int64)
+    longest = int(lengths.max()) if len(captions) else 0
+    padded = [ids + ids[-1:] * (longest - len(ids)) for ids in captions]
+    return torch.tensor(padded, dtype=torch.int64).view(len(captions), longest), lengths
 
 
 # --- one pass over all images: check, cache -------------------------------------------------------------------------

@@ -13,14 +13,12 @@ from rich.console import Console
 
 from llava_clipmoe.files import read_json, write_json
 from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import active_parameters, only_expert
-from llava_clipmoe.upcycling import ffn_state
+from llava_clipmoe.modeling_clipmoe import only_expert
 
 from .config import digest
 from .data import check_images
 from .evaluate.mmvp import evaluate_mmvp
 from .evaluate.retrieval import evaluate_retrieval
-from .evaluate.routing import evaluate_routing, router_movement
 from .progress import Bar, peak_memory_bytes
 from .report import summary_table, write_report
 from .sources import open_source
@@ -28,13 +26,11 @@ from .sources import open_source
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-UNTRAINED, TRAINED = "clip-moe (untrained router)", "clip-moe"
-
 
 def evaluate_run(run: Pipeline) -> None:
     """Measure every system of the run, write results.json and report.html, and print the table."""
     results = _previous(run)
-    started, systems, sources = time.time(), _systems(run), _retrieval_sources(run)
+    started, systems, sources = time.time(), run.systems(), _retrieval_sources(run)
     with Bar("evaluating", len(systems), unit="systems") as bar:
         for system, (make, expert) in systems.items():
             if system not in results["done"]:
@@ -42,8 +38,8 @@ def evaluate_run(run: Pipeline) -> None:
                 results["done"].append(system)
                 write_json(run.folder.results, results)
             bar.advance(1)
-    if "routing" not in results:
-        _describe(run, results)
+    if "parameters" not in results:
+        results |= {"result": run.final, **run.describe()}
         write_json(run.folder.results, results)
         run.metrics.log({"event": "done", "work": "evaluate", "stage": "all", "seconds": time.time() - started,
                          "peak_memory_bytes": peak_memory_bytes(run.accelerator.device)})  # fmt: skip
@@ -52,7 +48,7 @@ def evaluate_run(run: Pipeline) -> None:
     if not console.is_terminal:  # a log has no width: never cut a system's name
         console = Console(width=160)
     console.print(summary_table(results))
-    console.print(f"report: {page}\nmodel:  {run.folder.clip_moe}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}\nmodel:  {run.folder.result}", highlight=False, soft_wrap=True)
 
 
 def _previous(run: Pipeline) -> dict:
@@ -63,15 +59,6 @@ def _previous(run: Pipeline) -> dict:
         if old.get("key") == key:
             return old
     return {"key": key, "done": [], "retrieval": {}, "attributes": {}}
-
-
-def _systems(run: Pipeline) -> dict:
-    """name -> (how to get the model, the expert to use alone or None), in the order of the table."""
-    stages = range(1, run.config.moe.num_experts)
-    systems = {"base": (lambda: run.dense(0), None)}
-    systems |= {f"stage{s}": (lambda s=s: run.dense(s), None) for s in stages}
-    systems |= {f"expert{e}": (lambda: run.clip_moe, e) for e in (0, *stages)}
-    return systems | {UNTRAINED: (run.untrained_moe, None), TRAINED: (lambda: run.clip_moe, None)}
 
 
 def _retrieval_sources(run: Pipeline) -> dict:
@@ -114,26 +101,3 @@ def attribute_folder(source):
     from .openmoji import build_openmoji
 
     return build_openmoji() / "attribute_pairs"
-
-
-def _describe(run: Pipeline, results: dict) -> None:
-    """What is not a score: routing, how far the routers moved, clusters, parameters."""
-    sample = run.rows[: run.config.evaluation.routing_images]
-    settings = {"rows": sample, "device": run.accelerator.device, "precision": run.config.engine.precision}
-    results["routing"] = evaluate_routing(run.clip_moe, run.source, **settings)
-    untrained = run.untrained_moe()
-    results["router_movement"] = router_movement(untrained.model.state_dict(), run.clip_moe, run.source, **settings)
-    results["clusters"] = run.cluster_report()
-    dense = active_parameters(run.base.model.config)["total"]
-    results["parameters"] = {"dense": dense, **active_parameters(run.clip_moe.model.config)}
-    results["ffn_change"] = _ffn_change(run)
-
-
-def _ffn_change(run: Pipeline) -> dict[str, float]:
-    """How far each stage's FFNs went from the base: |W_s - W_0| / |W_0| over all of them."""
-    base = ffn_state(run.base.model.state_dict())
-    size = sum(t.double().square().sum() for t in base.values()) ** 0.5
-    return {
-        f"stage{number}": float(sum((t - base[k]).double().square().sum() for k, t in stage.items()) ** 0.5 / size)
-        for number, stage in enumerate(run.stages, start=1)
-    }

@@ -27,7 +27,7 @@ from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import EngineConfig, OptimConfig
 from .data import Batch, DataError, EncoderDataset, collate, normalise
-from .losses import RouterCounts, SmoothedClipLoss, block_logits, router_counts, router_losses
+from .losses import Contrastive, RouterCounts, block_logits, make_objective, router_counts, router_losses
 from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
 from .sampler import InClusterBatchSampler
 
@@ -54,15 +54,17 @@ class TwoTowers(nn.Module):
         self.clip = bundle.model
         self.mean, self.std = bundle.image_mean, bundle.image_std
 
-    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor):
-        """uint8 [b,3,R,R], ids [b,T] -> features [b,P] x 2 (L2-normalised, fp32), exp(logit_scale), router logits of
-        every block ([tokens,E], text padding removed)."""
+    def forward(self, pixels: torch.Tensor, *captions: torch.Tensor):
+        """uint8 [b,3,R,R], ids [b,T] of each caption -> image features [b,P], a list of text features [b,P] (all
+        L2-normalised, fp32), exp(logit_scale), router logits of every block ([tokens,E], text padding removed)."""
         clip: CLIPMoEModel = self.clip
         vision = clip.vision_model(normalise(pixels, self.mean, self.std))
-        text = clip.text_model(input_ids)
+        texts = [clip.text_model(ids) for ids in captions]
         image_features = nn.functional.normalize(clip.visual_projection(vision.pooler_output).float(), dim=-1)
-        text_features = nn.functional.normalize(clip.text_projection(text.pooler_output).float(), dim=-1)
-        blocks = block_logits(vision.router_logits, text.router_logits, input_ids, clip.config)
+        text_features = [
+            nn.functional.normalize(clip.text_projection(text.pooler_output).float(), dim=-1) for text in texts
+        ]
+        blocks = block_logits(vision.router_logits, [text.router_logits for text in texts], captions, clip.config)
         return image_features, text_features, clip.logit_scale.float().exp(), blocks
 
 
@@ -97,7 +99,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
         pin_memory=device.type == "cuda", persistent_workers=engine.workers > 0,
     )  # fmt: skip
     towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
-    contrastive = SmoothedClipLoss(o.label_smoothing, rank, world)
+    objective = make_objective(o, rank, world)
     reset_peak_memory(device)
     started, truncated = time.time(), 0
 
@@ -109,7 +111,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
                 group["lr"] = rate
             _refuse_bad_images(batch)
             truncated += batch.truncated
-            parts = forward_backward(towers, batch, contrastive, accelerator, engine.chunk_size, (stage.seed, step))
+            parts = forward_backward(towers, batch, objective, accelerator, engine.chunk_size, (stage.seed, step))
             norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -155,7 +157,7 @@ def learning_rate(o: OptimConfig, step: int, steps: int) -> float:
 def forward_backward(
     towers: nn.Module,
     batch: Batch,
-    contrastive: SmoothedClipLoss,
+    objective: Contrastive,
     accelerator: Accelerator,
     chunk_size: int | None,
     seed: tuple[int, int],
@@ -167,56 +169,56 @@ def forward_backward(
     them, then one chunk at a time with a graph. The same gradients as the plain step.
     """
     pixels = batch.pixel_values.to(accelerator.device, non_blocking=True)
-    ids = batch.input_ids.to(accelerator.device, non_blocking=True)
+    captions = [ids.to(accelerator.device, non_blocking=True) for ids in batch.texts]
     if chunk_size is None or chunk_size >= len(pixels):
-        return _plain_step(towers, pixels, ids, contrastive, accelerator, seed)
-    return _cached_step(towers, pixels.split(chunk_size), ids.split(chunk_size), contrastive, accelerator, seed)
+        return _plain_step(towers, pixels, captions, objective, accelerator, seed)
+    chunks = list(zip(pixels.split(chunk_size), *(ids.split(chunk_size) for ids in captions), strict=True))
+    return _cached_step(towers, chunks, objective, accelerator, seed)
 
 
-def _plain_step(towers, pixels, ids, contrastive, accelerator, seed) -> dict[str, torch.Tensor]:
+def _plain_step(towers, pixels, captions, objective, accelerator, seed) -> dict[str, torch.Tensor]:
     config = accelerator.unwrap_model(towers).clip.config
     _seed_step(seed, accelerator.process_index, chunk=0)
-    image, text, scale, blocks = towers(pixels, ids)
-    clip_loss = contrastive(image, text, scale)
+    image, texts, scale, blocks = towers(pixels, *captions)
+    clip_loss = objective(image, texts, scale)
     parts, router_part = {"contrastive": clip_loss.detach()}, 0.0
     if blocks:
-        counts = router_counts(blocks).over_processes()
+        counts = _over_processes(router_counts(blocks), accelerator)
         router_part, values = _router_part(blocks, counts, config, accelerator)
         parts |= values
     accelerator.backward(clip_loss + router_part)
     return _with_total(parts, config)
 
 
-def _cached_step(towers, pixels, ids, contrastive, accelerator, seed) -> dict[str, torch.Tensor]:
+def _cached_step(towers, chunks, objective, accelerator, seed) -> dict[str, torch.Tensor]:
+    """chunks: (pixels, ids of each caption) of a few images each."""
     config = accelerator.unwrap_model(towers).clip.config
-    images, texts, counts = [], [], None
+    features, counts = [], None
     with torch.no_grad():
-        for i, (p, t) in enumerate(zip(pixels, ids, strict=True)):
+        for i, chunk in enumerate(chunks):
             _seed_step(seed, accelerator.process_index, i)
-            image, text, scale, blocks = towers(p, t)
-            images.append(image)
-            texts.append(text)
+            image, texts, scale, blocks = towers(*chunk)
+            features.append((image, *texts))
             if blocks:
-                chunk = router_counts(blocks)
-                counts = chunk if counts is None else counts + chunk
-    image = torch.cat(images).requires_grad_()
-    text = torch.cat(texts).requires_grad_()
+                counted = router_counts(blocks)
+                counts = counted if counts is None else counts + counted
+    image, *texts = (torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True))
     scale = scale.detach().requires_grad_()
-    clip_loss = contrastive(image, text, scale)
+    clip_loss = objective(image, texts, scale)
     clip_loss.backward()
     parts = {"contrastive": clip_loss.detach()}
     if counts is not None:
-        counts = counts.over_processes()
+        counts = _over_processes(counts, accelerator)
 
-    sizes = [len(p) for p in pixels]
-    gradients = zip(image.grad.split(sizes), text.grad.split(sizes), strict=True)
-    for i, (p, t, (image_grad, text_grad)) in enumerate(zip(pixels, ids, gradients, strict=True)):
+    sizes = [len(pixels) for pixels, *_ in chunks]
+    gradients = zip(*(part.grad.split(sizes) for part in (image, *texts)), strict=True)
+    for i, (chunk, wanted) in enumerate(zip(chunks, gradients, strict=True)):
         last = i + 1 == len(sizes)
         # DDP averages the gradient over processes once, with the last chunk.
         with nullcontext() if last else accelerator.no_sync(towers):
             _seed_step(seed, accelerator.process_index, i)  # the same dropout as without the graph
-            image_i, text_i, scale_i, blocks = towers(p, t)
-            surrogate = (image_i * image_grad).sum() + (text_i * text_grad).sum()
+            image_i, texts_i, scale_i, blocks = towers(*chunk)
+            surrogate = sum((part * grad).sum() for part, grad in zip((image_i, *texts_i), wanted, strict=True))
             surrogate = surrogate + (scale_i * scale.grad if last else scale_i * 0)
             if blocks:
                 router_part, values = _router_part(blocks, counts, config, accelerator)
@@ -224,6 +226,11 @@ def _cached_step(towers, pixels, ids, contrastive, accelerator, seed) -> dict[st
                 parts = {**parts, **{k: parts.get(k, 0) + v for k, v in values.items()}}
             accelerator.backward(surrogate)
     return _with_total(parts, config)
+
+
+def _over_processes(counts: RouterCounts, accelerator: Accelerator) -> RouterCounts:
+    """Summed over the processes that share this training (one alone does not wait for the others)."""
+    return counts.over_processes() if accelerator.num_processes > 1 else counts
 
 
 def _router_part(blocks, counts: RouterCounts, config, accelerator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

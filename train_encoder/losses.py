@@ -5,7 +5,9 @@ L = L_CLIP + alpha * mean over blocks of L_balance (CLIP-MoE paper, eq. 6-10).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from open_clip.loss import ClipLoss
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.modeling_clipmoe import text_token_mask
+
+from .config import OptimConfig
 
 
 class SmoothedClipLoss(ClipLoss):
@@ -31,6 +35,88 @@ class SmoothedClipLoss(ClipLoss):
             truth = self.get_ground_truth(per_image.device, per_image.shape[0])
             image_loss = F.cross_entropy(per_image, truth, label_smoothing=self.label_smoothing)
             return (image_loss + F.cross_entropy(per_text, truth, label_smoothing=self.label_smoothing)) / 2
+
+
+class Contrastive:
+    """CLIP's own objective: every image against one caption each (CLIP-MoE paper, eq. 1)."""
+
+    captions = 1
+    """Captions of an image that a step needs: 1, or 2 for the long one and its first sentence."""
+
+    def __init__(self, label_smoothing: float, rank: int = 0, world_size: int = 1):
+        self.pair = SmoothedClipLoss(label_smoothing, rank, world_size)
+
+    def __call__(self, image: torch.Tensor, texts: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        """image [b,P] and, for each caption, text [b,P], L2-normalised features of this process -> scalar."""
+        return self.pair(image, texts[0], scale)
+
+
+class MultiPositive(Contrastive):
+    """Both captions are positives: sum over c of gamma_c [InfoNCE(I,T^c) + InfoNCE(T^c,I)] / 2  (CLIP-FMoE).
+
+    gamma: (long caption, first sentence), sum 1.
+    """
+
+    captions = 2
+
+    def __init__(self, short_weight: float, *pair: Any):
+        super().__init__(*pair)
+        self.gamma = (1 - short_weight, short_weight)
+
+    def __call__(self, image: torch.Tensor, texts: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        return sum(gamma * self.pair(image, text, scale) for gamma, text in zip(self.gamma, texts, strict=True))
+
+
+class LongShort(Contrastive):
+    """Long-CLIP (Zhang et al. 2024): the long caption against the image feature, plus the short one against what is
+    left of that feature in the batch's `components` principal components. Official code: both with weight 1.
+
+    The components are those of the global batch (the official code takes each GPU's own), and a constant for the
+    gradient: where two of their variances are nearly equal, that of the eigenvectors has no bound.
+    """
+
+    captions = 2
+
+    def __init__(self, components: int, *pair: Any):
+        super().__init__(*pair)
+        self.components = components
+
+    def __call__(self, image: torch.Tensor, texts: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        long, short = texts
+        return self.pair(image, long, scale) + self.pair(self.coarse(image), short, scale)
+
+    def coarse(self, image: torch.Tensor) -> torch.Tensor:
+        """Features [b,P] -> the same with only the principal components kept, not normalised again."""
+        image = image.float()
+        mean, basis = principal_components(gather_all(image.detach()), self.components)
+        return mean + (image - mean) @ basis @ basis.T
+
+
+def principal_components(x: torch.Tensor, components: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [B,P] -> their mean [P] and an orthonormal basis [P,k] of their k = min(components, B, P) directions of
+    largest variance."""
+    mean = x.mean(0)
+    _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
+    return mean, directions[:components].T
+
+
+def gather_all(x: torch.Tensor) -> torch.Tensor:
+    """[b,P] of every process -> [B,P], in the order of the ranks, without gradient."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def make_objective(optim: OptimConfig, rank: int = 0, world_size: int = 1) -> Contrastive:
+    """The objective that a training's settings name."""
+    pair = optim.label_smoothing, rank, world_size
+    if optim.loss == "multi-positive":
+        return MultiPositive(optim.short_weight, *pair)
+    if optim.loss == "long-short":
+        return LongShort(optim.principal_components, *pair)
+    return Contrastive(*pair)
 
 
 @dataclass
@@ -51,10 +137,20 @@ class RouterCounts:
         return self
 
 
-def block_logits(vision_logits, text_logits, input_ids: torch.Tensor, config: CLIPMoEConfig) -> list[torch.Tensor]:
-    """Router logits [tokens,E] of every MoE block of both towers, padding of the text removed."""
-    mask = text_token_mask(input_ids, config.text_config.eos_token_id)
-    return [x.flatten(0, -2) for x in vision_logits] + [x[mask] for x in text_logits]
+def block_logits(
+    vision_logits: Sequence[torch.Tensor],
+    text_logits: Sequence[Sequence[torch.Tensor]],
+    input_ids: Sequence[torch.Tensor],
+    config: CLIPMoEConfig,
+) -> list[torch.Tensor]:
+    """Router logits [tokens,E] of every MoE block of both towers, padding of the text removed.
+
+    text_logits, input_ids: one entry a caption; a block's tokens are those of all captions.
+    """
+    masks = [text_token_mask(ids, config.text_config.eos_token_id) for ids in input_ids]
+    blocks = zip(*text_logits, strict=True)
+    texts = [torch.cat([x[mask] for x, mask in zip(block, masks, strict=True)]) for block in blocks]
+    return [x.flatten(0, -2) for x in vision_logits] + texts
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .config import (
@@ -10,6 +11,8 @@ from .config import (
     DataConfig,
     EngineConfig,
     EvaluationConfig,
+    FinetuneConfig,
+    FMoEConfig,
     MCLConfig,
     MoEConfig,
     OptimConfig,
@@ -62,8 +65,52 @@ DMU_OPENMOJI = TrainConfig(
     engine=EngineConfig(device="cpu", precision="fp32", workers=0, checkpoint_every=100),
 )
 
+# Every other system of the papers, with as many epochs in all as DMU has beside it (3 stages and the routers). Learning
+# rates that a paper gives are the paper's; the others are DMU's, so that a comparison is one of methods.
+
+
+def other_methods(dmu: TrainConfig) -> dict[str, TrainConfig]:
+    """The baselines and CLIP-FMoE on the data, base and scale of a DMU recipe, by their names."""
+    stage, router = dmu.mcl.optim, dmu.moe.optim
+    stages = dmu.moe.num_experts - 1
+    experts = replace(stage, epochs=stages * stage.epochs)
+    whole = replace(stage, epochs=stages * stage.epochs + router.epochs)
+    everything = replace(whole, learning_rate=stage.learning_rate / 10, weight_decay=0.01)  # Long-CLIP: 1e-6, 1e-2
+    two = {"loss": "multi-positive"}
+    return {
+        # CLIP-FMoE: the last training is DMU's router training, of the gates too.
+        "fmoe": replace(dmu, method="fmoe", fmoe=FMoEConfig(sub_clusters=64, optim=replace(experts, **two)),
+                        moe=replace(dmu.moe, optim=replace(router, **two))),
+        "direct-ft": replace(dmu, method="finetune", finetune=FinetuneConfig("ffn", whole)),
+        "direct-ft-all": replace(dmu, method="finetune", finetune=FinetuneConfig("all", everything)),
+        "sparse-upcycling": replace(dmu, method="sparse-upcycling", moe=replace(dmu.moe, optim=whole)),
+        # Long-CLIP: everything learns, at a tenth of the FFNs' rate (official code).
+        "long-clip": replace(dmu, method="finetune",
+                             finetune=FinetuneConfig("all", replace(everything, loss="long-short"))),
+        # Table 4 of CLIP-MoE: the base and one FFN that was fine-tuned without clusters.
+        "vanilla-moe": replace(dmu, method="vanilla-moe", mcl=replace(dmu.mcl, optim=experts),
+                               moe=replace(dmu.moe, num_experts=2, num_experts_per_tok=2)),
+    }  # fmt: skip
+
+
+_WHAT = {
+    "fmoe": "CLIP-FMoE: independent experts on clusters, a fusion gate to the base",
+    "direct-ft": "baseline: the base's FFNs fine-tuned",
+    "direct-ft-all": "baseline: the whole base fine-tuned",
+    "sparse-upcycling": "baseline: copies of the base's FFN as experts, trained together",
+    "long-clip": "baseline: Long-CLIP's objective, the whole base",
+    "vanilla-moe": "ablation: the base and one directly fine-tuned FFN as two experts",
+}
+
 RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "dmu-openmoji": ("a small CLIP-MoE from nothing, on emoji drawn on this machine; minutes on 2 cores", DMU_OPENMOJI),
     "dmu-vitl14-336-sharegpt4v": ("the paper's: OpenAI ViT-L/14@336 on ShareGPT4V's 1.2M captions", DMU_SHAREGPT4V),
     "dmu-vitl14-336-recap1m": ("the paper's: OpenAI ViT-L/14@336 on Recap-DataComp-1M", DMU_RECAP1M),
+} | {
+    f"{method}-{scale}": (f"{_WHAT[method]}; {where}", config)
+    for scale, where, dmu in (
+        ("openmoji", "on emoji", DMU_OPENMOJI),
+        ("vitl14-336-sharegpt4v", "ViT-L/14@336 on ShareGPT4V", DMU_SHAREGPT4V),
+    )
+    for method, config in other_methods(dmu).items()
 }

@@ -22,7 +22,7 @@ class RunDirectory:
         self.path = Path(config.output_dir)
         self.config = to_dict(config)
         self.base = self.path / "base"
-        self.clip_moe = self.path / "clip-moe"
+        self.result = self.path / ("clip" if config.method == "finetune" else "clip-moe")
         self.cache = self.path / "cache" / "images.npy"
         self.skipped = self.path / "skipped.jsonl"
         self.results = self.path / "results.json"
@@ -30,6 +30,10 @@ class RunDirectory:
 
     def stage_weights(self, number: int) -> Path:
         return self.path / f"stage{number}" / "model.safetensors"
+
+    def expert_weights(self, number: int) -> Path:
+        """FFNs of one independently trained expert (CLIP-FMoE)."""
+        return self.path / f"expert{number}" / "model.safetensors"
 
     def clusters(self, number: int) -> Path:
         return self.path / "clusters" / f"stage{number}.npz"

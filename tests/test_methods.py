@@ -1,0 +1,179 @@
+"""Every method of the trainer, run whole and small: what it trains, what it leaves alone, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import REPOSITORY, arguments, draw_data
+
+from llava_clipmoe.files import load_tensors, read_json
+from llava_clipmoe.model_directory import load_bundle
+from llava_clipmoe.upcycling import is_ffn
+from train_encoder.recipes import RECIPES
+
+
+def flags(method: str, data: Path, output: Path) -> list[str]:
+    """A run of `method`, small: the flags of the tiny DMU run with every training shortened."""
+    short = []
+    for name, batch in (("finetune.optim", 8), ("fmoe.optim", 4)):
+        short += [f"--{name}.learning-rate", "1e-3", f"--{name}.epochs", "2",
+                  f"--{name}.global-batch-size", str(batch), f"--{name}.warmup-steps", "0"]  # fmt: skip
+    given = arguments(data, output, *short, "--moe.vision-layers", "0", "1", "--moe.text-layers", "0", "1")
+    if method == "vanilla-moe":
+        given[given.index("--moe.num-experts") + 1] = "2"
+    return [f"{method}-openmoji", *given[1:]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return draw_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """`runs(method)`: the folder of a finished run of it, made once."""
+    made: dict[str, Path] = {}
+
+    def run(method: str) -> Path:
+        if method not in made:
+            from train_encoder.pipeline import main
+
+            made[method] = tmp_path_factory.mktemp(method) / "run"
+            assert main(flags(method, data, made[method])) == 0
+        return made[method]
+
+    return run
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_bundle(folder).model.state_dict()
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that differ, but for the temperature, which every training sets."""
+    assert before.keys() == after.keys()
+    return {name for name in before if name != "logit_scale" and not torch.equal(before[name], after[name])}
+
+
+def test_direct_fine_tuning_changes_the_ffns_and_nothing_else(runs):
+    run = runs("direct-ft")
+    before = state(run / "base")
+    assert changed(before, state(run / "clip")) == {name for name in before if is_ffn(name)}
+    assert not (run / "clip-moe").exists()
+
+
+def test_direct_fine_tuning_of_everything_changes_attention_and_embeddings_too(runs):
+    run = runs("direct-ft-all")
+    names = changed(state(run / "base"), state(run / "clip"))
+    assert any("self_attn" in name for name in names) and any("patch_embedding" in name for name in names)
+
+
+def test_long_clip_is_the_same_training_with_another_objective(runs):
+    run = runs("long-clip")
+    assert read_json(run / "config.json")["finetune"]["optim"]["loss"] == "long-short"
+    one, other = state(run / "clip"), state(runs("direct-ft-all") / "clip")
+    assert changed(one, other), "the objective must matter"
+
+
+def test_sparse_upcycling_starts_from_copies_and_trains_experts_and_routers(runs):
+    run = runs("sparse-upcycling")
+    base, moe = state(run / "base"), state(run / "clip-moe")
+    for name, tensor in moe.items():
+        if ".mlp.experts." in name:
+            copy = base[name.replace(".mlp.experts.", ".mlp.")]
+            assert not torch.equal(tensor[0], copy) and not torch.equal(tensor[0], tensor[1])
+        elif ".mlp.router." not in name and name != "logit_scale":
+            assert torch.equal(tensor, base[name]), name
+
+
+def test_vanilla_moe_has_the_base_and_one_directly_trained_ffn(runs):
+    run = runs("vanilla-moe")
+    base, stage, moe = state(run / "base"), load_tensors(run / "stage1" / "model.safetensors"), state(run / "clip-moe")
+    experts = [name for name in moe if ".mlp.experts." in name]
+    for name in experts:
+        dense = name.replace(".mlp.experts.", ".mlp.")
+        assert len(moe[name]) == 2
+        assert torch.equal(moe[name][0], base[dense]) and torch.equal(moe[name][1], stage[dense])
+        assert not torch.equal(base[dense], stage[dense])
+    assert experts and not (run / "clusters").exists()
+
+
+def test_fmoe_keeps_the_base_beside_experts_that_were_trained_apart(runs):
+    run = runs("fmoe")
+    base, moe = state(run / "base"), state(run / "clip-moe")
+    config = load_bundle(run / "clip-moe").model.config
+    assert config.fusion_gate and config.num_experts == 3
+    trained = [load_tensors(run / f"expert{e}" / "model.safetensors") for e in range(3)]
+    for name, tensor in moe.items():
+        if ".mlp.base." in name:
+            assert torch.equal(tensor, base[name.replace(".mlp.base.", ".mlp.")])
+        elif ".mlp.experts." in name:
+            for expert, weights in enumerate(trained):
+                dense = name.replace(".mlp.experts.", ".mlp.")
+                assert torch.equal(tensor[expert], weights[dense]) and not torch.equal(weights[dense], base[dense])
+        elif ".mlp.fusion_gate.weight" in name:
+            assert tensor.abs().max() > 0, "it starts at zero and learns"
+    results = read_json(run / "results.json")
+    assert sum(results["iccl"]["sizes"]) == 60 and set(results["routing"]) >= {"vision", "text"}
+
+
+def test_experts_of_fmoe_trained_by_two_processes_are_those_of_one(runs, data, tmp_path):
+    """They are independent: whoever trains them, and beside whom, the bits are the same."""
+    alone = runs("fmoe")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "llava_clipmoe.cli", "train-encoder", *flags("fmoe", data, tmp_path / "run")]  # fmt: skip
+    # The base is trained by both processes together and would differ in its last bits: take the one that is there.
+    source = command.index("--base.scratch.optim.learning-rate")
+    command[source:source] = ["--base.source", str(alone / "base")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expert in range(3):
+        one, two = (load_tensors(run / f"expert{expert}" / "model.safetensors") for run in (alone, tmp_path / "run"))
+        assert not changed(one, two)
+
+
+@pytest.mark.parametrize("method", ["direct-ft", "sparse-upcycling", "vanilla-moe", "fmoe"])
+def test_every_run_ends_with_results_and_a_page(runs, method):
+    run = runs(method)
+    results = read_json(run / "results.json")
+    systems = results["retrieval"]["same"]
+    assert results["result"] in systems and "base" in systems
+    assert results["parameters"]["active"] <= results["parameters"]["total"]
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_a_method_stopped_between_its_trainings_goes_on_with_what_is_there(runs, data, tmp_path):
+    from train_encoder.pipeline import main
+
+    run = tmp_path / "run"
+    assert main(flags("fmoe", data, run)) == 0
+    times = {e: (run / f"expert{e}" / "model.safetensors").stat().st_mtime_ns for e in range(3)}
+    before = state(run / "clip-moe")
+    for made in ("clip-moe", "results.json", "report.html"):
+        path = run / made
+        path.unlink() if path.is_file() else [file.unlink() for file in path.iterdir()] and path.rmdir()
+    assert main(flags("fmoe", data, run)) == 0
+    assert times == {e: (run / f"expert{e}" / "model.safetensors").stat().st_mtime_ns for e in range(3)}
+    assert not changed(before, state(run / "clip-moe"))
+
+
+def test_all_methods_of_one_scale_get_the_same_epochs():
+    """Total passes over the data: what a fair comparison needs. Each FMoE expert passes over its own cluster only."""
+    for scale in ("openmoji", "vitl14-336-sharegpt4v"):
+        dmu = RECIPES[f"dmu-{scale}"][1]
+        total = (dmu.moe.num_experts - 1) * dmu.mcl.optim.epochs + dmu.moe.optim.epochs
+        configs = {name.removesuffix(f"-{scale}"): c for name, (_, c) in RECIPES.items() if name.endswith(f"-{scale}")}
+        spent = {
+            "fmoe": lambda c: c.fmoe.optim.epochs + c.moe.optim.epochs,
+            "vanilla-moe": lambda c: c.mcl.optim.epochs + c.moe.optim.epochs,
+            "sparse-upcycling": lambda c: c.moe.optim.epochs,
+        }
+        for name, config in configs.items():
+            if name != "dmu":
+                assert spent.get(name, lambda c: c.finetune.optim.epochs)(config) == total, f"{name}-{scale}"

@@ -1,0 +1,17 @@
+"""The ways from a base CLIP to a better one; a recipe names its method (`TrainConfig.method`)."""
+
+from __future__ import annotations
+
+from ..pipeline import Pipeline
+from .direct import DirectFinetuning
+from .dmu import DMU, VanillaMoE
+from .fmoe import FMoE
+from .sparse import SparseUpcycling
+
+METHODS: dict[str, type[Pipeline]] = {
+    "dmu": DMU,
+    "fmoe": FMoE,
+    "vanilla-moe": VanillaMoE,
+    "sparse-upcycling": SparseUpcycling,
+    "finetune": DirectFinetuning,
+}

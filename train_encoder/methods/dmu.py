@@ -1,0 +1,146 @@
+"""Diversified Multiplet Upcycling (CLIP-MoE paper, section 3) and its ablation without the clusters.
+
+base -> [ features -> clusters -> in-cluster FFN training ] x (E-1) -> upcycle -> routers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
+from llava_clipmoe.model_directory import ClipBundle, load_bundle
+from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
+
+from ..clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
+from ..features import Embeddings
+from ..pipeline import System
+from ..sampler import plan_epoch
+from .mixture import Mixture
+
+
+class DMU(Mixture):
+    """Multistage contrastive learning makes the experts, one stage after the other."""
+
+    paper = "Diversified Multiplet Upcycling"
+
+    def make_result(self) -> ClipBundle:
+        self.stages: list[dict[str, torch.Tensor]] = []
+        for number in range(1, self.config.moe.num_experts):
+            self.stages.append(self.make_stage(number))
+        return self.train_routers()
+
+    def make_stage(self, number: int) -> dict[str, torch.Tensor]:
+        """FFN tensors of stage `number`: cluster the previous stage's embeddings, then train on in-cluster batches."""
+        name, weights = f"stage{number}", self.folder.stage_weights(number)
+        paths = self.paths(number)
+        if not weights.exists():
+            if self.config.mcl.start_from == "previous" and number > 1:
+                bundle = self.dense(number - 1)
+            else:
+                bundle = self.dense(0)
+            blocks = self.moe_blocks()
+            self.train(
+                name, bundle, lambda tensor: is_ffn(tensor) and _block_of(tensor) in blocks, self.config.mcl.optim,
+                paths=paths, number=number,
+            )  # fmt: skip
+            trained = {k: v for k, v in ffn_state(bundle.model.state_dict()).items() if _block_of(k) in blocks}
+            self.save(lambda: self._save_stage(number, trained))
+            self.discard(name)
+        stage = load_tensors(weights)
+        check_stage(self.base.model.state_dict(), stage, f"{weights.parent}")
+        return stage
+
+    def paths(self, number: int) -> np.ndarray | None:
+        """Cluster paths [N,number] that stage `number` draws its batches by."""
+        return accumulate([self.clusters(s) for s in range(number)])
+
+    def _save_stage(self, number: int, trained: dict[str, torch.Tensor]) -> None:
+        with atomic_directory(self.folder.stage_weights(number).parent) as temporary:
+            save_tensors(temporary / "model.safetensors", trained)
+            about = {"what": "the FFN tensors of one DMU stage; all else is the base's", "stage": number}
+            write_json(temporary / "stage.json", about)
+
+    def clusters(self, number: int) -> StageClusters:
+        """Clusters of the embeddings that stage `number` gives (0: the base)."""
+        path = self.folder.clusters(number)
+        if not path.exists():
+            embeddings = self.stage_features(number)
+            if self.accelerator.is_main_process:
+                with self.timed("clusters", f"stage{number}"):
+                    c = self.config
+                    found = cluster_stage(embeddings.image, embeddings.text, c.clusters, c.seed + 2 * number)
+                    save_clusters(path, found)
+            self.accelerator.wait_for_everyone()
+        return load_clusters(path)
+
+    def stage_features(self, number: int) -> Embeddings:
+        """Embeddings of the training images and their first captions under stage `number`'s model."""
+        name = "base" if number == 0 else f"stage{number}"
+        weights = self.folder.base / "model.safetensors" if number == 0 else self.folder.stage_weights(number)
+        return self.features(name, self.dense(number), weights)
+
+    def dense(self, number: int) -> ClipBundle:
+        """A fresh copy of the base with stage `number`'s FFNs (0: the base itself)."""
+        bundle = load_bundle(self.folder.base)
+        if number:
+            stage = self.stages[number - 1] if number <= len(self.stages) else load_tensors(
+                self.folder.stage_weights(number))  # fmt: skip
+            bundle.model.load_state_dict({**bundle.model.state_dict(), **stage})
+        return bundle
+
+    def untrained_moe(self) -> ClipBundle:
+        model = upcycle(self.base.model.cpu(), self.stages, self.upcycled_config(), seed=self.config.seed)
+        return dataclasses.replace(self.base, model=model)
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def systems(self) -> dict[str, System]:
+        stages = range(1, self.config.moe.num_experts)
+        dense = {f"stage{s}": (lambda s=s: self.dense(s), None) for s in stages}
+        return {"base": (lambda: self.dense(0), None), **dense, **self.mixture_systems()}
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "clusters": self.cluster_report(), "ffn_change": self.ffn_change()}
+
+    def cluster_report(self) -> list[dict]:
+        """Sizes of the accumulated clusters before every stage, and how its batches backed off to parents."""
+        report, e = [], self.config.moe.num_experts
+        for number in range(1, e):
+            paths = self.paths(number)
+            sizes = np.unique(paths, axis=0, return_counts=True)[1]
+            depth = plan_epoch(paths, self.config.mcl.optim.global_batch_size, 0, 0).depth
+            report.append({
+                "stage": number, "sizes": sorted(sizes.tolist(), reverse=True),
+                "batches_by_depth": {str(d): int((depth == d).sum()) for d in sorted(set(depth.tolist()))},
+            })  # fmt: skip
+        return report
+
+    def ffn_change(self) -> dict[str, float]:
+        """How far each stage's FFNs went from the base: |W_s - W_0| / |W_0| over all of them."""
+        base = ffn_state(self.base.model.state_dict())
+        size = sum(t.double().square().sum() for t in base.values()) ** 0.5
+        return {
+            f"stage{number}": float(sum((t - base[k]).double().square().sum() for k, t in stage.items()) ** 0.5 / size)
+            for number, stage in enumerate(self.stages, start=1)
+        }
+
+
+class VanillaMoE(DMU):
+    """The ablation of CLIP-MoE's Table 4: the base and a directly fine-tuned FFN are the experts; no clusters."""
+
+    paper = "vanilla MoE (CLIP-MoE, Table 4)"
+
+    def paths(self, number: int) -> None:
+        return None
+
+    def cluster_report(self) -> list[dict]:
+        return []
+
+
+def _block_of(tensor_name: str) -> tuple[str, int]:
+    tower, _, _, block, *_ = tensor_name.split(".")
+    return tower, int(block)

@@ -1,0 +1,159 @@
+"""CLIP-FMoE: experts trained independently on clusters of the data, then fused with the base behind a gate.
+
+    base -> features -> ICCL clusters -> [ one expert a cluster, beside the frozen base ] x N -> routers and gates
+
+Isolated cluster contrastive learning (ICCL): k-means of the base's image features into N clusters, each into M
+sub-clusters; expert i trains on cluster i alone, every batch from one sub-cluster. No expert needs another one, so
+several processes train one each; a single process trains them one after the other, to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
+from llava_clipmoe.model_directory import ClipBundle, load_bundle
+from llava_clipmoe.upcycling import (
+    default_fusion_layers,
+    expert_state,
+    ffn_state,
+    fuse,
+    is_expert_or_gate,
+    is_router_or_gate,
+)
+
+from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
+from .mixture import Mixture
+
+
+class FMoE(Mixture):
+    """Cluster once, train the experts side by side, then routers and fusion gates together."""
+
+    paper = "CLIP-FMoE"
+
+    def make_result(self) -> ClipBundle:
+        found = self.clusters()
+        mine = range(self.accelerator.process_index, self.config.moe.num_experts, self.accelerator.num_processes)
+        for expert in mine:
+            self.make_expert(expert, found)
+        self.accelerator.wait_for_everyone()
+        self.experts = [load_tensors(self.folder.expert_weights(e)) for e in range(self.config.moe.num_experts)]
+        return self.train_routers()
+
+    def clusters(self) -> NestedClusters:
+        """N clusters of the base's image features, each with its sub-clusters."""
+        path = self.folder.path / "clusters" / "iccl.npz"
+        if not path.exists():
+            embeddings = self.features("base", load_bundle(self.folder.base), self.folder.base / "model.safetensors")
+            if self.accelerator.is_main_process:
+                c = self.config
+                with self.timed("clusters", "base"):
+                    made = nested_clusters(embeddings.image, c.moe.num_experts, c.fmoe.sub_clusters, c.clusters, c.seed)
+                    save_nested(path, made)
+            self.accelerator.wait_for_everyone()
+        return load_nested(path)
+
+    def make_expert(self, number: int, found: NestedClusters) -> None:
+        """Train expert `number` on its own cluster, in this process alone."""
+        weights, name = self.folder.expert_weights(number), f"expert{number}"
+        if weights.exists():
+            return
+        mine = np.flatnonzero(found.labels == number)
+        batch = self.config.fmoe.optim.global_batch_size
+        if len(mine) < batch:
+            raise ValueError(
+                f"cluster {number} has {len(mine)} images, fewer than a batch of {batch}: lower "
+                "--fmoe.optim.global-batch-size or --moe.num-experts, or use more data."
+            )
+        base = load_bundle(self.folder.base)
+        beside = fuse(base.model, [ffn_state(base.model.state_dict())], self.upcycled_config(1), seed=self.config.seed)
+        bundle = dataclasses.replace(base, model=beside)
+        together, self.accelerator = self.accelerator, Alone(self.accelerator)
+        try:
+            self.train(
+                name, bundle, is_expert_or_gate, self.config.fmoe.optim,
+                paths=found.sub_labels[mine][:, None], rows=self.rows[mine], number=100 + number,
+            )  # fmt: skip
+        finally:
+            self.accelerator = together
+        with atomic_directory(weights.parent) as temporary:
+            save_tensors(temporary / "model.safetensors", expert_state(bundle.model.state_dict()))
+            about = {"what": "the FFN tensors of one expert of a CLIP-FMoE; all else is the base's", "expert": number}
+            write_json(temporary / "expert.json", about)
+        self.discard(name, everywhere=True)
+
+    # ------------------------------------------------------------------------------------------------- the mixture
+
+    def upcycled_config(self, experts: int | None = None) -> CLIPMoEConfig:
+        """With fusion gates, in the paper's blocks where the settings name none."""
+        dense, moe = self.start.model.config, self.config.moe
+        if moe.vision_layers is None:
+            moe = dataclasses.replace(
+                moe, vision_layers=tuple(default_fusion_layers(dense.vision_config.num_hidden_layers))
+            )
+        if moe.text_layers is None:
+            moe = dataclasses.replace(
+                moe, text_layers=tuple(default_fusion_layers(dense.text_config.num_hidden_layers))
+            )
+        gate = {"fusion_gate": True, "fusion_gate_init": self.config.fmoe.gate_init}
+        if experts is not None:
+            gate |= {"num_experts": experts, "num_experts_per_tok": 1}
+        return self.mixture_config(moe, **gate)
+
+    def untrained_moe(self) -> ClipBundle:
+        model = fuse(self.base.model.cpu(), self.experts, self.upcycled_config(), seed=self.config.seed)
+        return dataclasses.replace(self.base, model=model)
+
+    def learns_last(self, name: str) -> bool:
+        return is_router_or_gate(name)
+
+    def describe(self) -> dict[str, Any]:
+        """The common part, and the sizes of the clusters."""
+        found = self.clusters()
+        sizes = np.bincount(found.labels, minlength=self.config.moe.num_experts)
+        return {**super().describe(), "iccl": {"sizes": sizes.tolist()}}
+
+
+class Alone:
+    """An Accelerator's face for a training that one process does by itself, while others do theirs."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, accelerator: Accelerator):
+        self._together = accelerator
+        self.device = accelerator.device
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """On the device and under the run's autocast, but not wrapped in DDP."""
+        return self._together.prepare_model(model, evaluation_mode=True)
+
+    def unwrap_model(self, model: nn.Module, **options: Any) -> nn.Module:
+        return self._together.unwrap_model(model, **options)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: list[nn.Parameter], most: float) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+    def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        return value
+
+    @contextlib.contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        yield
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+    def free_memory(self) -> None:
+        pass

@@ -1,0 +1,26 @@
+"""Sparse upcycling (Komatsuzaki et al. 2022): experts are copies of the base's FFN, and the mixture learns as one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llava_clipmoe.model_directory import ClipBundle
+from llava_clipmoe.upcycling import sparse_upcycle
+
+from .mixture import Mixture
+
+
+class SparseUpcycling(Mixture):
+    """One training, of experts and routers (`finetune.parts` ffn) or of everything (all), by `moe.optim`."""
+
+    paper = "sparse upcycling"
+
+    def make_result(self) -> ClipBundle:
+        return self.train_routers()
+
+    def untrained_moe(self) -> ClipBundle:
+        model = sparse_upcycle(self.base.model.cpu(), self.upcycled_config(), seed=self.config.seed)
+        return dataclasses.replace(self.base, model=model)
+
+    def learns_last(self, name: str) -> bool:
+        return self.config.finetune.parts == "all" or ".mlp.router." in name or ".mlp.experts." in name
