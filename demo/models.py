@@ -300,10 +300,8 @@ def load_eyes(models: Models, say: Callable[[str], None] = print) -> tuple[Eye, 
 def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Eye:
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
-    from llava.utils import disable_torch_init
 
     start = time.monotonic()
-    disable_torch_init()
     base = str(models.language_model) if models.language_model else None
     directory = directory.resolve()
     device, name = device_of(models.device), get_model_name_from_path(str(directory))
