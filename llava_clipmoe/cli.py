@@ -39,6 +39,11 @@ COMMANDS = {
         "train a CLIP-MoE from a dense CLIP and image-caption pairs, by a recipe",
         "llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart",
     ),
+    "compare": Command(
+        "train_encoder.compare:main",
+        "train and measure several recipes on the same data, and write one page of tables",
+        "llava-clipmoe compare dmu-openmoji fmoe-openmoji direct-ft-openmoji --seeds 3",
+    ),
     "evaluate": Command(
         "train_encoder.evaluate.command:main",
         "measure retrieval, zero-shot classes, attribute pairs and routing of a model",

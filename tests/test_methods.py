@@ -175,5 +175,5 @@ def test_all_methods_of_one_scale_get_the_same_epochs():
             "sparse-upcycling": lambda c: c.moe.optim.epochs,
         }
         for name, config in configs.items():
-            if name != "dmu":
+            if name not in ("dmu", "base"):
                 assert spent.get(name, lambda c: c.finetune.optim.epochs)(config) == total, f"{name}-{scale}"

@@ -221,7 +221,7 @@ class EngineConfig:
 class TrainConfig:
     """A whole run, from a base CLIP to the method's result."""
 
-    method: Literal["dmu", "fmoe", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
+    method: Literal["base", "dmu", "fmoe", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
     """How the result is made (train_encoder/methods/). A recipe sets it together with what it needs."""
     data: DataConfig = field(default_factory=DataConfig)
     base: BaseConfig = field(default_factory=BaseConfig)

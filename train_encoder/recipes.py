@@ -78,6 +78,7 @@ def other_methods(dmu: TrainConfig) -> dict[str, TrainConfig]:
     everything = replace(whole, learning_rate=stage.learning_rate / 10, weight_decay=0.01)  # Long-CLIP: 1e-6, 1e-2
     two = {"loss": "multi-positive"}
     return {
+        "base": replace(dmu, method="base"),
         # CLIP-FMoE: the last training is DMU's router training, of the gates too.
         "fmoe": replace(dmu, method="fmoe", fmoe=FMoEConfig(sub_clusters=64, optim=replace(experts, **two)),
                         moe=replace(dmu.moe, optim=replace(router, **two))),
@@ -94,6 +95,7 @@ def other_methods(dmu: TrainConfig) -> dict[str, TrainConfig]:
 
 
 _WHAT = {
+    "base": "the dense base alone, trained from nothing where there is none",
     "fmoe": "CLIP-FMoE: independent experts on clusters, a fusion gate to the base",
     "direct-ft": "baseline: the base's FFNs fine-tuned",
     "direct-ft-all": "baseline: the whole base fine-tuned",

@@ -43,12 +43,28 @@ def _now(run: Run) -> str:
     """One sentence on where the run stands."""
     scored = [*(run.results.get("retrieval") or {}).values(), run.results.get("attributes") or {}]
     if any(scored):  # results.json is written anew after every system; CLIP-MoE comes last
-        return "The run is evaluated." if any("clip-moe" in systems for systems in scored) else "Evaluation goes on."
+        final = run.results.get("result", "clip-moe")
+        return "The run is evaluated." if any(final in systems for systems in scored) else "Evaluation goes on."
     if not run.steps:
         return "No training step has been logged yet."
     stage, rows = list(run.steps.items())[-1]
     total = f" of {rows[-1]['steps']:,}" if rows[-1].get("steps") else ""
     return f"Not evaluated yet. Last logged: {stage}, step {rows[-1]['step']:,}{total}."
+
+
+WHAT = {
+    "dmu": "A CLIP-MoE made by Diversified Multiplet Upcycling.",
+    "fmoe": "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate.",
+    "vanilla-moe": "A mixture of the base's FFNs and one set of directly fine-tuned ones.",
+    "sparse-upcycling": "A mixture made by sparse upcycling.",
+    "finetune": "A dense CLIP, fine-tuned.",
+    "base": "A dense CLIP as it is.",
+}
+
+
+def _what(run: Run) -> str:
+    """One sentence on what the run makes; runs older than the setting made a CLIP-MoE."""
+    return WHAT.get((run.config or {}).get("method", "dmu"), "")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -72,7 +88,7 @@ def write_report(run_dir: str | Path) -> Path:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{name}: CLIP-MoE run</title><style>{CSS}</style></head><body><header><h1>{name}</h1>"
-        f'<p class="lead">A CLIP-MoE made by Diversified Multiplet Upcycling. {html(_now(run))}</p>{note}'
+        f'<p class="lead">{html(_what(run))} {html(_now(run))}</p>{note}'
         f'<nav aria-label="Contents">{"".join(contents)}</nav></header><main>{"".join(body)}</main></body></html>\n'
     )
     path = run.directory / REPORT

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ..pipeline import Pipeline
+from .base import BaseOnly
 from .direct import DirectFinetuning
 from .dmu import DMU, VanillaMoE
 from .fmoe import FMoE
 from .sparse import SparseUpcycling
 
 METHODS: dict[str, type[Pipeline]] = {
+    "base": BaseOnly,
     "dmu": DMU,
     "fmoe": FMoE,
     "vanilla-moe": VanillaMoE,
