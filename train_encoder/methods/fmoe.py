@@ -28,7 +28,6 @@ from llava_clipmoe.upcycling import (
     ffn_state,
     fuse,
     is_expert_or_gate,
-    is_router_or_gate,
 )
 
 from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
@@ -112,9 +111,6 @@ class FMoE(Mixture):
     def untrained_moe(self) -> ClipBundle:
         model = fuse(self.base.model.cpu(), self.experts, self.upcycled_config(), seed=self.config.seed)
         return dataclasses.replace(self.base, model=model)
-
-    def learns_last(self, name: str) -> bool:
-        return is_router_or_gate(name)
 
     def describe(self) -> dict[str, Any]:
         """The common part, and the sizes of the clusters."""

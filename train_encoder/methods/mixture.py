@@ -7,7 +7,7 @@ from typing import Any
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
 from llava_clipmoe.modeling_clipmoe import active_parameters
-from llava_clipmoe.upcycling import moe_config
+from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
 from ..config import MoEConfig
 from ..evaluate.routing import evaluate_routing, router_movement
@@ -28,7 +28,7 @@ class Mixture(Pipeline):
 
     def learns_last(self, name: str) -> bool:
         """Which tensors the last training changes."""
-        return ".mlp.router." in name
+        return is_router_or_gate(name)
 
     def moe_blocks(self) -> set[tuple[str, int]]:
         """(tower, block) of every block that gets experts."""
