@@ -51,6 +51,14 @@ def _check_tower(hidden_size: int, num_attention_heads: int, num_hidden_layers: 
         raise ValueError(
             f"experts_implementation must be auto, loop or grouped_mm, got {experts['experts_implementation']!r}."
         )
+    ranks = experts["delta_ranks"]
+    if ranks is not None and len(ranks) != len(experts["moe_layers"]):
+        raise ValueError(
+            f"delta_ranks has {len(ranks)} pairs, but there are {len(experts['moe_layers'])} MoE blocks: one pair "
+            "[rank of fc1, rank of fc2] a block."
+        )
+    if ranks is not None and (wrong := [pair for pair in ranks if len(pair) != 2 or min(pair) < 1]):
+        raise ValueError(f"delta_ranks are pairs of ranks of at least 1, got {wrong[0]}.")
     outside = [i for i in experts["moe_layers"] if not 0 <= i < num_hidden_layers]
     if outside:
         raise ValueError(f"moe_layers {outside} do not exist: the tower has blocks 0 to {num_hidden_layers - 1}.")
@@ -72,6 +80,7 @@ class _TowerConfig(PretrainedConfig):
         initializer_range=0.02,
         initializer_factor=1.0,
         moe_layers=None,
+        delta_ranks=None,
         **kwargs,
     ):
         experts = {name: kwargs.pop(name, default) for name, default in EXPERT_FIELDS.items()}
@@ -81,6 +90,8 @@ class _TowerConfig(PretrainedConfig):
         elif moe_layers is None:
             moe_layers = list(range(num_hidden_layers))
         experts["moe_layers"] = sorted(moe_layers)
+        # [rank of fc1, rank of fc2] of every MoE block whose experts are differences to one FFN (compression.py).
+        experts["delta_ranks"] = delta_ranks if delta_ranks is None else [list(pair) for pair in delta_ranks]
         _check_tower(hidden_size, num_attention_heads, num_hidden_layers, experts)
         super().__init__(**kwargs)
         self.hidden_size = hidden_size

@@ -53,6 +53,8 @@ def to_openai_state(bundle: ClipBundle) -> dict[str, torch.Tensor]:
             problems.append(f"{name}: the activation is {tower.hidden_act}, not quick_gelu")
         if tower.intermediate_size != 4 * tower.hidden_size:
             problems.append(f"{name}: the FFN is not 4 times as wide as the tower")
+        if tower.delta_ranks:
+            problems.append(f"{name}: its experts are compressed; convert the model that it was compressed from")
         if tower.fusion_gate and tower.moe_layers:
             problems.append(f"{name}: a CLIP-FMoE, whose base FFN and fusion gate it has no place for")
         first = tower.num_hidden_layers - len(tower.moe_layers)

@@ -56,6 +56,7 @@ _REMOTE_SOURCE = '''\
 from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
 from .configuration_clipmoe import CLIPMoEVisionConfig
+from .experts_clipmoe import Experts  # noqa: F401  transformers 4 fetches only the files that are named here
 from .modeling_clipmoe import CLIPMoEVisionModel
 
 AutoConfig.register(CLIPMoEVisionConfig.model_type, CLIPMoEVisionConfig, exist_ok=True)

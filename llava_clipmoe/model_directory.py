@@ -37,7 +37,7 @@ _FIELDS = {
     ),
     "vision_config": (*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"),
 }  # fmt: skip
-MODELING_FILES = ("configuration_clipmoe.py", "modeling_clipmoe.py")
+MODELING_FILES = ("configuration_clipmoe.py", "experts_clipmoe.py", "modeling_clipmoe.py")
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
@@ -315,7 +315,7 @@ def config_dict(config: CLIPMoEConfig) -> dict[str, Any]:
     }
     for key, fields in _FIELDS.items():
         tower = getattr(config, key)
-        extra = () if dense else (*EXPERT_FIELDS, "moe_layers")
+        extra = () if dense else (*EXPERT_FIELDS, "moe_layers", *(("delta_ranks",) if tower.delta_ranks else ()))
         kind = key.replace("config", "model")
         content[key] = {name: getattr(tower, name) for name in (*fields, *extra)}
         content[key]["model_type"] = f"clip_{kind}" if dense else f"clip_moe_{kind}"

@@ -25,148 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
+from .experts_clipmoe import DeltaLinear, Router, activation, make_experts, residual_std, set_ffn_init
 
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """OpenAI CLIP's activation, x * sigmoid(1.702 x). Not the same as gelu: a mix-up costs points silently."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-
-
-def activation(name: str):
-    """The activation called `name` ("quick_gelu" or "gelu"); any other name is refused, never replaced."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {name!r} is not one of {sorted(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
-
-
-# ------------------------------------------------------------------------------------------------ router and experts
-
-
-class Router(nn.Module):
-    """Chooses K of E experts for every token, in fp32 whatever the model's dtype (eq. 3 and 5).
-
-    softmax over all E, top-K of it, renormalised to sum 1 (equal to Softmax(TopK(logits))). No bias.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.jitter = config.router_jitter_noise
-        self.initializer_range = config.router_initializer_range
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> logits [N,E] fp32, weights [N,K] fp32 (sum 1), chosen experts [N,K] int64."""
-        with torch.autocast(x_ND.device.type, enabled=False):  # autocast would cast the product back to bf16
-            x_ND = x_ND.float()
-            if self.training and self.jitter:
-                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits_NE = F.linear(x_ND, self.weight.float())
-            weights_NK, experts_NK = logits_NE.softmax(-1).topk(self.num_experts_per_tok, dim=-1)
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-        return logits_NE, weights_NK, experts_NK
-
-
-class StackedLinear(nn.Module):
-    """E linear layers in one tensor: weight [E,out,in], bias [E,out]."""
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
-
-
-class Experts(nn.Module):
-    """E FFNs with stacked weights: one grouped product serves all, and a sharded engine gathers them together."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.implementation = config.experts_implementation
-        self.dropout = config.expert_dropout
-        self.act = activation(config.hidden_act)
-        self.fc1 = StackedLinear(config.num_experts, config.hidden_size, config.intermediate_size)
-        self.fc2 = StackedLinear(config.num_experts, config.intermediate_size, config.hidden_size)
-        _set_ffn_init(self, config)
-
-    def single(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """FFN number `expert` on every token: [..,D] -> [..,D]."""
-        h = self.act(F.linear(x, self.fc1.weight[expert], self.fc1.bias[expert]))
-        h = F.dropout(h, self.dropout, self.training)
-        return F.linear(h, self.fc2.weight[expert], self.fc2.bias[expert])
-
-    def forward(self, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
-        """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
-        backend = self.implementation
-        if backend == "auto":
-            backend = "grouped_mm" if grouped_mm_pays(x_ND) else "loop"
-        return (self._grouped if backend == "grouped_mm" else self._loop)(x_ND, weights_NK, experts_NK)
-
-    def _loop(self, x_ND, weights_NK, experts_NK):
-        """The readable reference: sort token-expert pairs by expert, run each expert on its own slice."""
-        order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
-        x_MD = x_ND[order_M // experts_NK.shape[1]]
-        parts = [
-            self.single(part, e) for e, part in enumerate(x_MD.split(counts_E.tolist()))
-        ]  # an expert without tokens runs on an empty slice, so that its gradient is zero and not None
-        return _combine(torch.cat(parts), order_M, weights_NK)
-
-    def _grouped(self, x_ND, weights_NK, experts_NK):
-        """One grouped product per projection (torch.nn.functional.grouped_mm): no host sync, no Python loop."""
-        order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
-        expert_M = experts_NK.flatten()[order_M]
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        # Autocast does not know grouped_mm on the CPU, and it rejects mixed dtypes: cast here.
-        dtype = torch.get_autocast_dtype(x_ND.device.type) if _autocast_on(x_ND) else x_ND.dtype
-        x_MD = x_ND[order_M // experts_NK.shape[1]].to(dtype)
-        h_MH = F.grouped_mm(x_MD, self.fc1.weight.to(dtype).transpose(-2, -1), offs=offsets_E)
-        h_MH = self.act(h_MH + self.fc1.bias.to(dtype)[expert_M])
-        h_MH = F.dropout(h_MH, self.dropout, self.training)
-        y_MD = F.grouped_mm(h_MH, self.fc2.weight.to(dtype).transpose(-2, -1), offs=offsets_E)
-        return _combine(y_MD + self.fc2.bias.to(dtype)[expert_M], order_M, weights_NK)
-
-
-def _residual_std(config) -> float:
-    """Standard deviation of what writes into the residual stream (OpenAI's CLIP): narrower the deeper the tower."""
-    return config.hidden_size**-0.5 * (2 * config.num_hidden_layers) ** -0.5
-
-
-def _set_ffn_init(ffn: nn.Module, config) -> None:
-    """Tell `_init_weights` how to draw an FFN, dense or stacked. On the layers that own the weights, see there."""
-    ffn.fc1.init_std = (2 * config.hidden_size) ** -0.5
-    ffn.fc2.init_std = _residual_std(config)
-
-
-def _sort_by_expert(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> order [N*K] of the flattened token-expert pairs, grouped by expert (stable), and each expert's count [E]."""
-    flat = experts_NK.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
-
-
-def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Undo the sort and sum over K. Gather + sum, not index_add_: that one is not deterministic on CUDA."""
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
-    y_NKD = y_MD[inverse_M].view(*weights_NK.shape, -1)
-    return (y_NKD * weights_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
-
-
-def _autocast_on(x: torch.Tensor) -> bool:
-    try:
-        return torch.is_autocast_enabled(x.device.type)
-    except TypeError:  # torch < 2.4 takes no device type
-        return torch.is_autocast_cpu_enabled() if x.device.type == "cpu" else torch.is_autocast_enabled()
-
-
-def grouped_mm_pays(x: torch.Tensor) -> bool:
-    """True where grouped_mm has a fused kernel: bf16 on NVIDIA SM90 and newer, torch >= 2.10."""
-    if not hasattr(F, "grouped_mm") or x.device.type != "cuda":
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if _autocast_on(x) else x.dtype
-    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+# ------------------------------------------------------------------------------------------------- FFNs and experts
 
 
 class CLIPMoEMLP(nn.Module):
@@ -178,7 +39,7 @@ class CLIPMoEMLP(nn.Module):
         self.dropout = config.expert_dropout
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        _set_ffn_init(self, config)
+        set_ffn_init(self, config)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.fc2(F.dropout(self.act(self.fc1(x)), self.dropout, self.training)), None
@@ -212,10 +73,10 @@ class CLIPMoESparseMLP(nn.Module):
     and whose gradient 0, so that every CLIP-FMoE has the same tensors and outputs.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, index: int = 0):
         super().__init__()
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = make_experts(config, index)
         self.base = self.fusion_gate = None
         if config.fusion_gate:
             self.base = CLIPMoEMLP(config)
@@ -272,7 +133,7 @@ class CLIPMoEAttention(nn.Module):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
             getattr(self, name).init_std = config.hidden_size**-0.5
         # As OpenAI draws them. transformers' CLIP has the two the other way round: attention then starts blind.
-        self.out_proj.init_std = _residual_std(config)
+        self.out_proj.init_std = residual_std(config)
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
         """[B,T,D] -> [B,T,D]; `mask` [B,1,T,T] is True where a query may look (then `causal` must be False)."""
@@ -294,7 +155,7 @@ class CLIPMoEEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = CLIPMoEAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMoESparseMLP(config) if index in config.moe_layers else CLIPMoEMLP(config)
+        self.mlp = CLIPMoESparseMLP(config, index) if index in config.moe_layers else CLIPMoEMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x_BTD, mask=None, causal=False):
@@ -449,7 +310,12 @@ class CLIPMoEPreTrainedModel(PreTrainedModel):
         Only modules that own parameters are handled: transformers 5 asks for no others.
         """
         factor = self.config.initializer_factor
-        if hasattr(module, "init_std"):
+        if isinstance(module, DeltaLinear):  # all experts alike at first
+            nn.init.normal_(module.base, std=factor * module.init_std)
+            nn.init.normal_(module.down, std=factor * module.init_std)
+            nn.init.zeros_(module.up)
+            nn.init.zeros_(module.bias)
+        elif hasattr(module, "init_std"):
             nn.init.normal_(module.weight, std=factor * module.init_std)
             if getattr(module, "bias", None) is not None:  # embeddings have none
                 nn.init.zeros_(module.bias)
@@ -646,8 +512,11 @@ def active_parameters(config: CLIPMoEConfig) -> dict[str, int]:
             ends = (tower.vocab_size + tower.max_position_embeddings) * d + 2 * d
         fusion = moe * (ffn + d * d + d) if tower.fusion_gate else 0
         common = ends + d * config.projection_dim + tower.num_hidden_layers * rest + dense * ffn + fusion
-        total += common + moe * (tower.num_experts * ffn + tower.num_experts * d)
-        active += common + moe * (tower.num_experts_per_tok * ffn + tower.num_experts * d)
+        whole, common = [(ffn, 0)] * moe, common + moe * tower.num_experts * d
+        if tower.delta_ranks is not None:  # (an expert's own, what a block's experts share)
+            whole = [((d + h) * (r1 + r2) + d + h, 2 * d * h) for r1, r2 in tower.delta_ranks]
+        total += common + sum(tower.num_experts * own + shared for own, shared in whole)
+        active += common + sum(tower.num_experts_per_tok * own + shared for own, shared in whole)
     return {"total": total, "active": active}
 
 

@@ -218,6 +218,7 @@ def _load_blocks(directory: Path, config: CLIPMoEVisionConfig, blocks: int) -> C
     short = copy.deepcopy(config)
     short.num_hidden_layers = blocks
     short.moe_layers = [layer for layer in config.moe_layers if layer < blocks]
+    short.delta_ranks = config.delta_ranks and config.delta_ranks[: len(short.moe_layers)]
     with torch.device("meta"):  # no time or memory for random weights that are replaced at once
         model = CLIPMoEVisionModel(short)
     expected = model.state_dict()

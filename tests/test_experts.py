@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, Experts, _combine, _sort_by_expert, grouped_mm_pays
+from llava_clipmoe.experts_clipmoe import Experts, _combine, _sort_by_expert, grouped_mm_pays
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 E, D, H, N = 4, 32, 64, 40
 

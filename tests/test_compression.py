@@ -1,0 +1,231 @@
+"""Delta experts: one base FFN and small differences. The fast paths equal the loop; at full rank nothing is lost."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny_config
+
+from llava_clipmoe.compression import compress, expand, second_moments
+from llava_clipmoe.experts_clipmoe import DeltaExperts, _sort_by_set
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
+
+E, D, H, N, R = 4, 32, 64, 40, 8
+needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="grouped_mm is public since torch 2.10")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+]
+
+
+def make_delta(implementation: str, dtype=torch.float32, device="cpu", hidden_act="quick_gelu") -> DeltaExperts:
+    config = SimpleNamespace(
+        num_experts=E, hidden_size=D, intermediate_size=H, num_hidden_layers=2, hidden_act=hidden_act,
+        expert_dropout=0.0, experts_implementation=implementation,
+    )  # fmt: skip
+    experts, generator = DeltaExperts(config, R, 2 * R), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return experts.to(device, dtype)
+
+
+def make_routing(kind: str, k: int, device="cpu"):
+    """Tokens [N,D], weights [N,K], chosen [N,K]; `unused`: nobody takes expert 1, `one`: expert 2 is everybody's."""
+    generator = torch.Generator().manual_seed(2)
+    x, logits = torch.randn(N, D, generator=generator), torch.randn(N, E, generator=generator)
+    logits[:, {"unused": 1, "one": 2}.get(kind, 0)] += {"unused": -50.0, "one": 50.0}.get(kind, 0.0)
+    weights = torch.rand(N, k, generator=generator).softmax(-1)
+    return x.to(device), weights.to(device), logits.topk(k, dim=-1).indices.to(device)
+
+
+def outcome(experts: DeltaExperts, routing) -> dict[str, torch.Tensor]:
+    """Output and gradients, in fp32."""
+    x, weights, chosen = routing
+    x, weights = x.clone().to(experts.fc1.base.dtype).requires_grad_(), weights.clone().requires_grad_()
+    out = experts(x, weights, chosen)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
+    (out * direction).sum().backward()
+    gradients = {"x": x.grad, "weights": weights.grad} | {name: p.grad for name, p in experts.named_parameters()}
+    return {"out": out.detach().float()} | {name: g.float() for name, g in gradients.items()}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = "output") -> None:
+    error = (actual.float() - expected.float()).abs().max() / expected.abs().max().clamp_min(1e-12)
+    assert error <= tolerance, f"{name} is off by {error:.1e} of its largest entry"
+
+
+routings = pytest.mark.parametrize(
+    ("kind", "k"), [("mixed", 1), ("mixed", 2), ("mixed", 3), ("mixed", 4), ("unused", 2), ("one", 1), ("one", 2)]
+)
+
+
+@routings
+def test_the_loop_is_the_sum_of_whole_experts(kind, k):
+    experts, (x, weights, chosen) = make_delta("loop"), make_routing(kind, k)
+    expected = torch.zeros(N, D)
+    for n in range(N):
+        for w, e in zip(weights[n], chosen[n], strict=True):
+            h = (experts.fc1.base + experts.fc1.up[e] @ experts.fc1.down[e]) @ x[n] + experts.fc1.bias[e]
+            h = h * torch.sigmoid(1.702 * h)
+            expected[n] += w * ((experts.fc2.base + experts.fc2.up[e] @ experts.fc2.down[e]) @ h + experts.fc2.bias[e])
+    torch.testing.assert_close(experts(x, weights, chosen), expected, atol=1e-5, rtol=1e-5)
+
+
+@routings
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_by_set_equal_the_loop(kind, k, hidden_act, device):
+    routing = make_routing(kind, k, device)
+    with torch.no_grad():
+        expected = make_delta("loop", device=device, hidden_act=hidden_act)(*routing)
+        assert_close(make_delta("by_set", device=device, hidden_act=hidden_act)(*routing), expected, 1e-5)
+        assert_close(make_delta("by_set", torch.bfloat16, device, hidden_act)(routing[0].bfloat16(), *routing[1:]),
+                     expected, 0.03)  # fmt: skip
+
+
+@needs_grouped_mm
+@routings
+@pytest.mark.parametrize("device", DEVICES)
+def test_grouped_mm_equals_the_loop_backward_too(kind, k, device):
+    routing = make_routing(kind, k, device)
+    expected = outcome(make_delta("loop", device=device), routing)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.04)):
+        found = outcome(make_delta("grouped_mm", dtype, device), routing)
+        for name, value in expected.items():
+            assert_close(found[name], value, tolerance, name)
+
+
+def test_without_a_graph_auto_takes_the_fast_path_and_leaves_its_input_alone(monkeypatch):
+    calls, experts, (x, weights, chosen) = [], make_delta("auto"), make_routing("mixed", 2)
+    real = DeltaExperts._by_set
+    monkeypatch.setattr(DeltaExperts, "_by_set", lambda self, *given: calls.append(1) or real(self, *given))
+    before = x.clone()
+    assert experts(x, weights, chosen).requires_grad and not calls
+    with torch.no_grad():
+        experts(x, weights, chosen)
+    assert calls and torch.equal(x, before)
+
+
+def test_tokens_are_grouped_by_the_set_of_their_experts():
+    chosen = torch.tensor([[2, 0], [1, 3], [0, 2], [3, 1], [0, 1]])
+    order, groups = _sort_by_set(chosen, 4)
+    assert groups == [([0, 1], 1), ([0, 2], 2), ([1, 3], 2)] and order.tolist() == [4, 0, 2, 1, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.fixture(scope="module")
+def moe() -> CLIPMoEModel:
+    """Experts that are the first one plus a small difference, as a training leaves them."""
+    torch.manual_seed(0)
+    model = CLIPMoEModel(make_tiny_config(num_experts=4, num_experts_per_tok=2)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            for layer in ("fc1", "fc2") if hasattr(module, "num_experts") and hasattr(module, "fc1") else ():
+                stacked = getattr(module, layer)
+                for tensor in (stacked.weight, stacked.bias):
+                    tensor.copy_(tensor[:1] + 0.1 * tensor[:1].std() * torch.randn(tensor.shape))
+                    tensor[0].copy_(tensor[0].clone())
+    return model
+
+
+def pixels_and_tokens(model: CLIPMoEModel, count: int = 6):
+    vision, text = model.config.vision_config, model.config.text_config
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.randn(count, 3, vision.image_size, vision.image_size, generator=generator)
+    tokens = torch.randint(3, text.vocab_size - 1, (count, 9), generator=generator)
+    tokens[:, -1] = text.eos_token_id if text.eos_token_id != 2 else text.vocab_size - 1
+    return pixels, tokens
+
+
+def features(model: CLIPMoEModel) -> torch.Tensor:
+    pixels, tokens = pixels_and_tokens(model)
+    with torch.no_grad():
+        return torch.cat([model.get_image_features(pixels), model.get_text_features(tokens)])
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_at_full_rank_nothing_is_lost(moe, calibrated):
+    moments = collected(moe) if calibrated else None
+    delta, kept = compress(moe, rank=10_000, moments=moments)
+    assert all(abs(share - 1) < 1e-9 for one in kept for share in one.energy)
+    torch.testing.assert_close(features(delta), features(moe), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features(expand(delta)), features(moe), atol=1e-5, rtol=1e-5)
+
+
+def collected(model: CLIPMoEModel):
+    pixels, tokens = pixels_and_tokens(model, 16)
+    with second_moments(model) as moments, torch.no_grad():
+        model.get_image_features(pixels)
+        model.get_text_features(tokens)
+    return moments
+
+
+def test_a_truncated_difference_is_the_best_of_its_rank(moe):
+    delta, kept = compress(moe, rank=8)
+    name = "vision_model.encoder.layers.0.mlp.experts.fc1"
+    whole, state = moe.state_dict()[f"{name}.weight"], delta.state_dict()
+    for expert in (1, 2, 3):
+        values = torch.linalg.svdvals((whole[expert] - whole[0]).double())
+        error = (
+            whole[expert] - state[f"{name}.base"] - state[f"{name}.up"][expert] @ state[f"{name}.down"][expert]
+        ).norm()
+        assert error == pytest.approx(float(values[8:].norm()), rel=1e-4)
+        share = next(one for one in kept if one.block.endswith("vision_model.encoder.layers.0")).energy[expert]
+        assert share == pytest.approx(float(values[:8].square().sum() / values.square().sum()), rel=1e-6)
+
+
+def test_calibrated_differences_are_nearer_on_the_inputs_they_were_calibrated_on(moe):
+    moments, name = collected(moe), "vision_model.encoder.layers.1.mlp.experts"
+    for layer in ("fc1", "fc2"):
+        whole = moe.state_dict()[f"{name}.{layer}.weight"]
+        seen = moments[name].hidden_HH if layer == "fc2" else moments[name].inputs_EDD[1]
+        root = torch.linalg.cholesky(seen + 1e-4 * seen.diagonal().mean() * torch.eye(len(seen)))
+        errors = []
+        for given in (None, moments):
+            state = compress(moe, rank=8, moments=given)[0].state_dict()
+            made = state[f"{name}.{layer}.base"] + state[f"{name}.{layer}.up"][1] @ state[f"{name}.{layer}.down"][1]
+            errors.append(float(((whole[1] - made) @ root).norm()))
+        assert errors[1] < 0.99 * errors[0], layer
+
+
+def test_energy_chooses_the_smallest_rank_of_eight_that_keeps_it(moe):
+    _, kept = compress(moe, energy=0.8)
+    for one in kept:
+        assert min(one.energy) >= 0.8 and one.rank % 8 == 0
+        if one.rank > 8:
+            less = next(k for k in compress(moe, rank=one.rank - 8)[1] if (k.block, k.layer) == (one.block, one.layer))
+            assert min(less.energy) < 0.8
+
+
+def test_a_small_rank_makes_a_small_model(moe):
+    whole, delta = moe, compress(moe, rank=8)[0]
+    counted = {name: sum(p.numel() for p in model.parameters()) for name, model in (("whole", whole), ("delta", delta))}
+    assert counted == {"whole": active_parameters(whole.config)["total"],
+                       "delta": active_parameters(delta.config)["total"]}  # fmt: skip
+    assert active_parameters(delta.config)["active"] < active_parameters(whole.config)["active"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({}, "one of the two"), ({"rank": 4, "energy": 0.5}, "one of the two"), ({"rank": 0}, "at least 1"),
+     ({"energy": 1.5}, "between 0 and 1")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(moe, settings, words):
+    with pytest.raises(ValueError, match=words):
+        compress(moe, **settings)
+
+
+def test_models_without_whole_experts_are_refused(moe):
+    with pytest.raises(ValueError, match="dense"):
+        compress(CLIPMoEModel(make_tiny_config(num_experts=1)), rank=8)
+    with pytest.raises(ValueError, match="already"):
+        compress(compress(moe, rank=8)[0], rank=8)
+    with pytest.raises(ValueError, match="no delta experts"):
+        expand(copy.deepcopy(moe))
