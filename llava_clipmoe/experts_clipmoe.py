@@ -99,8 +99,8 @@ class Experts(nn.Module):
         """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
         backend = self.implementation
         if backend == "auto":
-            backend = "grouped_mm" if grouped_mm_pays(x_ND) else "loop"
-        return (self._grouped if backend == "grouped_mm" else self._loop)(x_ND, weights_NK, experts_NK)
+            backend = "grouped_mm" if grouped_mm_pays(x_ND) or compiles() else "loop"
+        return getattr(self, f"_{backend}")(x_ND, weights_NK, experts_NK)
 
     def _loop(self, x_ND, weights_NK, experts_NK):
         """The readable reference: sort token-expert pairs by expert, run each expert on its own slice."""
@@ -119,7 +119,7 @@ class Experts(nn.Module):
         h = F.silu(h, inplace=True)
         return torch.addmm(self.fc2.bias[expert], h, self.fc2.weight[expert].t(), alpha=1 / QUICK)
 
-    def _grouped(self, x_ND, weights_NK, experts_NK):
+    def _grouped_mm(self, x_ND, weights_NK, experts_NK):
         """One grouped product per projection (torch.nn.functional.grouped_mm): no host sync, no Python loop."""
         order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
         expert_M = experts_NK.flatten()[order_M]
@@ -185,7 +185,8 @@ class DeltaExperts(nn.Module):
         """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
         backend = self.implementation
         if backend == "auto":
-            backend = "grouped_mm" if grouped_mm_pays(x_ND) else "by_set" if only_reads(self) else "loop"
+            fast = grouped_mm_pays(x_ND) or compiles()
+            backend = "grouped_mm" if fast else "by_set" if only_reads(self) else "loop"
         return getattr(self, f"_{backend}")(x_ND, weights_NK, experts_NK)
 
     def _loop(self, x_ND, weights_NK, experts_NK):
@@ -280,7 +281,9 @@ def set_ffn_init(ffn: nn.Module, config) -> None:
 def _sort_by_expert(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-> order [N*K] of the flattened token-expert pairs, grouped by expert (stable), and each expert's count [E]."""
     flat = experts_NK.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
+    # Not bincount: that one waits for a GPU, and cannot be compiled.
+    counts_E = (flat == torch.arange(num_experts, device=flat.device)[:, None]).sum(1)
+    return flat.argsort(stable=True), counts_E
 
 
 def _sort_by_set(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[tuple[list[int], int]]]:
@@ -298,6 +301,12 @@ def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor
     inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
     y_NKD = y_MD[inverse_M].view(*weights_NK.shape, -1)
     return (y_NKD * weights_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
+
+
+def compiles() -> bool:
+    """True while torch.compile traces and there is a grouped_mm: the other ways ask the device for sizes and loop over
+    experts in Python, which breaks the graph."""
+    return hasattr(F, "grouped_mm") and torch.compiler.is_compiling()
 
 
 def only_reads(experts: nn.Module) -> bool:

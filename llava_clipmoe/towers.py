@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Tower:
     """Scaling on scales (CLIPMoEVisionTowerS2) instead of the plain tower."""
     s2_scales: list[int] = field(default_factory=list)
     """Image sides in pixels, ascending; empty: one, two and three times the model's."""
+    compile: bool = False
+    """Run through torch.compile: the first picture takes a minute, later ones less time."""
 
 
 # ----------------------------------------------------------------------------------------------------------- look-up
@@ -71,7 +73,7 @@ def registered() -> dict[str, Tower]:
     """Every registered tower by name, the environment's last. Raises ValueError for a damaged file or variable."""
     towers = {}
     for name, entry in _entries().items():
-        known = {key: entry[key] for key in ("source", "s2", "s2_scales") if key in entry}
+        known = {key: entry[key] for key in ("source", "s2", "s2_scales", "compile") if key in entry}
         towers[name] = Tower(name, **known)
     for part in filter(None, (part.strip() for part in os.environ.get(OVERRIDE, "").split(","))):
         name, equals, source = part.partition("=")
@@ -190,7 +192,7 @@ def register(tower: Tower) -> Tower:
         )
     path = Path(tower.source).expanduser()
     if path.exists():
-        tower = Tower(tower.name, str(path.resolve()), tower.s2, tower.s2_scales)
+        tower = replace(tower, source=str(path.resolve()))
     elif not _HUB_ID.match(tower.source):
         raise ValueError(f"{tower.source} is neither a directory on this machine nor a hub id (org/name).")
     _check_source(tower)

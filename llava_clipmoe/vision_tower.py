@@ -38,10 +38,11 @@ class CLIPMoEVisionTower(nn.Module):
     args: has `mm_vision_select_layer` (an index into hidden states: -2 is the output of the last block but one) and
     perhaps `mm_vision_select_feature` ("patch", or "cls_patch" for [B,N+1,C]).
     delay_load: read only the config now; `load_model()` reads the weights.
+    compile: run through torch.compile, also asked for by a registration (`llava-clipmoe register --compile`).
     Raises UnknownTower for a name that is not ours, ValueError for a layer that does not exist.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False):
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, compile: bool = False):
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = vision_tower
@@ -50,6 +51,7 @@ class CLIPMoEVisionTower(nn.Module):
             raise UnknownTower(f"{vision_tower!r} is upstream LLaVA's own tower, not a CLIP-MoE.")
         self.source = tower
         self.directory = local_directory(tower.source)
+        self.compile_asked = compile or tower.compile
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         if self.select_feature not in ("patch", "cls_patch"):
@@ -71,6 +73,8 @@ class CLIPMoEVisionTower(nn.Module):
         self.image_processor = self._image_processor()
         model = _load_blocks(self.directory, self.cfg_only, self.num_blocks)
         self.vision_tower = _place(model, device_map).requires_grad_(False).eval()
+        # The method: a compiled module would be a second child with the same weights under other names.
+        self._compiled = torch.compile(self.vision_tower.forward, dynamic=True) if self.compile_asked else None
         self.is_loaded = True
 
     def _image_processor(self) -> CLIPImageProcessor:
@@ -102,7 +106,7 @@ class CLIPMoEVisionTower(nn.Module):
     def _features(self, pixels_B3RR: torch.Tensor) -> torch.Tensor:
         """-> [B,N,C] (or [B,N+1,C]) in the tower's dtype. The last block that is loaded gives the asked layer."""
         pixels_B3RR = pixels_B3RR.to(device=self.device, dtype=self.dtype)
-        x_BTC = self.vision_tower(pixels_B3RR).last_hidden_state
+        x_BTC = (self._compiled or self.vision_tower)(pixels_B3RR).last_hidden_state
         return x_BTC[:, 1:] if self.select_feature == "patch" else x_BTC
 
     # ---------------------------------------------------------------------------------------- what LLaVA asks it for
@@ -149,8 +153,8 @@ class CLIPMoEVisionTowerS2(CLIPMoEVisionTower):
     `s2wrapper`.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False):
-        super().__init__(vision_tower, args, delay_load=True)
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, compile: bool = False):
+        super().__init__(vision_tower, args, delay_load=True, compile=compile)
         asked = getattr(args, "s2_scales", None) or self.source.s2_scales
         if isinstance(asked, str):  # upstream's form: "336,672,1008"
             asked = [int(part) for part in asked.split(",")]

@@ -6,6 +6,7 @@ transformers' dense CLIP on the same weights.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ from PIL import Image
 from tiny_llava import make_towers, save_tower, upstream_is_installed
 from torch import nn
 
+from llava_clipmoe.compression import compress
 from llava_clipmoe.files import load_tensors, save_tensors
-from llava_clipmoe.model_directory import read_weights
+from llava_clipmoe.model_directory import load_bundle, read_weights, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
-from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register
+from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register, resolve
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower, CLIPMoEVisionTowerS2, build_tower
 
@@ -332,3 +334,50 @@ def test_weights_that_do_not_fit_are_named_and_never_random(clip_moe, tmp_path, 
     with pytest.raises(ValueError, match=name):
         tower_of(directory)
     assert tower_of(directory, layer=1)(torch.zeros(1, 3, PIXELS, PIXELS)).isfinite().all()  # block 1 is not needed
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+needs_compiler = pytest.mark.skipif(
+    not hasattr(F, "grouped_mm") or not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler, and experts without Python loops torch 2.10",
+)
+
+
+def compressed(directory: Path, target: Path) -> Path:
+    """The same CLIP-MoE with delta experts, at full rank."""
+    bundle = load_bundle(directory)
+    save_bundle(dataclasses.replace(bundle, model=compress(bundle.model, rank=10_000)[0]), target)
+    return target
+
+
+def test_a_tower_of_delta_experts_is_the_tower_of_whole_ones(clip_moe, pixels, tmp_path):
+    expected = tower_of(clip_moe)(pixels)
+    delta = tower_of(compressed(clip_moe, tmp_path / "delta"))
+    assert sum(block.mlp.experts.fc1.base.numel() for block in delta.vision_tower.vision_model.encoder.layers)
+    torch.testing.assert_close(delta(pixels), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["whole", "delta"])
+def test_a_compiled_tower_gives_the_same_and_is_compiled_once_for_all_batches(clip_moe, tmp_path, kind):
+    directory = clip_moe if kind == "whole" else compressed(clip_moe, tmp_path / "delta")
+    eager, tower = tower_of(directory, -3), CLIPMoEVisionTower(str(directory), settings(-3), compile=True)
+    assert list(tower.state_dict()) == list(eager.state_dict())
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    graphs = []
+    for batch in (1, 2, 5, 3, 1):
+        pixels = torch.randn(batch, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(batch))
+        torch.testing.assert_close(tower(pixels), eager(pixels), atol=1e-5, rtol=1e-5)
+        graphs.append(counted["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1] <= 2, f"one graph for a single picture, one for all batches, not {graphs}"
+    assert not counted["graph_break"]
+
+
+def test_a_registration_can_ask_for_compilation(clip_moe):
+    register(Tower("fast", str(clip_moe), compile=True))
+    assert build_tower(resolve("fast"), settings(), delay_load=True).compile_asked
+    register(Tower("plain", str(clip_moe)))
+    assert not build_tower(resolve("plain"), settings(), delay_load=True).compile_asked

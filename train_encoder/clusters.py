@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits
 
 from llava_clipmoe.files import atomic_file
 
@@ -39,9 +41,6 @@ def cluster_stage(image: np.ndarray, text: np.ndarray, config: ClusterConfig, se
 
 
 def _kmeans(x: np.ndarray, k: int, config: ClusterConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.cluster import MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
-
     # One thread: sums in another order give other labels, and a run must come out the same twice.
     with threadpool_limits(1):
         model = MiniBatchKMeans(k, random_state=seed, batch_size=config.batch_size, n_init=config.n_init)

@@ -101,7 +101,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
     towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
     objective = make_objective(o, rank, world)
     reset_peak_memory(device)
-    started, truncated = time.time(), 0
+    started, busy, truncated = time.time(), time.process_time(), 0
 
     total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
     with Bar(f"training {stage.name}", total, completed=done) as bar:
@@ -142,6 +142,7 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
         bar.write(f"{truncated} of {total - done} captions were longer than {stage.bundle.context_length} tokens: cut")
     metrics.log({
         "event": "done", "work": "train", "stage": stage.name, "seconds": time.time() - started,
+        "cpu_seconds": time.process_time() - busy,  # of this process: says more than the clock on a shared machine
         "images": total - done, "truncated_captions": truncated, "peak_memory_bytes": peak_memory_bytes(device),
     })  # fmt: skip
 

@@ -181,12 +181,12 @@ class Pipeline:
     @contextmanager
     def timed(self, work: str, stage: str) -> Iterator[None]:
         """Log how long a piece of work took and the memory it needed."""
-        started = time.time()
+        started, busy = time.time(), time.process_time()
         reset_peak_memory(self.accelerator.device)
         yield
         self.metrics.log({
             "event": "done", "work": work, "stage": stage, "seconds": time.time() - started,
-            "images": len(self.rows), "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "cpu_seconds": time.process_time() - busy, "images": len(self.rows), "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
         })  # fmt: skip
 
 
