@@ -49,6 +49,11 @@ COMMANDS = {
         "measure retrieval, zero-shot classes, attribute pairs and routing of a model",
         "llava-clipmoe evaluate runs/quickstart/clip-moe retrieval --data openmoji",
     ),
+    "compress": Command(
+        "train_encoder.compress:main",
+        "make a CLIP-MoE nearly as small and fast as a dense CLIP: one FFN a block and low-rank differences to it",
+        "llava-clipmoe compress runs/quickstart/clip-moe runs/quickstart/clip-moe-delta --rank 64",
+    ),
     "register": Command(
         "llava_clipmoe.tower_commands:register_main",
         "give a CLIP-MoE the short name by which LLaVA takes it as its vision tower",

@@ -170,6 +170,7 @@ def test_all_methods_of_one_scale_get_the_same_epochs():
         total = (dmu.moe.num_experts - 1) * dmu.mcl.optim.epochs + dmu.moe.optim.epochs
         configs = {name.removesuffix(f"-{scale}"): c for name, (_, c) in RECIPES.items() if name.endswith(f"-{scale}")}
         spent = {
+            "dmu-lora": lambda c: (c.moe.num_experts - 1) * c.mcl.optim.epochs + c.moe.optim.epochs,
             "fmoe": lambda c: c.fmoe.optim.epochs + c.moe.optim.epochs,
             "vanilla-moe": lambda c: c.mcl.optim.epochs + c.moe.optim.epochs,
             "sparse-upcycling": lambda c: c.moe.optim.epochs,

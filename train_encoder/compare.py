@@ -1,50 +1,78 @@
 """The command `llava-clipmoe compare`: several recipes on the same data, base and seeds, and ONE page of tables.
 
-    llava-clipmoe compare dmu-openmoji fmoe-openmoji direct-ft-openmoji --seeds 3 --output-dir runs/compare
-    llava-clipmoe compare dmu-openmoji direct-ft-openmoji -- --data.source captions.csv --engine.workers 2
+    llava-clipmoe compare dmu fmoe direct-ft --seeds 3                       (OpenMoji, a small CLIP; hours on 2 cores)
+    llava-clipmoe compare all --seeds 3 --jobs 2 --output-dir runs/compare
+    llava-clipmoe compare dmu direct-ft --data train.csv --retrieval dev=dev.csv -- --engine.workers 2
+    llava-clipmoe compare dmu fmoe --scale vitl14-336-sharegpt4v --retrieval coco=coco.json
+    llava-clipmoe compare --llava checkpoints/llava-v1.5-7b checkpoints/llava-v1.5-7b-clipmoe
 
 Each cell (recipe, seed) is a run of `train-encoder` of its own, in OUTPUT_DIR/RECIPE-seedN; what follows `--` is given
 to all of them. A base that a recipe trains from nothing is trained once a seed, to its end, before any recipe starts.
-Finished cells are kept, unfinished ones go on: repeat the command. The page is OUTPUT_DIR/compare.md.
+Finished cells are kept, unfinished ones go on: repeat the command. The page is OUTPUT_DIR/compare.md and compare.html.
+With --llava, what eval-llava measured of several LLaVAs is a table of the page, or with no recipe a page of its own
+(llava.md, llava.html).
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from llava_clipmoe.files import write_text
+from llava_clipmoe.files import read_json, write_text
 
-from .compare_page import Cell, compare_page, epochs_of, read_cell
+from .compare_cells import Cell, read_cell
+from .compare_html import html_page
+from .compare_llava import read_llavas
+from .compare_page import epochs_of, make_page
+from .compare_run import Clock, Runner
+from .page import duration
 from .recipes import RECIPES
 
 BASE = "base"
+SCALES = ("openmoji", "vitl14-336-sharegpt4v")
+BASE_EPOCHS = 30
+"""Of a base trained from nothing: twice the quick start's. A comparison needs one that has converged; else a recipe
+wins by going on with what the base had not finished. What follows `--` may say otherwise."""
 LARGE = ("cache", "features", "checkpoints")
 """Folders of a finished cell that nothing reads any more; decoded images of 2,000 drawings alone are 700 MB."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")]
-    """Names of recipes (`llava-clipmoe train-encoder --help` lists them), of one scale."""
+    recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")] = ()
+    """Recipes of one scale, as `dmu` or in full as `dmu-openmoji` (`llava-clipmoe train-encoder --help` lists them);
+    `all` for every recipe of the scale."""
+    scale: Literal["openmoji", "vitl14-336-sharegpt4v"] = "openmoji"
+    """Which model and data the recipes' short names stand for."""
+    data: str | None = None
+    """Train on this in the place of the scale's data: anything that --data.source of train-encoder takes."""
+    retrieval: tuple[str, ...] = ()
+    """Measure retrieval on these, NAME=SOURCE or NAME=SOURCE:SPLIT each; needed with --data."""
+    zero_shot: tuple[str, ...] = ()
+    """Measure classification on these, NAME=FOLDER each (imagenet, cifar10, cifar100, or a folder of classes). Emoji
+    are classified by colour where they are the data."""
+    attributes: str | None = None
+    """Measure attribute pairs: a folder in MMVP-VLM's layout, or `openmoji` (the default where emoji are the data)."""
     seeds: int = 3
     """Every recipe is run with the seeds 0, 1, ..., this many."""
     output_dir: Path = Path("runs/compare")
     jobs: int = 1
     """Cells that run at once, the cores shared among them. On a CPU, two of one thread do more than one of two."""
+    llava: tuple[str, ...] = ()
+    """LLaVAs, [NAME=]DIR each: a folder with results of eval-llava, or a model directory that was measured. The first
+    is what the others are compared with."""
+    llava_results: Path = Path("runs/eval-llava")
+    """Where eval-llava put the results of the model directories named by --llava."""
 
 
 def main(argv: list[str]) -> int:
@@ -53,38 +81,111 @@ def main(argv: list[str]) -> int:
     s = tyro.cli(Settings, args=argv[:split], prog="llava-clipmoe compare", description=__doc__)
     more = argv[split + 1 :]
     check(s, more)
-    console = Console()
-    runner = Runner(s.jobs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        _run_everything(s, more, runner, console)
-    finally:
-        runner.stop()
-    page = compare_page(read_cells(s), ["llava-clipmoe", "compare", *argv])
-    write_text(s.output_dir / "compare.md", page)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"page: {s.output_dir / 'compare.md'}", soft_wrap=True)
+    llavas, console = read_llavas(s.llava, s.llava_results), Console()
+    cells: dict[str, list[Cell]] = {}
+    if s.recipes:
+        run_everything(s, more, console)
+        cells = read_cells(s)
+    page = make_page(cells, llavas, ["llava-clipmoe", "compare", *argv])
+    stem = s.output_dir / ("compare" if s.recipes else "llava")
+    write_text(stem.with_suffix(".md"), page.markdown())
+    write_text(stem.with_suffix(".html"), html_page(page))
+    console.print(page.markdown(), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"page: {stem}.md, with figures: {stem}.html", soft_wrap=True)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------ what to compare
+
+
+def scale_of(s: Settings) -> str:
+    """By the first recipe that is named in full, else --scale. Raises ValueError for a recipe of no scale."""
+    full = next((name for name in s.recipes if name in RECIPES), None)
+    if full is None:
+        return s.scale
+    found = next((scale for scale in SCALES if full.endswith(f"-{scale}")), None)
+    if found is None:
+        raise ValueError(
+            f"{full} stands alone: there is nothing to compare it with. The scales are {', '.join(SCALES)}."
+        )
+    return found
+
+
+def recipes_of(s: Settings) -> list[str]:
+    """Full names of the recipes. Raises ValueError for names that do not exist."""
+    scale = scale_of(s)
+    every = [name for name in RECIPES if name.endswith(f"-{scale}") and name != f"{BASE}-{scale}"]
+    if s.recipes == ("all",):
+        return every
+    found = [name if name in RECIPES else f"{name}-{scale}" for name in s.recipes]
+    for given, name in zip(s.recipes, found, strict=True):
+        if name not in RECIPES:
+            listed = ", ".join(short(one, scale) for one in every)
+            raise ValueError(f"there is no recipe {given!r} of the scale {scale}. There are: {listed}; or all.")
+    return found
+
+
+def short(recipe: str, scale: str) -> str:
+    """A recipe's name on the page."""
+    return recipe.removesuffix(f"-{scale}")
 
 
 def check(s: Settings, more: Sequence[str]) -> None:
     """Raise ValueError for recipes that cannot be compared."""
-    unknown = [name for name in s.recipes if name not in RECIPES]
-    if unknown or not s.recipes:
-        wrong = f"there is no recipe {unknown[0]!r}" if unknown else "name the recipes to compare"
-        raise ValueError(f"{wrong}. There are: {', '.join(RECIPES)}.")
-    if len(set(s.recipes)) < len(s.recipes):
-        raise ValueError("a recipe is named twice.")
     if s.seeds < 1 or s.jobs < 1:
         raise ValueError("--seeds and --jobs must be at least 1.")
-    if any(flag.split("=")[0] in ("--output-dir", "--seed", "--base.source") for flag in more):
+    if not s.recipes:
+        if s.llava:
+            return
+        raise ValueError(
+            f"name the recipes to compare (or all), or LLaVAs by --llava. There are: {', '.join(RECIPES)}."
+        )
+    recipes = recipes_of(s)
+    if len(set(recipes)) < len(recipes):
+        raise ValueError("a recipe is named twice.")
+    if _given(more, "--output-dir", "--seed", "--base.source"):
         raise ValueError("--output-dir, --seed and --base.source of the runs are set by compare; leave them out.")
-    spent = {name: epochs_of(RECIPES[name][1]) for name in s.recipes}
+    if s.data is not None and not (
+        s.retrieval or s.zero_shot or s.attributes or _given(more, "--evaluation.retrieval")
+    ):
+        raise ValueError(
+            "with --data, say what to measure: --retrieval NAME=SOURCE (pictures that training never sees)."
+        )
+    spent = {name: epochs_of(RECIPES[name][1]) for name in recipes}
     if len(set(spent.values())) > 1:
         listed = ", ".join(f"{name} {epochs:g}" for name, epochs in spent.items())
         raise ValueError(
             f"these recipes do not pass over the data equally often (epochs: {listed}): compare one scale."
         )
+
+
+def _given(flags: Sequence[str], *names: str) -> bool:
+    return any(flag.split("=")[0] in names for flag in flags)
+
+
+def run_flags(s: Settings, more: Sequence[str]) -> list[str]:
+    """Flags of every cell, the user's own last."""
+    config = RECIPES[base_recipe(s)][1]
+    flags, other = [], s.data is not None and s.data != config.data.source
+    if config.base.source == "scratch":
+        flags += ["--base.scratch.optim.epochs", str(BASE_EPOCHS)]
+    if other:
+        flags += ["--data.source", s.data]
+        if config.base.scratch.caption_columns:  # the emoji's; found by name elsewhere
+            flags += ["--base.scratch.caption-columns"]
+    if s.retrieval or other:
+        flags += ["--evaluation.retrieval", *s.retrieval]
+    if s.attributes or other:
+        flags += ["--evaluation.attributes", s.attributes or "None"]
+    if zero_shot_of(s, more):
+        flags += ["--evaluation.zero-shot", *zero_shot_of(s, more)]
+    return [*flags, *more]
+
+
+def zero_shot_of(s: Settings, more: Sequence[str]) -> tuple[str, ...]:
+    """What is classified: what was asked for, else emoji by colour where they are what a cell trains on."""
+    emoji = scale_of(s) == "openmoji" and s.data in (None, "openmoji") and not _given(more, "--data.source")
+    return s.zero_shot or (("openmoji-colours",) if emoji and not _given(more, "--evaluation.zero-shot") else ())
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -95,104 +196,70 @@ def folder_of(s: Settings, recipe: str, seed: int) -> Path:
 
 
 def base_recipe(s: Settings) -> str:
-    """The recipe that only makes and measures the base, at the scale of the first recipe."""
-    scale = next(scale for scale in ("openmoji", "vitl14-336-sharegpt4v") if s.recipes[0].endswith(scale))
-    return f"{BASE}-{scale}"
+    """The recipe that only makes and measures the base."""
+    return f"{BASE}-{scale_of(s)}"
 
 
-def _run_everything(s: Settings, more: Sequence[str], runner: Runner, console: Console) -> None:
-    base = base_recipe(s)
+def run_everything(s: Settings, more: Sequence[str], console: Console) -> None:
+    """All bases, then all cells; what is finished is kept. Ctrl-C and SIGTERM end the children too."""
+    runner = Runner(s.jobs)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        cells = [(recipe, seed) for seed in range(s.seeds) for recipe in s.recipes]
-        task = bars.add_task("bases", total=s.seeds + len(cells))
-        started, ran = time.monotonic(), 0
+    cells = [(recipe, seed) for seed in range(s.seeds) for recipe in recipes_of(s)]
+    try:
+        with Progress(*columns, console=console) as bars:
+            for kind, group in (("bases", [(base_recipe(s), seed) for seed in range(s.seeds)]), ("cells", cells)):
+                task, clock = bars.add_task(kind, total=len(group)), Clock(len(group), s.jobs)
 
-        def one(recipe: str, seed: int) -> None:
-            nonlocal ran
-            folder = folder_of(s, recipe, seed)
-            if not is_finished(folder):
-                bars.print(f"{recipe}, seed {seed} (log: {folder}.log)")
-                runner.run(command(s, recipe, seed, more), Path(f"{folder}.log"))
-                for name in LARGE:
-                    shutil.rmtree(folder / name, ignore_errors=True)
-                ran += 1
-            bars.advance(task)
-            left = bars.tasks[task].remaining or 0
-            if ran and left:
-                seconds = (time.monotonic() - started) / ran * left
-                bars.update(task, description=f"cells, about {seconds / 60:.0f} min left")
+                def one(cell: tuple[str, int], kind=kind, task=task, clock=clock) -> None:
+                    clock.begin(cell)
+                    ran = run_cell(s, *cell, more, runner, bars.print)
+                    clock.end(cell, ran)
+                    left = f", about {clock.left / 60:.0f} min left" if clock.left else ""
+                    bars.update(task, advance=1, description=kind + left)
 
-        runner.all([lambda seed=seed: one(base, seed) for seed in range(s.seeds)])
-        bars.update(task, description="cells")
-        runner.all([lambda cell=cell: one(*cell) for cell in cells])
+                runner.all([lambda cell=cell: one(cell) for cell in group])
+    finally:
+        runner.stop()
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_cell(s: Settings, recipe: str, seed: int, more: Sequence[str], runner: Runner, say) -> bool:
+    """Run one cell unless it is finished, and drop what is large and needed no more -> whether it ran."""
+    folder = folder_of(s, recipe, seed)
+    if is_finished(folder, [entry.partition("=")[0] for entry in zero_shot_of(s, more)]):
+        return False
+    say(f"{recipe}, seed {seed} (log: {folder}.log)")
+    started = time.monotonic()
+    ended = runner.run(command(s, recipe, seed, more), Path(f"{folder}.log"))
+    if ended:
+        for name in LARGE:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        cost = read_cell(folder).cost
+        spent = f": {cost.steps:,} steps, {cost.samples:,} samples" if cost.steps else ""
+        say(f"{recipe}, seed {seed}{spent}; {duration(time.monotonic() - started)} in all")
+    return ended
 
 
 def command(s: Settings, recipe: str, seed: int, more: Sequence[str]) -> list[str]:
     """One cell as a `train-encoder` command."""
     words = [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", recipe, "--seed", str(seed)]
     words += ["--output-dir", str(folder_of(s, recipe, seed))]
-    config = RECIPES[recipe][1]
-    if config.method != BASE:
+    if RECIPES[recipe][1].method != BASE:
         # The very same base for all: converged before any of them starts, with its positions as they are.
         words += ["--base.source", str(folder_of(s, base_recipe(s), seed) / "base"), "--base.text-positions", "None"]
-    return [*words, *more]
+    return [*words, *run_flags(s, more)]
 
 
-def is_finished(folder: Path) -> bool:
-    """The page is the last thing that a run writes."""
-    return (folder / "results.json").is_file() and (folder / "report.html").is_file()
-
-
-class Runner:
-    """Runs commands as child processes, some at once, and ends them all when it is stopped."""
-
-    def __init__(self, jobs: int):
-        self.jobs, self.stopped = jobs, False
-        self._children: set[subprocess.Popen] = set()
-
-    def all(self, works: Sequence[Callable[[], None]]) -> None:
-        """Do all; the first error stops the others and is raised."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(work) for work in works]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                self.stop()
-                for future in futures:
-                    future.cancel()
-                raise
-
-    def run(self, words: Sequence[str], log: Path) -> None:
-        """One command, its output in `log`. Raises ChildProcessError with the end of it when it fails."""
-        if self.stopped:
-            return
-        log.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        with log.open("ab") as out:
-            child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT,
-                                     env={"OMP_NUM_THREADS": threads, **os.environ})  # fmt: skip
-            self._children.add(child)
-            code = child.wait()
-            self._children.discard(child)
-        if code and not self.stopped:
-            tail = "\n".join(log.read_text(errors="replace").replace("\r", "\n").splitlines()[-12:])
-            raise ChildProcessError(
-                f"a cell failed (exit status {code}). The end of {log}:\n{tail}\n"
-                "Mend the cause and run the same command again: finished cells are kept."
-            )
-
-    def stop(self) -> None:
-        self.stopped = True
-        for child in list(self._children):
-            child.terminate()
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
+def is_finished(folder: Path, zero_shot: Sequence[str] = ()) -> bool:
+    """The page is the last thing that a run writes; classification may have been asked for since."""
+    if not (folder / "results.json").is_file() or not (folder / "report.html").is_file():
+        return False
+    results = read_json(folder / "results.json")
+    return all(results.get("result") in (results.get("zero_shot") or {}).get(name, {}) for name in zero_shot)
 
 
 def read_cells(s: Settings) -> dict[str, list[Cell]]:
-    """Recipe -> its cells by seed, the base first."""
-    recipes = [base_recipe(s), *s.recipes]
-    return {recipe: [read_cell(folder_of(s, recipe, seed)) for seed in range(s.seeds)] for recipe in recipes}
+    """Recipe, by its short name -> its cells by seed, the base first."""
+    names, scale = [base_recipe(s), *recipes_of(s)], scale_of(s)
+    return {short(name, scale): [read_cell(folder_of(s, name, seed)) for seed in range(s.seeds)] for name in names}

@@ -6,6 +6,7 @@ Results go to `results.json` system by system, so that a killed evaluation goes 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,8 @@ from .config import digest
 from .data import check_images
 from .evaluate.mmvp import evaluate_mmvp
 from .evaluate.retrieval import evaluate_retrieval
+from .evaluate.zero_shot import Classes, evaluate_zero_shot
+from .openmoji_classes import Templates, open_zero_shot
 from .progress import Bar, peak_memory_bytes
 from .report import summary_table, write_report
 from .sources import open_source
@@ -30,13 +33,18 @@ if TYPE_CHECKING:
 def evaluate_run(run: Pipeline) -> None:
     """Measure every system of the run, write results.json and report.html, and print the table."""
     results = _previous(run)
-    started, systems, sources = time.time(), run.systems(), _retrieval_sources(run)
+    started, systems, classes = time.time(), run.systems(), _open_classes(run)
+    sources = _retrieval_sources(run) if set(systems) - set(results["done"]) else {}
     with Bar("evaluating", len(systems), unit="systems") as bar:
         for system, (make, expert) in systems.items():
             if system not in results["done"]:
                 _measure(run, results, sources, system, make(), expert)
                 results["done"].append(system)
                 write_json(run.folder.results, results)
+            for name, data in classes.items():
+                if system not in results["zero_shot"].setdefault(name, {}):
+                    results["zero_shot"][name][system] = _classify(run, data, make(), expert)
+                    write_json(run.folder.results, results)
             bar.advance(1)
     if "parameters" not in results:
         results |= {"result": run.final, **run.describe()}
@@ -52,13 +60,17 @@ def evaluate_run(run: Pipeline) -> None:
 
 
 def _previous(run: Pipeline) -> dict:
-    """Results of an earlier start with the same evaluation settings, or an empty page."""
-    key = digest(run.folder.config["evaluation"])
+    """Results of an earlier start with the same evaluation settings, or an empty page.
+
+    Classification is no part of the key: a data set more is measured beside what is there.
+    """
+    key = digest({name: value for name, value in run.folder.config["evaluation"].items() if name != "zero_shot"})
+    fresh = {"key": key, "done": [], "retrieval": {}, "attributes": {}, "zero_shot": {}}
     if run.folder.results.exists():
         old = read_json(run.folder.results)
         if old.get("key") == key:
-            return old
-    return {"key": key, "done": [], "retrieval": {}, "attributes": {}}
+            return {**fresh, **old}
+    return fresh
 
 
 def _retrieval_sources(run: Pipeline) -> dict:
@@ -90,6 +102,20 @@ def _measure(run: Pipeline, results: dict, sources: dict, system: str, bundle: C
         results["retrieval"].setdefault(name, {})[system] = found
     if evaluation.attributes:
         results["attributes"][system] = evaluate_mmvp(bundle, attribute_folder(evaluation.attributes), **settings)
+
+
+def _open_classes(run: Pipeline) -> dict[str, tuple[Classes, Templates]]:
+    """name -> labelled images and their prompts, opened once for all systems."""
+    return dict(open_zero_shot(entry) for entry in run.config.evaluation.zero_shot)
+
+
+def _classify(run: Pipeline, data: tuple[Classes, Templates], bundle: ClipBundle, expert: int | None) -> dict:
+    evaluation, engine = run.config.evaluation, run.config.engine
+    with nullcontext() if expert is None else only_expert(bundle.model, expert):
+        return evaluate_zero_shot(
+            bundle, data[0], templates=data[1], batch_size=evaluation.batch_size, workers=engine.workers,
+            device=run.accelerator.device, precision=engine.precision,
+        )  # fmt: skip
 
 
 def attribute_folder(source):

@@ -186,7 +186,8 @@ class Pipeline:
         yield
         self.metrics.log({
             "event": "done", "work": work, "stage": stage, "seconds": time.time() - started,
-            "cpu_seconds": time.process_time() - busy, "images": len(self.rows), "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "cpu_seconds": time.process_time() - busy, "images": len(self.rows),
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
         })  # fmt: skip
 
 

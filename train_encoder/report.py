@@ -54,6 +54,7 @@ def _now(run: Run) -> str:
 
 WHAT = {
     "dmu": "A CLIP-MoE made by Diversified Multiplet Upcycling.",
+    "dmu-lora": "A CLIP-MoE made by Diversified Multiplet Upcycling, its stages of low rank (LoRA).",
     "fmoe": "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate.",
     "vanilla-moe": "A mixture of the base's FFNs and one set of directly fine-tuned ones.",
     "sparse-upcycling": "A mixture made by sparse upcycling.",

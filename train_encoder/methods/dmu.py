@@ -13,13 +13,15 @@ import torch
 
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
 from llava_clipmoe.model_directory import ClipBundle, load_bundle
-from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
+from llava_clipmoe.upcycling import check_stage, ffn_state, upcycle
 
 from ..clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
 from ..features import Embeddings
 from ..pipeline import System
 from ..sampler import plan_epoch
 from .mixture import Mixture
+
+Tensors = dict[str, torch.Tensor]
 
 
 class DMU(Mixture):
@@ -28,41 +30,54 @@ class DMU(Mixture):
     paper = "Diversified Multiplet Upcycling"
 
     def make_result(self) -> ClipBundle:
-        self.stages: list[dict[str, torch.Tensor]] = []
+        self.stages: list[Tensors] = []
         for number in range(1, self.config.moe.num_experts):
             self.stages.append(self.make_stage(number))
         return self.train_routers()
 
-    def make_stage(self, number: int) -> dict[str, torch.Tensor]:
+    def make_stage(self, number: int) -> Tensors:
         """FFN tensors of stage `number`: cluster the previous stage's embeddings, then train on in-cluster batches."""
-        name, weights = f"stage{number}", self.folder.stage_weights(number)
-        paths = self.paths(number)
+        weights, paths = self.folder.stage_weights(number), self.paths(number)
         if not weights.exists():
-            if self.config.mcl.start_from == "previous" and number > 1:
-                bundle = self.dense(number - 1)
-            else:
-                bundle = self.dense(0)
-            blocks = self.moe_blocks()
-            self.train(
-                name, bundle, lambda tensor: is_ffn(tensor) and _block_of(tensor) in blocks, self.config.mcl.optim,
-                paths=paths, number=number,
-            )  # fmt: skip
-            trained = {k: v for k, v in ffn_state(bundle.model.state_dict()).items() if _block_of(k) in blocks}
-            self.save(lambda: self._save_stage(number, trained))
-            self.discard(name)
+            files = self.train_stage(number, self.dense(self.started_from(number)), paths)
+            self.save(lambda: self._save_stage(number, files))
+            self.discard(f"stage{number}")
         stage = load_tensors(weights)
         check_stage(self.base.model.state_dict(), stage, f"{weights.parent}")
         return stage
+
+    def train_stage(self, number: int, bundle: ClipBundle, paths: np.ndarray | None) -> dict[str, Tensors]:
+        """Train `bundle.model` in place -> what the stage's directory holds, by file: its FFNs are `model`."""
+        learns = set(self.stage_ffns(bundle.model.state_dict()))
+        self.train(f"stage{number}", bundle, learns.__contains__, self.config.mcl.optim, paths=paths, number=number)
+        return {"model": self.stage_ffns(bundle.model.state_dict())}
+
+    def stage_ffns(self, state: Tensors) -> Tensors:
+        """The FFN tensors of a dense state dict that a stage has of its own: those of the MoE blocks."""
+        blocks = self.moe_blocks()
+        return {name: tensor for name, tensor in ffn_state(state).items() if _block_of(name) in blocks}
+
+    def started_from(self, number: int) -> int:
+        """The stage whose FFNs stage `number` starts from (0: the base)."""
+        return number - 1 if self.config.mcl.start_from == "previous" else 0
+
+    def about_stage(self, number: int) -> dict[str, Any]:
+        """What stage.json says."""
+        start = self.started_from(number)
+        return {
+            "what": "the FFN tensors of one DMU stage; all else is the base's", "stage": number,
+            "started_from": f"stage{start}" if start else "base",
+        }  # fmt: skip
 
     def paths(self, number: int) -> np.ndarray | None:
         """Cluster paths [N,number] that stage `number` draws its batches by."""
         return accumulate([self.clusters(s) for s in range(number)])
 
-    def _save_stage(self, number: int, trained: dict[str, torch.Tensor]) -> None:
+    def _save_stage(self, number: int, files: dict[str, Tensors]) -> None:
         with atomic_directory(self.folder.stage_weights(number).parent) as temporary:
-            save_tensors(temporary / "model.safetensors", trained)
-            about = {"what": "the FFN tensors of one DMU stage; all else is the base's", "stage": number}
-            write_json(temporary / "stage.json", about)
+            for name, tensors in files.items():
+                save_tensors(temporary / f"{name}.safetensors", tensors)
+            write_json(temporary / "stage.json", self.about_stage(number))
 
     def clusters(self, number: int) -> StageClusters:
         """Clusters of the embeddings that stage `number` gives (0: the base)."""

@@ -1,0 +1,135 @@
+"""One cell of a comparison: what a finished run scored and what it spent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llava_clipmoe.files import read_json
+from llava_clipmoe.model_directory import read_config
+from llava_clipmoe.tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer
+
+from .compare_flops import CaptionTokens, caption_tokens, run_flops, trainings, vision_macs
+from .config import TrainConfig, filled, to_dict
+from .progress import METRICS, read_metrics
+
+RESULTS = ("clip-moe", "clip", "base")
+"""Folders that may hold a run's result; the first that is there does."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run spent after its base."""
+
+    steps: int
+    samples: int
+    train_seconds: float
+    other_seconds: dict[str, float]
+    """features, clusters, ... by the kind of work."""
+    peak_memory: int
+    """Bytes."""
+    encoded: int = 0
+    """Images whose features were computed, all stages together."""
+
+    @property
+    def clusters(self) -> float:
+        return self.other_seconds.get("clusters", 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Training, features and clusters."""
+        return self.train_seconds + sum(self.other_seconds.values())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One finished run."""
+
+    results: dict[str, Any]
+    cost: Cost
+    inference_macs: int
+    """Multiply-accumulates of the result's vision tower for one image."""
+    flops: float = 0.0
+    """Floating-point operations of everything after the base (compare_flops.py)."""
+    tokens: CaptionTokens | None = None
+    """Lengths of the captions that `flops` rests on."""
+
+    @property
+    def final(self) -> str:
+        """The result's name among the systems (runs older than the setting made a CLIP-MoE)."""
+        return self.results.get("result", "clip-moe")
+
+    def retrieval(self, name: str) -> dict[str, float]:
+        return self.results["retrieval"][name][self.final]
+
+
+Cells = Mapping[str, Sequence[Cell]]
+"""Recipe -> its cells by seed, the base first."""
+
+
+def read_cell(folder: Path) -> Cell:
+    """A finished run's scores and costs. Raises FileNotFoundError when it is not finished."""
+    settings = filled(read_json(folder / "config.json"), to_dict(TrainConfig()))
+    config = json.loads(json.dumps(settings), object_hook=lambda values: SimpleNamespace(**values))
+    rows, _ = read_metrics(folder / METRICS)
+    base = read_config(folder / "base")
+    result = read_config(next(folder / name for name in RESULTS if (folder / name).exists()))
+    found = trainings(config, base, result)
+    cpu = config.engine.device == "cpu" and config.engine.workers == 0
+    cost = cost_of(rows, {name: training.optim.global_batch_size for name, training in found.items()}, cpu)
+    batch = max((training.optim.global_batch_size for training in found.values()), default=1)
+    data = json.dumps(settings["data"], sort_keys=True)
+    tokens = _tokens(data, folder / "base", base.text_config.max_position_embeddings, batch) if found else None
+    flops = run_flops(config, base, result, steps_of(rows), cost.encoded, tokens) if found else 0.0
+    return Cell(read_json(folder / "results.json"), cost, vision_macs(result), flops, tokens)
+
+
+_measured: dict[tuple, CaptionTokens] = {}
+
+
+def _tokens(data: str, base: Path, context: int, batch: int) -> CaptionTokens:
+    """Measured once for all cells that read the same data: their tokenizers are alike."""
+    key = data, context, batch
+    if key not in _measured:
+        tokenizer = load_tokenizer(base, context) if has_tokenizer(base) else open_clip_tokenizer(context)
+        _measured[key] = caption_tokens(json.loads(data), tokenizer, context, batch)
+    return _measured[key]
+
+
+def steps_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Steps of every training after the base, by its name."""
+    return {row["stage"]: row["steps"] for row in rows if "step" in row and row.get("stage") != "base"}
+
+
+def cost_of(rows: Sequence[Mapping[str, Any]], batches: Mapping[str, int], cpu: bool = False) -> Cost:
+    """From the lines of metrics.jsonl; the base's own training counts nowhere, nor does evaluation.
+
+    batches: images a step of each training. cpu: everything ran in one process on a CPU, whose own time counts. A
+    training that was killed and resumed logs only its last part: its time is scaled up to the whole.
+    """
+    done = [row for row in rows if row.get("event") == "done" and row.get("work") != "evaluate"]
+    own = [row for row in done if not (row["work"] == "train" and row["stage"] == "base")]
+    steps = steps_of(rows)
+    longest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in own:  # work that was begun again after a kill has two lines
+        key = row["work"], row["stage"]
+        if key not in longest or row.get("images", 0) >= longest[key].get("images", 0):
+            longest[key] = row
+    other: dict[str, float] = {}
+    samples = seconds = encoded = 0
+    for (work, stage), row in longest.items():
+        # On a CPU its own time and not the clock's: a comparison runs for hours, and other programs run beside it.
+        took = row.get("cpu_seconds", row["seconds"]) if cpu else row["seconds"]
+        if work == "train":
+            whole = steps[stage] * batches[stage]
+            samples += whole
+            seconds += took * (whole / row["images"] if row["images"] else 1)
+        else:
+            other[work] = other.get(work, 0.0) + took
+            encoded += row["images"] if work == "features" else 0
+    peak = max((row["peak_memory_bytes"] for row in own), default=0)
+    return Cost(sum(steps.values()), samples, seconds, other, peak, encoded)

@@ -1,0 +1,124 @@
+"""What a comparison says in a few sentences: who is best, by how much, and whether that is more than the spread.
+
+Recipes of one seed start from the same base and see the same data, so they are compared seed by seed: the mean of the
+paired differences against its standard error.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .compare_cells import Cells, Cost
+from .page import duration
+
+CLEAR = 2.0
+"""A difference of so many standard errors, and of one sign in every seed, is called clear."""
+PAPER_CLUSTERING, PAPER_TRAINING = 4.15, -0.725
+"""CLIP-FMoE paper: ICCL's clustering is 4.15 times as fast as CLIP-MoE's, its training takes 72.5% less time."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a - b, paired by seed."""
+
+    mean: float
+    error: float
+    """Standard error of the mean; NaN for one seed."""
+    wins: int
+    """Seeds in which a is ahead."""
+    seeds: int
+
+    @property
+    def clear(self) -> bool:
+        return self.seeds > 1 and abs(self.mean) > CLEAR * self.error and self.wins in (0, self.seeds)
+
+    def words(self) -> str:
+        """What the spread says of it, for points of percent."""
+        if self.seeds == 1:
+            return "one seed says nothing of the spread"
+        verdict = "more than the spread" if self.clear else "within the spread"
+        return f"± {100 * self.error:.1f} standard error, ahead in {self.wins} of {self.seeds} seeds: {verdict}"
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Compare two recipes' scores, seed by seed."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    many = len(differences) > 1
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if many else math.nan
+    return Difference(statistics.mean(differences), error, sum(d > 0 for d in differences), len(differences))
+
+
+def best_and_next(scores: Mapping[str, Sequence[float]]) -> tuple[str, str]:
+    """The two names with the highest means. Raises ValueError for fewer than two names."""
+    if len(scores) < 2:
+        raise ValueError("there is nothing to compare: one name only.")
+    ordered = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
+    return ordered[0], ordered[1]
+
+
+def sentence(title: str, scores: Mapping[str, Sequence[float]], base: str | None = None) -> str:
+    """Best, runner-up, difference and spread, in percent; and how far the best is from the base."""
+    first, second = best_and_next(scores)
+    difference = paired(scores[first], scores[second])
+    text = (
+        f"**{title}**: {first} is first with {100 * statistics.mean(scores[first]):.1f}, {100 * difference.mean:.1f} "
+        f"above {second} ({difference.words()})"
+    )
+    if base in (None, first, second):
+        return text + "."
+    over = paired(scores[first], scores[base])
+    sure = "" if over.seeds == 1 else ", clearly" if over.clear else ", not clearly"
+    return f"{text}; it is {100 * over.mean:.1f} above the base{sure}."
+
+
+def cost_sentence(cells: Cells) -> str | None:
+    """The cheapest and the dearest recipe after the base; None for fewer than two."""
+    spent = {recipe: statistics.mean(cell.cost.seconds for cell in run) for recipe, run in cells.items()}
+    spent = {recipe: seconds for recipe, seconds in spent.items() if seconds}
+    if len(spent) < 2:
+        return None
+    least, most = min(spent, key=spent.get), max(spent, key=spent.get)
+    return (
+        f"**Cost**: {least} takes least time ({duration(spent[least])} after the base, features and clusters "
+        f"included), {most} most ({duration(spent[most])})."
+    )
+
+
+# ---------------------------------------------------------------------------------------------- CLIP-FMoE's two claims
+
+
+def fmoe_claims(cells: Cells) -> list[list[str]]:
+    """Rows (what, here, the paper's figure) of CLIP-FMoE against CLIP-MoE; none unless both are compared."""
+    if not {"dmu", "fmoe"} <= set(cells):
+        return []
+    both = [(a.cost, b.cost) for a, b in zip(cells["dmu"], cells["fmoe"], strict=True)]
+    if not all(a.clusters and b.clusters and a.seconds for a, b in both):
+        return []
+    faster = [a.clusters / b.clusters for a, b in both]
+    seen = [_seeing(a) / _seeing(b) for a, b in both]
+    total = [b.seconds / a.seconds - 1 for a, b in both]
+    training = [b.train_seconds / a.train_seconds - 1 for a, b in both]
+    return [
+        ["clustering time, dmu : fmoe", _mean(faster, 1, "x", signed=False), f"{PAPER_CLUSTERING:g}x as fast"],
+        ["the same with the features that are clustered", _mean(seen, 1, "x", signed=False), "–"],
+        [
+            "total training time, fmoe against dmu",
+            _mean(total, 100, "%"),
+            f"{100 * PAPER_TRAINING:+.1f}%".replace("-", "−"),
+        ],
+        ["of it gradient steps alone", _mean(training, 100, "%"), "–"],
+    ]
+
+
+def _seeing(cost: Cost) -> float:
+    return cost.clusters + cost.other_seconds.get("features", 0.0)
+
+
+def _mean(values: Sequence[float], scale: float, unit: str, signed: bool = True) -> str:
+    digits = 1 if scale > 1 else 2
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    mean = f"{scale * statistics.mean(values):{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return f"{mean}{spread}{unit}"
