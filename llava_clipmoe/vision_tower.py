@@ -74,7 +74,8 @@ class CLIPMoEVisionTower(nn.Module):
         model = _load_blocks(self.directory, self.cfg_only, self.num_blocks)
         self.vision_tower = _place(model, device_map).requires_grad_(False).eval()
         # The method: a compiled module would be a second child with the same weights under other names.
-        self._compiled = torch.compile(self.vision_tower.forward, dynamic=True) if self.compile_asked else None
+        encoder = self.vision_tower.vision_model.encoder
+        self._compiled = torch.compile(encoder.forward, dynamic=True) if self.compile_asked else None
         self.is_loaded = True
 
     def _image_processor(self) -> CLIPImageProcessor:
@@ -106,8 +107,16 @@ class CLIPMoEVisionTower(nn.Module):
     def _features(self, pixels_B3RR: torch.Tensor) -> torch.Tensor:
         """-> [B,N,C] (or [B,N+1,C]) in the tower's dtype. The last block that is loaded gives the asked layer."""
         pixels_B3RR = pixels_B3RR.to(device=self.device, dtype=self.dtype)
-        x_BTC = (self._compiled or self.vision_tower)(pixels_B3RR).last_hidden_state
+        x_BTC = self._run_compiled(pixels_B3RR) if self._compiled else self.vision_tower(pixels_B3RR).last_hidden_state
         return x_BTC[:, 1:] if self.select_feature == "patch" else x_BTC
+
+    def _run_compiled(self, pixels_B3RR: torch.Tensor) -> torch.Tensor:
+        """The blocks compiled, once for all batches: torch.compile makes a picture alone a case of its own unless told
+        that the batch can be anything, which its convolutions (the patches) cannot be told."""
+        model = self.vision_tower.vision_model
+        x_BTC = model.pre_layrnorm(model.embeddings(pixels_B3RR))
+        torch._dynamo.decorators.mark_unbacked(x_BTC, 0)
+        return self._compiled(x_BTC)[0]
 
     # ---------------------------------------------------------------------------------------- what LLaVA asks it for
 

@@ -132,10 +132,18 @@ def pair_macs(training: Training, captions: Mapping[str, float] | list[float]) -
 
 
 def vision_macs(config: CLIPMoEConfig) -> int:
-    """Multiply-accumulates of the vision tower for one image, as LLaVA would run it whole: no projection."""
-    tower = config.vision_config
-    whole = tower_macs(config, "vision_model", tower.num_patches + 1)[0]
-    return round(whole - tower.hidden_size * config.projection_dim)
+    """Multiply-accumulates of the vision tower for one image, as LLaVA would run it whole: no projection.
+
+    Of a block of delta experts every token passes the base once, all experts' first factors (one product for all is
+    cheaper than gathering) and the other factors of its own K.
+    """
+    t = config.vision_config
+    total = tower_macs(config, "vision_model", t.num_patches + 1)[0] - t.hidden_size * config.projection_dim
+    d, h, e, k = t.hidden_size, t.intermediate_size, t.num_experts, t.num_experts_per_tok
+    for rank1, rank2 in t.delta_ranks or ():
+        differences = e * d * rank1 + k * (rank1 * h + rank2 * (h + d))
+        total += (t.num_patches + 1) * (differences - (k - 1) * 2 * d * h)
+    return round(total)
 
 
 # ------------------------------------------------------------------------------------------------------ a whole run

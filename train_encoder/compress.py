@@ -1,0 +1,348 @@
+"""The command `llava-clipmoe compress`: a CLIP-MoE whose experts share one FFN a block and differ by little.
+
+    llava-clipmoe compress clip-moe clip-moe-delta --rank 64
+    llava-clipmoe compress clip-moe clip-moe-delta --energy 0.99 --calibration captions.json --check dev.json
+    llava-clipmoe compress clip-moe --find --calibration openmoji --check openmoji:heldout \\
+        --retrieval dev=openmoji:heldout
+
+OUT is a model directory like any other: LLaVA, evaluation, export and AutoModel read it. compress.json and
+compress.html in it say what was kept. Nothing is trained; --calibration only looks at which inputs the experts get, and
+cuts the differences where these would feel it least. A SOURCE is anything that --data.source of train-encoder takes,
+with `:SPLIT` (train when absent) where it has several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+
+from llava_clipmoe.compression import Moments, compress, second_moments
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.files import write_json, write_text
+from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
+from llava_clipmoe.modeling_clipmoe import active_parameters
+from llava_clipmoe.upcycling import moe_config
+
+from .compare_flops import vision_macs
+from .compress_report import Trial, best, html_page, tables, verdict
+from .config import DataConfig
+from .data import BadImage, DataError, ImageTransform, PairSource, check_images, normalise
+from .evaluate.retrieval import evaluate_retrieval
+from .features import inference, pick_device, tokenise
+from .pipeline import parse_source
+from .progress import Bar
+from .sources import open_source
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """A CLIP-MoE directory."""
+    output: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
+    """Where the compressed model goes; --find needs none."""
+    rank: int | None = None
+    """Rank of every difference (rounded up to a multiple of 8). This, --energy or --find."""
+    energy: float | None = None
+    """Choose each matrix's rank: the smallest that keeps this share of every expert's squared difference, as 0.99."""
+    find: bool = False
+    """Try ranks 8, 16, 32, ... and print what each keeps; with OUT, write the smallest one that is good enough."""
+    calibration: str | None = None
+    """SOURCE of training pictures and captions; the cut then weighs directions by how much the experts see of them."""
+    check: str | None = None
+    """SOURCE to compare features with the full model on; --calibration's when absent. Better one not seen there."""
+    retrieval: tuple[str, ...] = ()
+    """Measure recall before and after on these, NAME=SOURCE each."""
+    images: int = 256
+    """Pictures (with all their captions) of --calibration and of --check to use, drawn at random, seeded."""
+    cosine: float = 0.999
+    """--find: good enough are features whose mean cosine with the full model's is at least this (each of the three)."""
+    points: float = 0.2
+    """--find: and whose retrieval (mean of R@1 and R@5, both ways) is within so many points."""
+    image_root: Path | None = None
+    """Folder that relative image paths of the sources start from; each data file's own folder when absent."""
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    max_bad_fraction: float = 0.01
+    """Stop with an error when more than this share of a retrieval source's images is missing or corrupt."""
+    device: str = "auto"
+    """auto (the GPU where there is one), cpu, cuda, cuda:1, ..."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    batch_size: int = 64
+    workers: int = 0
+    """Processes that decode images for retrieval; 0 does it in this one."""
+
+    def open(self, text: str) -> tuple[str, PairSource]:
+        """`[NAME=]SOURCE[:SPLIT]` -> a name without any path, and the source. Raises DataError."""
+        name, data = parse_source(text, DataConfig())
+        name = name if "=" in text else f"{Path(data.source).name}, {data.split}"
+        return name, open_source(dataclasses.replace(
+            data, image_root=self.image_root, image_column=self.image_column, caption_columns=self.caption_columns,
+            max_bad_fraction=self.max_bad_fraction,
+        ))  # fmt: skip
+
+
+def check_settings(s: Settings, config: CLIPMoEConfig) -> None:
+    """Refuse at once what would fail after minutes of work. Raises ValueError."""
+    if config.is_dense:
+        raise ValueError(f"{s.model} is dense: it has no experts to compress. Give a CLIP-MoE directory.")
+    if config.vision_config.delta_ranks or config.text_config.delta_ranks:
+        raise ValueError(f"the experts of {s.model} are compressed already: start from the model it was made from.")
+    if sum((s.rank is not None, s.energy is not None, s.find)) != 1:
+        raise ValueError("give one of --rank N, --energy SHARE and --find (which tries ranks).")
+    if s.rank is not None and s.rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {s.rank}.")
+    if s.energy is not None and not 0 < s.energy <= 1:
+        raise ValueError(f"--energy lies between 0 and 1 (1: everything), got {s.energy}.")
+    if s.images < 1:
+        raise ValueError(f"--images must be at least 1, got {s.images}.")
+    if s.find and s.check is None and s.calibration is None:
+        raise ValueError(
+            "--find compares features: say on which pictures, with --check SOURCE or --calibration SOURCE."
+        )
+    if s.output is None and not s.find:
+        raise ValueError("where should the compressed model go? llava-clipmoe compress DIR OUT --rank 64")
+    if s.output is not None and s.output.resolve() == Path(s.model).resolve():
+        raise ValueError(f"{s.output} is the model itself; it would be replaced. Choose another OUT.")
+    if s.output is not None and s.output.exists() and not _replaceable(s.output):
+        raise ValueError(f"{s.output} exists and is not a CLIP model directory; it would be replaced as a whole. "
+                         "Choose another OUT.")  # fmt: skip
+
+
+def _replaceable(path: Path) -> bool:
+    """As save_bundle judges; a folder that passes here is looked at again there."""
+    return path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())
+
+
+# ------------------------------------------------------------------------------------------------------- a sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures uint8 [N,3,R,R], and ids [m,T] of captions of one length a batch: there is no padding to count."""
+
+    name: str
+    pixels: torch.Tensor
+    ids: tuple[torch.Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.pixels) + sum(map(len, self.ids))
+
+    def facts(self) -> dict[str, Any]:
+        return {"source": self.name, "images": len(self.pixels), "captions": sum(map(len, self.ids))}
+
+
+def load_sample(s: Settings, text: str, bundle: ClipBundle) -> Sample:
+    """`s.images` random pictures of a source and all their captions; bad pictures are left out. Raises DataError."""
+    name, source = s.open(text)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[: s.images]).tolist()
+    transform, pixels, captions = ImageTransform(bundle.image_size), [], []
+    with Bar(f"reading {name}", len(chosen)) as bar:
+        for row in chosen:
+            bar.advance(1)
+            try:
+                pixels.append(transform(source.image(row)))
+            except BadImage:
+                continue
+            captions += source.captions(row)
+    if not pixels:
+        raise DataError(f"{text}: none of the {len(chosen)} pictures that were tried can be read. Check the source and "
+                        "--image-root.")  # fmt: skip
+    ids, lengths = tokenise(bundle.tokenizer, captions, bundle.context_length)
+    alike = [ids[lengths == length, :length] for length in lengths.unique().tolist()]
+    return Sample(name, torch.stack(pixels), tuple(part for one in alike for part in one.split(s.batch_size)))
+
+
+See = Callable[[str, torch.Tensor], None]
+
+
+def run_sample(
+    s: Settings, bundle: ClipBundle, sample: Sample, see: See = lambda kind, found: None, bar: Bar | None = None
+) -> None:
+    """see(kind, features) gets, batch by batch, "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it)
+    and "text" [B,P]."""
+    device, model = pick_device(s.device), bundle.model
+    report = (lambda n: None) if bar is None else bar.advance
+    with inference(bundle, device, s.precision), bar or nullcontext():
+        for pixels in sample.pixels.split(s.batch_size):
+            pixels = normalise(pixels.to(device), bundle.image_mean, bundle.image_std)
+            out = model.vision_model(pixels, output_hidden_states=True)
+            see("image", model.visual_projection(out.pooler_output).float().cpu())
+            see("patches", out.hidden_states[-2][:, 1:].float().cpu())
+            report(len(pixels))
+        for ids in sample.ids:
+            see("text", model.get_text_features(ids.to(device)).float().cpu())
+            report(len(ids))
+
+
+def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Tensor]) -> dict[str, dict[str, float]]:
+    """kind -> mean and minimum over images (captions) of the cosine with the full model's features, a batch each.
+
+    An image's patches count by their mean.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    expected: Iterator[torch.Tensor] = iter(full)
+
+    def see(kind: str, features: torch.Tensor) -> None:
+        cosine = F.cosine_similarity(features.double(), next(expected).double(), dim=-1)
+        found.setdefault(kind, []).append(cosine.mean(-1) if kind == "patches" else cosine)
+
+    run_sample(s, bundle, sample, see)
+    return {
+        kind: {"mean": torch.cat(parts).mean().item(), "min": torch.cat(parts).min().item()}
+        for kind, parts in found.items()
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- the work
+
+
+class Study:
+    """The full model, what it is compared on, and what it scores there."""
+
+    def __init__(self, s: Settings, bundle: ClipBundle) -> None:
+        self.s, self.bundle = s, bundle
+        self.calibration = None if s.calibration is None else load_sample(s, s.calibration, bundle)
+        self.sample = self.calibration if s.check is None else load_sample(s, s.check, bundle)
+        self.sources = dict(map(s.open, s.retrieval))
+        self.rows = {name: good_rows(s, name, source) for name, source in self.sources.items()}
+        self.moments = self._moments()
+        self.full: list[torch.Tensor] = []
+        if self.sample is not None:
+            bar = Bar("features of the full model", self.sample.size, unit="items")
+            run_sample(s, bundle, self.sample, lambda kind, found: self.full.append(found), bar)
+        self.before = self.recalls(bundle)
+
+    def _moments(self) -> dict[str, Moments] | None:
+        if self.calibration is None:
+            return None
+        with second_moments(self.bundle.model) as moments:
+            run_sample(
+                self.s, self.bundle, self.calibration, bar=Bar("calibrating", self.calibration.size, unit="items")
+            )
+        return moments
+
+    def recalls(self, bundle: ClipBundle) -> dict[str, dict[str, float]]:
+        settings = {name: getattr(self.s, name) for name in ("batch_size", "device", "precision", "workers")}
+        return {
+            name: evaluate_retrieval(bundle, source, rows=self.rows[name], **settings)
+            for name, source in self.sources.items()
+        }
+
+    def make(
+        self, rank: int | None, energy: float | None, calibrated: bool, bar: bool = False
+    ) -> tuple[ClipBundle, Trial]:
+        """A compressed model, and what it keeps and scores."""
+        progress = Bar("compressing", sum(len(t.moe_layers) for t in _towers(self.bundle)), unit="blocks")
+        with progress if bar else nullcontext():
+            report = (lambda done, total: progress.advance(done - progress.done)) if bar else (lambda done, total: None)
+            moments = self.moments if calibrated else None
+            model, kept = compress(self.bundle.model, rank=rank, energy=energy, moments=moments, progress=report)
+        made = dataclasses.replace(self.bundle, model=model)
+        cosine = None if self.sample is None else cosines(self.s, made, self.sample, self.full)
+        return made, Trial(
+            rank, energy, calibrated, [dataclasses.asdict(one) for one in kept], active_parameters(model.config),
+            vision_macs(model.config), cosine, self.recalls(made),
+        )  # fmt: skip
+
+    def find(self) -> list[Trial]:
+        """Every rank, plain and (where there is a calibration) calibrated."""
+        towers = [t for t in _towers(self.bundle) if t.moe_layers]
+        full = max(min(t.hidden_size, t.intermediate_size) for t in towers)
+        ranks = [2**power for power in range(3, 20) if 2**power < full] + [full]
+        kinds = [False, True] if self.moments is not None else [False]
+        trials = []
+        with Bar("trying ranks", len(ranks) * len(kinds), unit="models") as bar:
+            for rank, calibrated in ((rank, kind) for rank in ranks for kind in kinds):
+                trials.append(self.make(rank, None, calibrated)[1])
+                bar.advance(1, rank=rank)
+        return trials
+
+    def _size(self, config: CLIPMoEConfig) -> dict[str, Any]:
+        return {"parameters": active_parameters(config), "vision_macs": vision_macs(config)}
+
+    def report(self, trial: Trial | None, trials: list[Trial]) -> dict[str, Any]:
+        """What compress.json holds; shares are fractions of 1."""
+        config = self.bundle.model.config
+        return {
+            "model": self.bundle.name,
+            "calibration": self.calibration and self.calibration.facts(),
+            "check": self.sample and self.sample.facts(),
+            "dense": self._size(moe_config(config, num_experts=1, fusion_gate=False)),
+            "full": {**self._size(config), "retrieval": self.before},
+            "compressed": trial and dataclasses.asdict(trial),
+            "find": [dataclasses.asdict(one) for one in trials],
+            "limits": {"cosine": self.s.cosine, "points": self.s.points},
+        }  # fmt: skip
+
+
+def _towers(bundle: ClipBundle) -> tuple[Any, Any]:
+    return bundle.model.config.vision_config, bundle.model.config.text_config
+
+
+def good_rows(s: Settings, name: str, source: PairSource) -> np.ndarray:
+    """Rows whose image can be read; a list of the others is kept in a temporary folder that a warning names."""
+    skipped = Path(tempfile.mkdtemp(prefix="compress-")) / "skipped.jsonl"
+    with Bar(f"checking {name}", len(source)) as bar:
+        good = check_images(
+            source, workers=s.workers, max_bad_fraction=s.max_bad_fraction, skipped_path=skipped,
+            progress=lambda done, _: bar.advance(done - bar.done),
+        )  # fmt: skip
+    if good.all():
+        shutil.rmtree(skipped.parent)
+    return np.flatnonzero(good)
+
+
+def write(output: Path, bundle: ClipBundle, study: Study, trial: Trial, report: dict[str, Any]) -> None:
+    """The model directory, its report beside the weights."""
+    kind = "input-weighted" if trial.calibrated else "plain"
+    card = {
+        "name": output.name, "base": study.bundle.name, "made from": f"{study.bundle.name}, nothing was trained",
+        "experts": f"one FFN a block, and differences to it of rank {trial.ranks} ({kind} truncated SVD)",
+        "energy kept of the differences":
+            f"{100 * trial.energy_mean:.2f}% on average, at least {100 * trial.energy_min:.2f}%",
+    }  # fmt: skip
+    if trial.calibrated:
+        card["calibration"] = "{source} ({images} images, {captions} captions)".format(**study.calibration.facts())
+    save_bundle(dataclasses.replace(bundle, name=output.name), output, card=card)
+    write_json(output / "compress.json", report)
+    write_text(output / "compress.html", html_page(report))
+
+
+def main(argv: list[str]) -> int:
+    """`llava-clipmoe compress DIR OUT --rank 64`; -> exit status. Raises ValueError or OSError that a user can mend."""
+    s = tyro.cli(Settings, args=argv, prog="llava-clipmoe compress", description=__doc__, use_underscores=False)
+    bundle = load_bundle(s.model)
+    check_settings(s, bundle.model.config)
+    try:
+        study = Study(s, bundle)
+        trials = study.find() if s.find else []
+        chosen = best(trials, study.before, s.cosine, s.points)
+        made = trial = None
+        if s.output is not None and not (s.find and chosen is None):
+            rank, calibrated = (chosen.rank, chosen.calibrated) if s.find else (s.rank, study.moments is not None)
+            made, trial = study.make(rank, s.energy, calibrated, bar=True)
+    except BadImage as error:
+        raise DataError(str(error)) from error
+    report, console = study.report(trial, trials), Console(soft_wrap=True)
+    for grid in tables(report):
+        console.print(f"\n{grid.title}\n", markup=False, highlight=False)
+        console.print(grid.markdown(), markup=False, highlight=False)
+    if s.find:
+        console.print(f"\n{verdict(report)}", markup=False, highlight=False)
+    if made is not None:
+        write(s.output, made, study, trial, report)
+        console.print(f"\nmodel:  {s.output}\nreport: {s.output / 'compress.html'}", markup=False, highlight=False)
+    return 0 if made is not None or s.output is None else 1
