@@ -18,8 +18,16 @@ QUICK = 1.702
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """OpenAI CLIP's activation, x * sigmoid(1.702 x). Not the same as gelu: a mix-up costs points silently."""
-    return x * torch.sigmoid(QUICK * x)
+    """OpenAI CLIP's activation, x * sigmoid(1.702 x). Not the same as gelu: a mix-up costs points silently.
+
+    Written as silu(1.702 x) / 1.702: a backward pass then keeps one tensor of the FFN's width instead of two.
+    """
+    return F.silu(QUICK * x) / QUICK
+
+
+def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
+    """The same in place, where nothing will be learnt: no copies of the FFN's width."""
+    return F.silu(x.mul_(QUICK), inplace=True).div_(QUICK)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
@@ -281,9 +289,12 @@ def set_ffn_init(ffn: nn.Module, config) -> None:
 def _sort_by_expert(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-> order [N*K] of the flattened token-expert pairs, grouped by expert (stable), and each expert's count [E]."""
     flat = experts_NK.flatten()
-    # Not bincount: that one waits for a GPU, and cannot be compiled.
-    counts_E = (flat == torch.arange(num_experts, device=flat.device)[:, None]).sum(1)
-    return flat.argsort(stable=True), counts_E
+    return flat.argsort(stable=True), count_experts(flat, num_experts)
+
+
+def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How often each expert occurs [E]. torch.bincount would wait for a GPU, and cannot be compiled."""
+    return (experts.flatten() == torch.arange(num_experts, device=experts.device)[:, None]).sum(1)
 
 
 def _sort_by_set(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[tuple[list[int], int]]]:

@@ -25,7 +25,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
-from .experts_clipmoe import DeltaLinear, Router, activation, make_experts, residual_std, set_ffn_init
+from .experts_clipmoe import (
+    DeltaLinear,
+    Router,
+    activation,
+    count_experts,
+    make_experts,
+    only_reads,
+    quick_gelu,
+    quick_gelu_,
+    residual_std,
+    set_ffn_init,
+)
 
 # ------------------------------------------------------------------------------------------------- FFNs and experts
 
@@ -42,7 +53,8 @@ class CLIPMoEMLP(nn.Module):
         set_ffn_init(self, config)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.fc2(F.dropout(self.act(self.fc1(x)), self.dropout, self.training)), None
+        act = quick_gelu_ if self.act is quick_gelu and only_reads(self) else self.act
+        return self.fc2(F.dropout(act(self.fc1(x)), self.dropout, self.training)), None
 
 
 class FusionGate(nn.Module):
@@ -478,8 +490,7 @@ def load_balancing_loss(logits_NE: torch.Tensor, fractions_E: torch.Tensor | Non
 
 def expert_fractions(logits_NE: torch.Tensor) -> torch.Tensor:
     """f [E]: share of tokens whose first choice is each expert."""
-    counts = torch.bincount(logits_NE.argmax(-1), minlength=logits_NE.shape[-1])
-    return counts / max(logits_NE.shape[0], 1)
+    return count_experts(logits_NE.argmax(-1), logits_NE.shape[-1]) / max(logits_NE.shape[0], 1)
 
 
 def router_z_loss(logits_NE: torch.Tensor) -> torch.Tensor:

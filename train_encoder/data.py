@@ -10,6 +10,7 @@ Decoding and tokenising happen in the loader's workers. Which caption a row show
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -231,9 +232,15 @@ class ImageTransform:
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B,3,H,W] -> float32 [B,3,H,W] on the same device: (pixels / 255 - mean) / std, by channel."""
-    mean_3, std_3 = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (mean, std))
+    mean_3, std_3 = (_channels(tuple(v), pixels.device) for v in (mean, std))
     # In place: a batch of 336 px pictures is large, and each temporary copy costs as much as the arithmetic.
     return pixels.to(torch.float32, copy=True).div_(255).sub_(mean_3).div_(std_3)
+
+
+@functools.lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[3,1,1] on the device; kept, as sending it there in every step is a wait for a GPU."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def choose_caption(captions: Sequence[str], how: str, seed: int, row: int, epoch: int) -> str:

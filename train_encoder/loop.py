@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from llava_clipmoe.files import remove_leftovers
 from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, end_of_text
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import EngineConfig, OptimConfig
@@ -112,14 +112,17 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
             _refuse_bad_images(batch)
             truncated += batch.truncated
             parts = forward_backward(towers, batch, objective, accelerator, engine.chunk_size, (stage.seed, step))
-            norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
+            last = step + 1 == sampler.steps
+            logs = (step + 1) % engine.log_every == 0 or last or step == start
+            norm = None
+            if logs or o.max_grad_norm is not None:  # without a limit it is only looked at
+                norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if o.train_temperature:
                 with torch.no_grad():
                     clip.logit_scale.clamp_(max=math.log(100))  # as OpenAI's CLIP
-            last = step + 1 == sampler.steps
-            if (step + 1) % engine.log_every == 0 or last or step == start:
+            if logs:
                 values = {k: float(accelerator.reduce(v, "mean")) for k, v in parts.items()}
                 _check_finite(values, stage.name, step)
                 metrics.log({
@@ -169,12 +172,23 @@ def forward_backward(
     learning batch size under memory limited setup"): features without a graph, the loss's gradient with respect to
     them, then one chunk at a time with a graph. The same gradients as the plain step.
     """
-    pixels = batch.pixel_values.to(accelerator.device, non_blocking=True)
-    captions = [ids.to(accelerator.device, non_blocking=True) for ids in batch.texts]
-    if chunk_size is None or chunk_size >= len(pixels):
-        return _plain_step(towers, pixels, captions, objective, accelerator, seed)
-    chunks = list(zip(pixels.split(chunk_size), *(ids.split(chunk_size) for ids in captions), strict=True))
-    return _cached_step(towers, chunks, objective, accelerator, seed)
+    device, size = accelerator.device, len(batch.pixel_values)
+    eos = accelerator.unwrap_model(towers).clip.config.text_config.eos_token_id
+    chunks = [
+        tuple(part.to(device, non_blocking=True) for part in (pixels, *(trimmed(ids, eos) for ids in captions)))
+        for pixels, *captions in zip(
+            *(whole.split(chunk_size or size) for whole in (batch.pixel_values, *batch.texts)), strict=True
+        )
+    ]
+    if len(chunks) > 1:
+        return _cached_step(towers, chunks, objective, accelerator, seed)
+    (pixels, *captions), = chunks  # fmt: skip
+    return _plain_step(towers, pixels, captions, objective, accelerator, seed)
+
+
+def trimmed(ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Ids [b,T] up to the end of the longest caption: padding comes after the pooled token, and the mask is causal."""
+    return ids[:, : int(end_of_text(ids, eos_token_id).max()) + 1]
 
 
 def _plain_step(towers, pixels, captions, objective, accelerator, seed) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.experts_clipmoe import count_experts
 from llava_clipmoe.modeling_clipmoe import text_token_mask
 
 from .config import OptimConfig
@@ -156,7 +157,7 @@ def block_logits(
 @torch.no_grad()
 def router_counts(blocks: list[torch.Tensor]) -> RouterCounts:
     """Counts of one chunk; add them over chunks and processes to get the f of eq. 7."""
-    choices = [torch.bincount(b.argmax(-1), minlength=b.shape[-1]) for b in blocks]
+    choices = [count_experts(b.argmax(-1), b.shape[-1]) for b in blocks]
     tokens = torch.tensor([len(b) for b in blocks], device=blocks[0].device)
     return RouterCounts(torch.stack(choices).double(), tokens.double())
 
