@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import make_tiny_config
 
 from llava_clipmoe.compression import compress, expand, second_moments
-from llava_clipmoe.experts_clipmoe import DeltaExperts, _sort_by_set
+from llava_clipmoe.experts_clipmoe import DeltaExperts, _sort_by_set, quick_gelu
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
 
 E, D, H, N, R = 4, 32, 64, 40, 8
@@ -182,17 +182,37 @@ def test_a_truncated_difference_is_the_best_of_its_rank(moe):
 
 
 def test_calibrated_differences_are_nearer_on_the_inputs_they_were_calibrated_on(moe):
+    """Nearer than the plain cut in the mean square of a layer's outputs, its bias included."""
     moments, name = collected(moe), "vision_model.encoder.layers.1.mlp.experts"
+    whole = moe.state_dict()
     for layer in ("fc1", "fc2"):
-        whole = moe.state_dict()[f"{name}.{layer}.weight"]
-        seen = moments[name].hidden_HH if layer == "fc2" else moments[name].inputs_EDD[1]
-        root = torch.linalg.cholesky(seen + 1e-4 * seen.diagonal().mean() * torch.eye(len(seen)))
+        mean, covariance = moments[name].of_layer(layer, 1)
         errors = []
         for given in (None, moments):
             state = compress(moe, rank=8, moments=given)[0].state_dict()
             made = state[f"{name}.{layer}.base"] + state[f"{name}.{layer}.up"][1] @ state[f"{name}.{layer}.down"][1]
-            errors.append(float(((whole[1] - made) @ root).norm()))
-        assert errors[1] < 0.99 * errors[0], layer
+            lost = (whole[f"{name}.{layer}.weight"][1] - made).double()
+            constant = lost @ mean + (whole[f"{name}.{layer}.bias"][1] - state[f"{name}.{layer}.bias"][1]).double()
+            errors.append(float((lost @ covariance * lost).sum() + constant.square().sum()))
+        assert errors[1] < 0.9 * errors[0], layer
+
+
+def test_moments_are_those_of_the_tokens_that_an_expert_was_given(moe):
+    name, seen = "vision_model.encoder.layers.1.mlp.experts", []
+    handle = moe.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given))
+    moments = collected(moe)[name]
+    handle.remove()
+    ((x, _, chosen),) = seen
+    experts = moe.get_submodule(name)
+    mine = [x[(chosen == e).any(-1)] for e in range(4)]
+    with torch.no_grad():
+        hidden = torch.cat([
+            quick_gelu(F.linear(part, experts.fc1.weight[e], experts.fc1.bias[e])) for e, part in enumerate(mine)
+        ])  # fmt: skip
+    for layer, tokens in (("fc1", mine[2]), ("fc2", hidden)):
+        mean, covariance = moments.of_layer(layer, 2)
+        torch.testing.assert_close(mean, tokens.double().mean(0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(covariance, torch.cov(tokens.double().T, correction=0), atol=1e-4, rtol=1e-4)
 
 
 def test_energy_chooses_the_smallest_rank_of_eight_that_keeps_it(moe):
