@@ -60,9 +60,10 @@ def measure(s: Settings) -> dict:
     from train_encoder.allocator import keep_freed_memory
     from train_encoder.config import LoraConfig
     from train_encoder.data import Batch
+    from train_encoder.frozen import hold_frozen_in
     from train_encoder.loop import TwoTowers, forward_backward
     from train_encoder.losses import Contrastive
-    from train_encoder.methods.lora import add_adapters, hold_frozen_in, is_adapter
+    from train_encoder.methods.lora import add_adapters, is_adapter
     from train_encoder.progress import peak_memory_bytes, reset_peak_memory
 
     if not s.mapped:
@@ -83,7 +84,7 @@ def measure(s: Settings) -> dict:
         blocks = {(name, i) for name, tower in towers.items() for i in range(tower.num_hidden_layers)}
         add_adapters(model, blocks, LoraConfig(rank=s.rank))
         if s.precision == "bf16":
-            hold_frozen_in(model, torch.bfloat16)
+            hold_frozen_in(model, torch.bfloat16, is_adapter)
     model.to(device)._set_gradient_checkpointing(s.activation_checkpointing)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name) and name != "logit_scale")

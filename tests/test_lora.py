@@ -22,12 +22,12 @@ from llava_clipmoe.model_directory import load_bundle
 from llava_clipmoe.upcycling import is_ffn
 from train_encoder import loop
 from train_encoder.config import LoraConfig
+from train_encoder.frozen import hold_frozen_in
 from train_encoder.methods.lora import (
     LoraDMU,
     adapter_state,
     add_adapters,
     check_rank,
-    hold_frozen_in,
     is_adapter,
     merge_adapter,
 )
@@ -121,7 +121,7 @@ def test_holding_what_is_frozen_in_bf16_changes_no_bit_under_autocast(adapted, b
         return [*found, *(p.grad for name, p in model.named_parameters() if is_adapter(name))]
 
     before = step()
-    hold_frozen_in(model, torch.bfloat16)
+    hold_frozen_in(model, torch.bfloat16, is_adapter)
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert types["vision_model.encoder.layers.0.mlp.fc1.base_layer.weight"] == torch.bfloat16
     assert all(dtype == torch.float32 for name, dtype in types.items() if is_adapter(name) or "norm" in name)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
@@ -28,6 +29,7 @@ from .checkpoint import discard_checkpoints
 from .config import DataConfig, OptimConfig, TrainConfig
 from .data import EncoderDataset, ImageTransform, check_images
 from .features import Embeddings, encode_source
+from .frozen import frozen_in
 from .loop import Stage, train
 from .losses import make_objective
 from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
@@ -164,7 +166,9 @@ class Pipeline:
         seed = self.config.seed * 1000 + (TRAININGS.index(name) if number is None else 10 + number)
         dataset = self.dataset(source or self.source, optim)
         stage = Stage(name, bundle, dataset, rows, paths, trainable, optim, seed)
-        train(stage, self.accelerator, self.config.engine, self.metrics, self.folder.checkpoints(name))
+        gpu_bf16 = self.accelerator.device.type == "cuda" and self.config.engine.precision == "bf16"
+        with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
+            train(stage, self.accelerator, self.config.engine, self.metrics, self.folder.checkpoints(name))
         bundle.model.cpu()
 
     def save(self, write) -> None:

@@ -21,6 +21,7 @@ from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import ffn_state
 
 from ..config import LoraConfig, TrainConfig
+from ..frozen import hold_frozen_in
 from .dmu import DMU, Tensors
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class LoraDMU(DMU):
             torch.manual_seed(self.config.seed * 1000 + number)  # A starts random: the same in every process and resume
             tuner = add_adapters(model, self.moe_blocks(), settings)
         if self.config.engine.precision == "bf16":
-            hold_frozen_in(model, torch.bfloat16)
+            hold_frozen_in(model, torch.bfloat16, is_adapter)  # the originals are in the base's files
         self.train(f"stage{number}", bundle, is_adapter, self.config.mcl.optim, paths=paths, number=number)
 
         adapter = adapter_state(model)
@@ -94,17 +95,6 @@ def add_adapters(model: CLIPMoEModel, blocks: Collection[tuple[str, int]], setti
         r=settings.rank, lora_alpha=settings.effective_alpha, lora_dropout=settings.dropout, target_modules=targets
     )  # fmt: skip
     return peft.LoraModel(model, config, "default")
-
-
-def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store the frozen matrices in `dtype`, that of the autocast they run under, in place; adapters stay as they are.
-
-    Autocast makes this copy in every step and keeps it until the backward pass, so the numbers are the same ones. What
-    it leaves in fp32 (norms, embeddings) stays in fp32.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not is_adapter(name):
-            module.to(dtype)
 
 
 def adapter_state(model: nn.Module) -> Tensors:

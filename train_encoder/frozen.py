@@ -1,0 +1,51 @@
+"""What does not learn, in the dtype that it is used in: under bf16 autocast, frozen fp32 matrices are cast every time.
+
+Autocast keeps its casts of what learns for the length of a step, but not those of frozen weights: a router training of
+ViT-L would turn 1.2 billion fp32 numbers into bf16 for every chunk of images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from llava_clipmoe.experts_clipmoe import StackedLinear
+
+MATRICES = (nn.Linear, nn.Conv2d, StackedLinear)
+
+
+@contextlib.contextmanager
+def frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool]) -> Iterator[None]:
+    """Inside the `with`, the matrices of `model` that do not learn (by name) are stored in `dtype`; afterwards they are
+    what they were, to the bit.
+
+    The originals wait in the CPU's memory. What autocast leaves in fp32 (norms, embeddings) stays in fp32, so the
+    numbers that come out are the same ones.
+    """
+    held = [(parameter, parameter.data.cpu()) for parameter in _frozen(model, learns)]
+    for parameter, original in held:
+        parameter.data = original.to(parameter.device, dtype)
+    try:
+        yield
+    finally:
+        for parameter, original in held:
+            parameter.data = original.to(parameter.device)
+
+
+def hold_frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool]) -> None:
+    """The same for good: for whoever has the originals elsewhere and wants their memory."""
+    for parameter in _frozen(model, learns):
+        parameter.data = parameter.data.to(dtype)
+
+
+def _frozen(model: nn.Module, learns: Callable[[str], bool]) -> list[nn.Parameter]:
+    return [
+        parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, MATRICES)
+        for name, parameter in module.named_parameters(recurse=False)
+        if not learns(f"{prefix}.{name}")
+    ]
