@@ -107,7 +107,7 @@ class Experts(nn.Module):
         """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
         backend = self.implementation
         if backend == "auto":
-            backend = "grouped_mm" if grouped_mm_pays(x_ND) or compiles() else "loop"
+            backend = "grouped_mm" if grouped_mm_pays(x_ND) or compiles(x_ND) else "loop"
         return getattr(self, f"_{backend}")(x_ND, weights_NK, experts_NK)
 
     def _loop(self, x_ND, weights_NK, experts_NK):
@@ -193,7 +193,7 @@ class DeltaExperts(nn.Module):
         """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
         backend = self.implementation
         if backend == "auto":
-            fast = grouped_mm_pays(x_ND) or compiles()
+            fast = grouped_mm_pays(x_ND) or compiles(x_ND)
             backend = "grouped_mm" if fast else "by_set" if only_reads(self) else "loop"
         return getattr(self, f"_{backend}")(x_ND, weights_NK, experts_NK)
 
@@ -314,10 +314,15 @@ def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor
     return (y_NKD * weights_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
 
 
-def compiles() -> bool:
-    """True while torch.compile traces and there is a grouped_mm: the other ways ask the device for sizes and loop over
+TRACES_GROUPED_MM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+"""Seen: torch 2.15 traces grouped_mm in every dtype, 2.13 in bf16 alone."""
+
+
+def compiles(x: torch.Tensor) -> bool:
+    """True while torch.compile traces and can trace grouped_mm: the other ways ask the device for sizes and loop over
     experts in Python, which breaks the graph."""
-    return hasattr(F, "grouped_mm") and torch.compiler.is_compiling()
+    traced = hasattr(F, "grouped_mm") and (TRACES_GROUPED_MM or working_dtype(x) == torch.bfloat16)
+    return traced and torch.compiler.is_compiling()
 
 
 def only_reads(experts: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from tiny_llava import make_towers, save_tower, upstream_is_installed
 from torch import nn
 
 from llava_clipmoe.compression import compress
-from llava_clipmoe.experts_clipmoe import DeltaExperts
+from llava_clipmoe.experts_clipmoe import TRACES_GROUPED_MM, DeltaExperts
 from llava_clipmoe.files import load_tensors, save_tensors
 from llava_clipmoe.model_directory import load_bundle, read_weights, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
@@ -340,8 +340,6 @@ def test_weights_that_do_not_fit_are_named_and_never_random(clip_moe, tmp_path, 
 
 # ------------------------------------------------------------------------------------------------------------- speed
 
-needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="grouped_mm is public since torch 2.10")
-
 
 def compressed(directory: Path, target: Path) -> Path:
     """The same CLIP-MoE with delta experts, at full rank."""
@@ -357,7 +355,7 @@ def test_a_tower_of_delta_experts_is_the_tower_of_whole_ones(clip_moe, pixels, t
     torch.testing.assert_close(delta(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
-@needs_grouped_mm
+@pytest.mark.skipif(not TRACES_GROUPED_MM, reason="this torch does not trace grouped_mm in fp32")
 @pytest.mark.parametrize("kind", ["whole", "delta"])
 def test_a_compiled_tower_is_one_graph_for_all_batches(clip_moe, tmp_path, monkeypatch, kind):
     """Traced as torch.compile does, run without its code generator (the test below has that)."""
@@ -376,7 +374,6 @@ def test_a_compiled_tower_is_one_graph_for_all_batches(clip_moe, tmp_path, monke
     assert not counted["graph_break"]
 
 
-@needs_grouped_mm
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_generated_code_gives_the_same(clip_moe, pixels):
     torch._dynamo.reset()
