@@ -243,7 +243,9 @@ def make_all(s: Settings, folder: Path, device: torch.device) -> dict[str, nn.Mo
             plain[kind] = ours(folder / kind, device)
         tower = copy.deepcopy(plain[kind], {id(p): p for p in plain[kind].parameters()})
         if how == "compiled":
-            tower._compiled = torch.compile(tower.vision_tower.forward, dynamic=True)  # as its `compile=True` does
+            tower._compiled = torch.compile(
+                tower.vision_tower.vision_model.encoder.forward, dynamic=True
+            )  # as its `compile=True` does
         elif how.startswith("usual "):
             with_usual_experts(tower, how.removeprefix("usual "))
         elif how != "auto":

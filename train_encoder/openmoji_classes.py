@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .evaluate.zero_shot import PRESETS, Classes, _Files, open_classes
+from .evaluate.zero_shot import PRESETS, Classes, ImageFiles, open_classes
 from .openmoji import build_openmoji
 
 COLOURS = "openmoji-colours"
@@ -43,4 +43,4 @@ def openmoji_colours(folder: Path) -> Classes:
     kept = [(folder / row["image"], match[1].split()[-1]) for row, match in zip(rows, found, strict=True) if match]
     names = sorted({colour for _, colour in kept})
     labels = np.array([names.index(colour) for _, colour in kept])
-    return Classes(names, labels, _Files([path for path, _ in kept]))
+    return Classes(names, labels, ImageFiles([path for path, _ in kept]))

@@ -129,7 +129,7 @@ class _Pictures(Dataset):
 
 
 @dataclass(frozen=True)
-class _Files:
+class ImageFiles:
     paths: list[Path]
 
     def __call__(self, i: int) -> Image.Image:
@@ -168,7 +168,7 @@ def image_folder(folder: Path) -> Classes:
         names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
         if len(names) != len(folders):
             raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
-    return Classes(names, labels, _Files(paths))
+    return Classes(names, labels, ImageFiles(paths))
 
 
 def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
@@ -197,7 +197,7 @@ def imagenet(folder: Path) -> Classes:
     if len(folders) != 1000:
         strange = sorted({place.name for place in folders} - set(ids))[:3]
         raise BenchmarkNotFound(f"{root} has subfolders that are no classes ({', '.join(strange)}): remove them.")
-    return Classes(list(_open_clip().IMAGENET_CLASSNAMES), labels, _Files(paths))
+    return Classes(list(_open_clip().IMAGENET_CLASSNAMES), labels, ImageFiles(paths))
 
 
 def cifar10(folder: Path) -> Classes:
