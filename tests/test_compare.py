@@ -132,6 +132,7 @@ def test_whoever_ends_the_comparison_ends_its_runs(flags, tmp_path, sent, status
     parent = subprocess.Popen(
         [sys.executable, "-m", "llava_clipmoe.cli", *words], env=environment(), cwd=REPOSITORY,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,  # the signal reaches it alone
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     try:
         until = time.monotonic() + 120

@@ -209,7 +209,9 @@ def test_scores_come_batch_by_batch_and_are_what_the_eyes_say(eyes, pairs):
             for p in (0, 1):
                 with Image.open(one.pictures[p]) as picture:
                     *_, text = eye.stream(picture.convert("RGB"), one.question, Generation(max_new_tokens=32))
-                assert found.texts[number][2 * i + p] == text
+                # A random language model is often undecided, and a batch rounds otherwise than one picture: later on
+                # the two may part.
+                assert found.texts[number][2 * i + p][:24] == text[:24]
     assert found.texts[0] != found.texts[1]
 
 
