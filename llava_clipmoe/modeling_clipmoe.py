@@ -147,17 +147,21 @@ class CLIPMoEAttention(nn.Module):
         # As OpenAI draws them. transformers' CLIP has the two the other way round: attention then starts blind.
         self.out_proj.init_std = residual_std(config)
 
-    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
-        """[B,T,D] -> [B,T,D]; `mask` [B,1,T,T] is True where a query may look (then `causal` must be False)."""
-        b, t, d = x_BTD.shape
+    def forward(
+        self, x_BTD: torch.Tensor, mask: torch.Tensor | None, causal: bool, queries_BSD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B,T,D] -> [B,T,D], or [B,S,D] for S queries of their own; `mask` [B,1,T or S,T] is True where a query may
+        look (then `causal` must be False)."""
+        d = x_BTD.shape[-1]
+        queries_BSD = x_BTD if queries_BSD is None else queries_BSD
         q, k, v = (
-            proj(x_BTD).view(b, t, self.num_heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj, x in ((self.q_proj, queries_BSD), (self.k_proj, x_BTD), (self.v_proj, x_BTD))
         )
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out_proj(y.transpose(1, 2).reshape(b, t, d))
+        return self.out_proj(y.transpose(1, 2).reshape(*queries_BSD.shape[:2], d))
 
 
 class CLIPMoEEncoderLayer(nn.Module):
@@ -170,9 +174,18 @@ class CLIPMoEEncoderLayer(nn.Module):
         self.mlp = CLIPMoESparseMLP(config, index) if index in config.moe_layers else CLIPMoEMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x_BTD, mask=None, causal=False):
-        """-> hidden state [B,T,D], router logits [B,T,E] or None."""
-        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD), mask, causal)
+    def forward(self, x_BTD, mask=None, causal=False, only_B=None):
+        """-> hidden state [B,T,D], router logits [B,T,E] or None. only_B: of one token a sequence, at this position:
+        hidden state and logits are [B,1,D] and [B,1,E], and only keys and values are made of the others."""
+        seen_BTD, queries_BSD = self.layer_norm1(x_BTD), None
+        if only_B is not None:
+            row_B = torch.arange(len(x_BTD), device=x_BTD.device)
+            if causal:
+                mask = (torch.arange(x_BTD.shape[1], device=x_BTD.device) <= only_B[:, None])[:, None, None]
+            elif mask is not None:
+                mask = mask[row_B, :, only_B][:, :, None]
+            x_BTD, queries_BSD, causal = x_BTD[row_B, only_B][:, None], seen_BTD[row_B, only_B][:, None], False
+        x_BTD = x_BTD + self.self_attn(seen_BTD, mask, causal, queries_BSD)
         y_BTD, router_logits = self.mlp(self.layer_norm2(x_BTD))
         return x_BTD + y_BTD, router_logits
 
@@ -185,14 +198,18 @@ class CLIPMoEEncoder(nn.Module):
         self.layers = nn.ModuleList(CLIPMoEEncoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, x_BTD, mask=None, causal=False, output_hidden_states=False):
-        """-> last hidden state, all hidden states (input first) or None, router logits of the MoE blocks in order."""
+    def forward(self, x_BTD, mask=None, causal=False, output_hidden_states=False, only_B=None):
+        """-> last hidden state, all hidden states (input first) or None, router logits of the MoE blocks in order.
+
+        only_B: of the last block, one token a sequence, at this position (its part of the results is [B,1,...]).
+        """
         hidden_states, router_logits = [x_BTD], []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
+            arguments = (x_BTD, mask, causal, only_B if number == len(self.layers) else None)
             if self.gradient_checkpointing and self.training:
-                x_BTD, logits = checkpoint(layer, x_BTD, mask, causal, use_reentrant=False)
+                x_BTD, logits = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x_BTD, logits = layer(x_BTD, mask, causal)
+                x_BTD, logits = layer(*arguments)
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             if logits is not None:
@@ -245,9 +262,11 @@ class CLIPMoEVisionTransformer(nn.Module):
         self.encoder = CLIPMoEEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values, output_hidden_states=False) -> CLIPMoETowerOutput:
+    def forward(self, pixel_values, output_hidden_states=False, pooled_only=False) -> CLIPMoETowerOutput:
+        """pooled_only: of the last block only the pooled token, the rest of it is not computed."""
         x = self.pre_layrnorm(self.embeddings(pixel_values))
-        x, hidden_states, router_logits = self.encoder(x, output_hidden_states=output_hidden_states)
+        only_B = torch.zeros(len(x), dtype=torch.int64, device=x.device) if pooled_only else None
+        x, hidden_states, router_logits = self.encoder(x, output_hidden_states=output_hidden_states, only_B=only_B)
         return CLIPMoETowerOutput(
             last_hidden_state=x,
             pooler_output=self.post_layernorm(x[:, 0]),
@@ -286,20 +305,23 @@ class CLIPMoETextTransformer(nn.Module):
         self.encoder = CLIPMoEEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids, attention_mask=None, output_hidden_states=False) -> CLIPMoETowerOutput:
+    def forward(
+        self, input_ids, attention_mask=None, output_hidden_states=False, pooled_only=False
+    ) -> CLIPMoETowerOutput:
+        """pooled_only: of the last block only the pooled token, the rest of it is not computed."""
         x = self.embeddings(input_ids)
         mask = None
         if attention_mask is not None:
             causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
             mask = causal & attention_mask[:, None, None, :].bool()
+        end_B = end_of_text(input_ids, self.eos_token_id)
         x, hidden_states, router_logits = self.encoder(
-            x, mask, causal=mask is None, output_hidden_states=output_hidden_states
+            x, mask, mask is None, output_hidden_states, only_B=end_B if pooled_only else None
         )
         x = self.final_layer_norm(x)
-        end_B = end_of_text(input_ids, self.eos_token_id)
         return CLIPMoETowerOutput(
             last_hidden_state=x,
-            pooler_output=x[torch.arange(x.shape[0], device=x.device), end_B],
+            pooler_output=x[:, 0] if pooled_only else x[torch.arange(x.shape[0], device=x.device), end_B],
             hidden_states=hidden_states,
             router_logits=router_logits,
         )
@@ -416,11 +438,12 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
         """Pixels [B,3,R,R] -> projected embeddings [B,P], not normalised."""
-        return self.visual_projection(self.vision_model(pixel_values).pooler_output)
+        return self.visual_projection(self.vision_model(pixel_values, pooled_only=True).pooler_output)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask=None, **_: Any) -> torch.Tensor:
         """Token ids [B,T] -> projected embeddings [B,P], not normalised."""
-        return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
+        pooled = self.text_model(input_ids, attention_mask, pooled_only=True).pooler_output
+        return self.text_projection(pooled)
 
     def forward(
         self,

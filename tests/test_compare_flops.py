@@ -33,12 +33,16 @@ TOKENS = 12
 
 
 def counted(model: CLIPMoEModel) -> tuple[int, int]:
-    """(forward, backward) operations of two pairs, by torch."""
+    """(forward, backward) operations of two pairs, by torch, as a training step runs the towers."""
+    towers = (model.config.vision_config, model.config.text_config)
+    pooled = [tower.num_hidden_layers - 1 not in tower.moe_layers for tower in towers]
     ids = torch.randint(1, 90, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = model.config.text_config.eos_token_id
     with FlopCounterMode(display=False) as counter:
-        image = model.visual_projection(model.vision_model(torch.zeros(2, 3, 24, 24)).pooler_output)
-        text = model.text_projection(model.text_model(ids).pooler_output)
+        image = model.visual_projection(
+            model.vision_model(torch.zeros(2, 3, 24, 24), pooled_only=pooled[0]).pooler_output
+        )
+        text = model.text_projection(model.text_model(ids, pooled_only=pooled[1]).pooler_output)
         forward = counter.get_total_flops()
         (image * text).sum().backward()
     return forward, counter.get_total_flops() - forward

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import shake
+from conftest import make_tiny_config, shake
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.modeling_clipmoe import (
@@ -16,6 +16,7 @@ from llava_clipmoe.modeling_clipmoe import (
     CLIPMoEVisionModel,
     Router,
     active_parameters,
+    end_of_text,
     expert_fractions,
     load_balancing_loss,
     only_expert,
@@ -498,3 +499,34 @@ def test_a_fresh_model_leaves_no_tensor_uninitialised(tiny_config, monkeypatch):
     fc2 = model.vision_model.encoder.layers[0].mlp.experts.fc2
     assert fc2.weight.std().item() == pytest.approx(width**-0.5 * (2 * depth) ** -0.5, rel=0.05)
     assert (fc2.bias == 0).all()
+
+
+# --------------------------------------------------------------------------------------------- the pooled token alone
+
+
+def towards(x: torch.Tensor) -> torch.Tensor:
+    """A loss with gradients to compare: a norm has none here, as the last layer normalises."""
+    return (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))).sum()
+
+
+@pytest.mark.parametrize("num_experts", [1, 4], ids=["dense", "moe"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_last_block_for_the_pooled_token_alone_pools_the_same_with_the_same_gradients(num_experts, masked, batch):
+    torch.manual_seed(0)
+    model = CLIPMoEModel(make_tiny_config(num_experts=num_experts)).eval()
+    ids = batch["input_ids"]
+    mask = (torch.arange(ids.shape[1]) <= end_of_text(ids, model.config.text_config.eos_token_id)[:, None]).int()
+    found = []
+    for pooled_only in (False, True):
+        model.zero_grad()
+        vision = model.vision_model(batch["pixel_values"], pooled_only=pooled_only)
+        text = model.text_model(ids, mask if masked else None, pooled_only=pooled_only)
+        assert (vision.last_hidden_state.shape[1] == 1) == pooled_only == (text.last_hidden_state.shape[1] == 1)
+        (towards(vision.pooler_output) + towards(text.pooler_output)).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"image": vision.pooler_output.detach(), "text": text.pooler_output.detach(), **gradients})
+    assert set(found[0]) == set(found[1])
+    for name, value in found[0].items():
+        error = (found[1][name] - value).abs().max()
+        scale = max(value.abs().max(), 1.0)  # keys' biases have no gradient but rounding
+        assert error <= 1e-5 * scale, f"{name} is off by {error:.1e}"

@@ -84,17 +84,18 @@ class _Count:
             self.backward += (below + learns) * macs
         return below or learns
 
-    def attention(self, tokens: float, width: int, below: bool) -> None:
-        macs = 2 * tokens * tokens * width
+    def attention(self, queries: float, tokens: float, width: int, below: bool) -> None:
+        macs = 2 * queries * tokens * width
         self.forward += macs
         self.backward += 2 * below * macs
 
 
 def tower_macs(
-    config: CLIPMoEConfig, tower: str, tokens: float, learns: Learns = lambda name: False, rank: int = 0
-) -> tuple[float, float]:
+    config: CLIPMoEConfig, tower: str, tokens: float, learns: Learns = lambda name: False, rank: int = 0,
+    pooled_only: bool = False,
+) -> tuple[float, float]:  # fmt: skip
     """(forward, backward) multiply-accumulates of `vision_model` or `text_model` with its projection, for one sequence
-    of `tokens`."""
+    of `tokens`. pooled_only: the last block makes one token, of keys and values of all."""
     t = config.vision_config if tower == "vision_model" else config.text_config
     d, h, count = t.hidden_size, t.intermediate_size, _Count(learns, rank)
     if tower == "vision_model":
@@ -104,30 +105,42 @@ def tower_macs(
         below = learns(f"{tower}.embeddings.token_embedding.weight")
     for layer in range(t.num_hidden_layers):
         block = f"{tower}.encoder.layers.{layer}"
-        qkv = [count.product(f"{block}.self_attn.{x}_proj.weight", tokens, d, d, below) for x in "qkv"]
-        count.attention(tokens, d, any(qkv))
-        below = count.product(f"{block}.self_attn.out_proj.weight", tokens, d, d, any(qkv))
+        made = 1 if pooled_only and layer == t.num_hidden_layers - 1 else tokens
+        qkv = [
+            count.product(f"{block}.self_attn.{x}_proj.weight", made if x == "q" else tokens, d, d, below)
+            for x in "qkv"
+        ]
+        count.attention(made, tokens, d, any(qkv))
+        below = count.product(f"{block}.self_attn.out_proj.weight", made, d, d, any(qkv))
         parts = [("mlp", 1)]
         above = [below]
         if layer in t.moe_layers:
             parts = [("mlp.experts", t.num_experts_per_tok), *([("mlp.base", 1)] if t.fusion_gate else [])]
-            above.append(count.product(f"{block}.mlp.router.weight", tokens, d, t.num_experts, below))
+            above.append(count.product(f"{block}.mlp.router.weight", made, d, t.num_experts, below))
             if t.fusion_gate:
-                above.append(count.product(f"{block}.mlp.fusion_gate.weight", tokens, d, d, below))
+                above.append(count.product(f"{block}.mlp.fusion_gate.weight", made, d, d, below))
         for part, times in parts:
-            hidden = count.product(f"{block}.{part}.fc1.weight", tokens, d, h, below, times)
-            above.append(count.product(f"{block}.{part}.fc2.weight", tokens, h, d, hidden, times))
+            hidden = count.product(f"{block}.{part}.fc1.weight", made, d, h, below, times)
+            above.append(count.product(f"{block}.{part}.fc2.weight", made, h, d, hidden, times))
         below = any(above)
     projection = "visual_projection" if tower == "vision_model" else "text_projection"
     count.product(f"{projection}.weight", 1, d, config.projection_dim, below)
     return count.forward, count.backward
 
 
-def pair_macs(training: Training, captions: Mapping[str, float] | list[float]) -> tuple[float, float]:
-    """(forward, backward) of one image and its captions, of these lengths, in one step of `training`."""
-    tokens = training.model.vision_config.num_patches + 1
-    each = [tower_macs(training.model, "vision_model", tokens, training.learns, training.rank)]
-    each += [tower_macs(training.model, "text_model", n, training.learns, training.rank) for n in captions]
+def pair_macs(
+    training: Training, captions: Mapping[str, float] | list[float], features: bool = False
+) -> tuple[float, float]:
+    """(forward, backward) of one image and its captions, of these lengths, in one step of `training`; features: only
+    embeddings are wanted, no router losses."""
+
+    def one(tower: str, tokens: float) -> tuple[float, float]:
+        t = model.vision_config if tower == "vision_model" else model.text_config
+        pooled_only = features or t.num_hidden_layers - 1 not in t.moe_layers
+        return tower_macs(model, tower, tokens, training.learns, training.rank, pooled_only)
+
+    model = training.model
+    each = [one("vision_model", model.vision_config.num_patches + 1), *(one("text_model", n) for n in captions)]
     return sum(forward for forward, _ in each), sum(backward for _, backward in each)
 
 
@@ -192,7 +205,7 @@ def run_flops(
 
     steps: of each training, by its name. encoded: images whose features (and first captions') were computed.
     """
-    total = encoded * pair_macs(Training(base, lambda name: False, None), [tokens.alone])[0]
+    total = encoded * pair_macs(Training(base, lambda name: False, None), [tokens.alone], features=True)[0]
     found = trainings(config, base, result)
     for name, done in steps.items():
         training = found[name]

@@ -58,8 +58,11 @@ class TwoTowers(nn.Module):
         """uint8 [b,3,R,R], ids [b,T] of each caption -> image features [b,P], a list of text features [b,P] (all
         L2-normalised, fp32), exp(logit_scale), router logits of every block ([tokens,E], text padding removed)."""
         clip: CLIPMoEModel = self.clip
-        vision = clip.vision_model(normalise(pixels, self.mean, self.std))
-        texts = [clip.text_model(ids) for ids in captions]
+        # The loss reads pooled tokens, and the router losses every token of the blocks that have routers.
+        pooled = {name: t.num_hidden_layers - 1 not in t.moe_layers for name, t in (
+            ("vision", clip.config.vision_config), ("text", clip.config.text_config))}  # fmt: skip
+        vision = clip.vision_model(normalise(pixels, self.mean, self.std), pooled_only=pooled["vision"])
+        texts = [clip.text_model(ids, pooled_only=pooled["text"]) for ids in captions]
         image_features = nn.functional.normalize(clip.visual_projection(vision.pooler_output).float(), dim=-1)
         text_features = [
             nn.functional.normalize(clip.text_projection(text.pooler_output).float(), dim=-1) for text in texts
