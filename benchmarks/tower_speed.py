@@ -39,6 +39,7 @@ from llava_clipmoe.model_directory import ClipBundle, read_config, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoESparseMLP
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
+from train_encoder.compare_flops import vision_macs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -257,17 +258,12 @@ def make_all(s: Settings, folder: Path, device: torch.device) -> dict[str, nn.Mo
 # --------------------------------------------------------------------------------------------------------- measurement
 
 
-def tower_macs(config: CLIPMoEVisionConfig, delta: bool, dense: bool, blocks: int) -> float:
-    """Multiply-accumulates that one picture needs in `blocks` blocks: with weights, and attention's own two."""
-    t, d, h = config.num_patches + 1, config.hidden_size, config.intermediate_size
-    ffn, k = 2 * d * h, 1 if dense else config.num_experts_per_tok
-    experts = ffn if dense else k * ffn
-    if delta:
-        rank1, rank2 = config.delta_ranks[0]
-        experts = ffn + k * (d + h) * (rank1 + rank2)
-    router = 0 if dense else d * config.num_experts
-    patches = config.num_patches * config.num_channels * config.patch_size**2 * d
-    return patches + blocks * (t * (4 * d * d + experts + router) + 2 * t * t * d)
+def tower_macs(config: CLIPMoEVisionConfig, delta: bool, dense: bool, blocks: int) -> int:
+    """Multiply-accumulates that one picture needs in `blocks` blocks of this kind, and for its patches."""
+    kind = copy.deepcopy(config)
+    kind.num_hidden_layers, kind.moe_layers = blocks, [] if dense else list(range(blocks))
+    kind.delta_ranks = [config.delta_ranks[0]] * blocks if delta else None
+    return vision_macs(SimpleNamespace(vision_config=kind, projection_dim=0))
 
 
 def random_pixels(shape: dict[str, int], batch: int, dtype: str, device: torch.device) -> torch.Tensor:
