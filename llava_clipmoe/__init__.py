@@ -17,6 +17,7 @@ _HOME = {
     "CLIPMoEVisionModel": "modeling_clipmoe",
     "load_bundle": "model_directory",
     "save_bundle": "model_directory",
+    "fuse": "upcycling",
     "upcycle": "upcycling",
     "sparse_upcycle": "upcycling",
 }
@@ -29,6 +30,7 @@ __all__ = [
     "CLIPMoEVisionConfig",
     "CLIPMoEVisionModel",
     "__version__",
+    "fuse",
     "load_bundle",
     "save_bundle",
     "sparse_upcycle",
@@ -39,7 +41,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
     from .model_directory import load_bundle, save_bundle
     from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
-    from .upcycling import sparse_upcycle, upcycle
+    from .upcycling import fuse, sparse_upcycle, upcycle
 
 
 def __getattr__(name: str):

@@ -132,6 +132,15 @@ def test_first_takes_one_caption_an_image(tmp_path):
     np.testing.assert_allclose(np.array(found.text, np.float32), expected.numpy(), atol=1e-3)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_none_leaves_the_captions_alone(tmp_path, workers):
+    bundle, source = make_bundle(), Pictures(8)
+    found = encode_source(bundle, source, tmp_path, workers=workers, **{**SETTINGS, "captions": "none"})
+    assert found.text.shape == (0, 16) and found.text_image.shape == (0,)
+    image, _ = one_by_one(bundle, source)
+    np.testing.assert_allclose(np.array(found.image, np.float32), image.numpy(), atol=1e-3)
+
+
 def test_rows_leave_bad_images_out(tmp_path):
     bundle, source = make_bundle(), Pictures(9, bad=(4,))
     rows = np.array([0, 1, 2, 3, 5, 6, 7, 8])

@@ -26,7 +26,7 @@ from train_encoder.sections import reproduce_command
 SYSTEMS = ["base", "stage1", "stage2", "stage3", "expert0", "expert1", "expert2", "expert3",
            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip
 TYPES = ["colour", "quantity", "position, left or right", "state"]
-SECTIONS = ["retrieval", "loss", "clusters", "attributes", "routing", "movement", "cost", "parameters", "settings",
+SECTIONS = ["retrieval", "classification", "loss", "clusters", "attributes", "routing", "movement", "cost", "parameters", "settings",
             "reproduce"]  # fmt: skip
 
 
@@ -56,12 +56,17 @@ def make_results(rng: np.random.Generator, blocks: int = 6, experts: int = 4) ->
             table[system] |= {"t2i_r5": r1 + 0.21, "t2i_r10": r1 + 0.31, "images": images, "captions": captions}
         return table
 
+    def classes(place: int) -> dict:
+        scores = {"top1": 0.4 + place / 50, "top5": 0.8 + place / 100, "mean_per_class": 0.45 - place / 50}
+        return scores | {"images": 150, "classes": 11}
+
     def accuracy(place: int) -> dict:
         by_type = {t: {"accuracy": ((3 * place + 5 * i) % 11) / 15, "pairs": 15} for i, t in enumerate(TYPES)}
         return {"overall": 0.3 + place / 50, "pairs": 60, "by_type": by_type}
 
     return {
         "retrieval": {"held-out, long captions": retrieval(400, 400), "held-out, names": retrieval(400, 2000)},
+        "zero_shot": {"colours": {system: classes(place) for place, system in enumerate(SYSTEMS)}},
         "attributes": {system: accuracy(place) for place, system in enumerate(SYSTEMS)},
         "routing": {"vision": rng.dirichlet([2] * experts, blocks).tolist(), "vision_blocks": list(range(blocks)),
                     "text": rng.dirichlet([0.5] * experts, 4).tolist(), "text_blocks": list(range(4))},
@@ -82,6 +87,7 @@ def make_run(directory: Path) -> Path:
     rng = np.random.default_rng(0)
     directory.mkdir(parents=True)
     config = to_dict(RECIPES["dmu-openmoji"][1]) | {"seed": 7}
+    config["evaluation"]["zero_shot"] = ["colours=openmoji-colours"]
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "results.json").write_text(json.dumps(make_results(rng)))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metric_rows(rng)))
@@ -212,6 +218,12 @@ def test_the_headline_equals_results_json_with_delta_and_best_in_bold(whole, pag
 def test_chance_and_counts_are_stated(page):
     assert "400 images, 2,000 captions; chance R@1 is 0.25%." in page.sections["retrieval"]
     assert "chance is 25%" in page.sections["attributes"]
+
+
+def test_classification_shows_every_system_with_its_distance_to_the_base(page):
+    ((head, *rows),) = page.tables["classification"]
+    assert head == ["system", "top-1", "top-5", "mean per class"] and [row[0] for row in rows] == SYSTEMS
+    assert rows[0][1].startswith("40.0") and "+2.0" in rows[1][1] and "chance is 9.1%" in page.sections["classification"]
 
 
 def test_attributes_are_rows_and_systems_columns_with_the_number_of_pairs(whole, page):
@@ -353,7 +365,7 @@ def test_two_builds_are_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("absent", "sections"),
     [
-        ("results.json", ["retrieval", "clusters", "attributes", "routing", "movement", "parameters"]),
+        ("results.json", ["retrieval", "classification", "clusters", "attributes", "routing", "movement", "parameters"]),
         ("metrics.jsonl", ["loss", "cost"]),
         ("config.json", ["settings", "reproduce"]),
     ],
@@ -372,14 +384,25 @@ def test_an_empty_run_gets_a_page(tmp_path):
     assert "No training step has been logged yet" in page.text
 
 
-@pytest.mark.parametrize("key", ["retrieval", "attributes", "routing", "router_movement", "clusters", "parameters"])
+@pytest.mark.parametrize("key", ["retrieval", "zero_shot", "attributes", "routing", "router_movement", "clusters", "parameters"])
 def test_a_part_missing_from_the_results_is_named(run, no_drawing, key):
     results = json.loads((run / "results.json").read_text())
     del results[key]
     (run / "results.json").write_text(json.dumps(results))
     page = page_of(run)
     missing = [name for name in SECTIONS if "Missing" in page.sections[name]]
-    assert missing == ["movement" if key == "router_movement" else key]
+    assert missing == [{"router_movement": "movement", "zero_shot": "classification"}.get(key, key)]
+
+
+@pytest.mark.parametrize(("setting", "section"), [("attributes", "attributes"), ("zero_shot", "classification")])
+def test_what_nobody_asked_for_is_not_called_missing(run, no_drawing, setting, section):
+    config, results = (json.loads((run / name).read_text()) for name in ("config.json", "results.json"))
+    config["evaluation"][setting] = None if setting == "attributes" else []
+    del results[setting]
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "results.json").write_text(json.dumps(results))
+    page = page_of(run)
+    assert list(page.sections) == [name for name in SECTIONS if name != section] and "Missing" not in page.text
 
 
 def test_a_run_in_progress_says_where_it_is(run, no_drawing):

@@ -203,9 +203,11 @@ def run_flops(
 ) -> float:  # fmt: skip
     """Floating-point operations of everything after the base.
 
-    steps: of each training, by its name. encoded: images whose features (and first captions') were computed.
+    steps: of each training, by its name. encoded: images whose features were computed, and their first
+    captions' (by ICCL the images' alone).
     """
-    total = encoded * pair_macs(Training(base, lambda name: False, None), [tokens.alone], features=True)[0]
+    seen = [] if config.method == "fmoe" else [tokens.alone]
+    total = encoded * pair_macs(Training(base, lambda name: False, None), seen, features=True)[0]
     found = trainings(config, base, result)
     for name, done in steps.items():
         training = found[name]

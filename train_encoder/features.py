@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ CHUNK_ROWS = 4096
 """Rows between two flushes: seconds of work on a GPU, 6 MB at 768 dimensions."""
 KINDS = ("image", "text")
 
-Captions = Literal["first", "all"]
+Captions = Literal["none", "first", "all"]
 Precision = Literal["bf16", "fp32"]
 
 
@@ -331,12 +331,12 @@ class _Work:
 
     @classmethod
     def of(cls, source: PairSource, captions: Captions, rows: np.ndarray | None) -> _Work:
-        if captions not in ("first", "all"):
-            raise ValueError(f"captions must be first or all, got {captions!r}.")
+        if captions not in get_args(Captions):
+            raise ValueError(f"captions must be none, first or all, got {captions!r}.")
         rows = np.arange(len(source)) if rows is None else np.asarray(rows, np.int64)
         if not len(rows):
             raise ValueError("there is no image to encode: the data set is empty, or all of its images are bad.")
-        counts = [1] * len(rows) if captions == "first" else [len(source.captions(int(row))) for row in rows]
+        counts = [len(source.captions(int(row))) for row in rows] if captions == "all" else int(captions == "first")
         return cls(source, rows, np.repeat(np.arange(len(rows)), counts))
 
     def captions(self, start: int, stop: int) -> list[str]:
@@ -373,7 +373,7 @@ def encode_source(
 ) -> Embeddings:
     """Encode images and captions of `source` into `folder`; what an earlier, killed run finished there is kept.
 
-    `captions`: the first of each image (M = N), or all. `rows`: the images to use, all when absent. `progress`: a bar,
+    `captions`: the first of each image (M = N), all, or none (M = 0). `rows`: the images to use, all when absent. `progress`: a bar,
     not entered yet; it counts images and captions, and is told how many there are. `cache`: a file of
     `build_image_cache`. With an `accelerate.Accelerator` each process encodes its own slice
     of the rows and all of them return the whole; `folder` must be on a file system that all of them see.

@@ -28,7 +28,7 @@ from .allocator import keep_freed_memory
 from .checkpoint import discard_checkpoints
 from .config import DataConfig, OptimConfig, TrainConfig
 from .data import EncoderDataset, ImageTransform, check_images
-from .features import Embeddings, encode_source
+from .features import Captions, Embeddings, encode_source
 from .frozen import frozen_in
 from .loop import Stage, train
 from .losses import make_objective
@@ -134,18 +134,18 @@ class Pipeline:
         self.discard("base")
         return bundle
 
-    def features(self, name: str, bundle: ClipBundle, weights: Path) -> Embeddings:
-        """Embeddings of all usable training images and their first captions under the model `name`, whose weights (or
+    def features(self, name: str, bundle: ClipBundle, weights: Path, captions: Captions = "first") -> Embeddings:
+        """Embeddings of all usable training images and of their `captions` under the model `name`, whose weights (or
         what tells them from the base's) are in the file `weights`."""
         engine = self.config.engine
         with self.timed("features", name):
             bundle.model.to(self.accelerator.device)
             return encode_source(
-                bundle, self.source, self.folder.features(name), captions="first", rows=self.rows,
+                bundle, self.source, self.folder.features(name), captions=captions, rows=self.rows,
                 batch_size=self.config.evaluation.batch_size, device=self.accelerator.device,
                 precision=engine.precision, workers=engine.workers, cache=self.cache,
                 accelerator=self.accelerator, model_id=file_digest(weights),
-                progress=Bar(f"features of {name}", 2 * len(self.rows), unit="items"),
+                progress=Bar(f"features of {name}", (1 + (captions != "none")) * len(self.rows), unit="items"),
             )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- helpers

@@ -27,6 +27,8 @@ from .sections import Run, load_run
 REPORT = "report.html"
 SECTIONS: tuple[tuple[str, str, Callable[[Run], Html | None], str], ...] = (
     ("retrieval", "Retrieval", sections.retrieval_section, "written after the evaluation (--evaluation.retrieval)"),
+    ("classification", "Zero-shot classification", sections.classification_section,
+     "written after the evaluation (--evaluation.zero-shot)"),
     ("loss", "Loss", sections.loss_section, "drawn from the first logged training step on"),
     ("clusters", "Clusters", sections.cluster_section, "known when the first stage has been clustered"),
     ("attributes", "Attributes", sections.attribute_section, "written after the evaluation (--evaluation.attributes)"),
@@ -37,11 +39,19 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], Html | None], str], ...] = (
     ("settings", "Settings", sections.settings_section, "read from config.json"),
     ("reproduce", "Reproduce", sections.reproduce_section, "read from config.json"),
 )  # fmt: skip
+SETTING = {"retrieval": "retrieval", "classification": "zero_shot", "attributes": "attributes"}
+"""Section -> the setting of the evaluation without which there is nothing to show."""
+
+
+def _asked(run: Run, anchor: str) -> bool:
+    settings = (run.config or {}).get("evaluation") or {}
+    return anchor not in SETTING or bool(settings.get(SETTING[anchor], True))
 
 
 def _now(run: Run) -> str:
     """One sentence on where the run stands."""
-    scored = [*(run.results.get("retrieval") or {}).values(), run.results.get("attributes") or {}]
+    tables = [run.results.get(name) or {} for name in ("retrieval", "zero_shot")]
+    scored = [*(systems for one in tables for systems in one.values()), run.results.get("attributes") or {}]
     if any(scored):  # results.json is written anew after every system; CLIP-MoE comes last
         final = run.results.get("result", "clip-moe")
         return "The run is evaluated." if any(final in systems for systems in scored) else "Evaluation goes on."
@@ -77,6 +87,8 @@ def write_report(run_dir: str | Path) -> Path:
     body, contents = [], []
     for anchor, title, build, when in SECTIONS:
         content = build(run)
+        if content is None and not _asked(run, anchor):
+            continue
         if content is None:
             run.problems.append(f"{title}: {when}.")
             content = paragraph(f"Missing: {when}.")

@@ -35,6 +35,7 @@ RETRIEVAL = {
     "i2t_r1": ("image→text R@1", 1), "i2t_r5": ("R@5", 5), "i2t_r10": ("R@10", 10),
     "t2i_r1": ("text→image R@1", 1), "t2i_r5": ("R@5", 5), "t2i_r10": ("R@10", 10),
 }  # fmt: skip
+CLASSES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 ATTRIBUTE_CHANCE = 0.25  # MMVP-VLM: a pair counts when both of its images are matched right
 
 
@@ -135,6 +136,28 @@ def _retrieval_table(name: str, systems: dict[str, dict[str, float]]) -> Html:
         f'<div class="tiles">{tiles}</div>' if tiles else "",
         paragraph(f"{images:,} images, {captions:,} captions; chance R@1 is {100 / images:.2g}%.") if images else "",
         table(["system", *(title for title, _ in RETRIEVAL.values())], rows, f"retrieval, {name}"),
+    )
+
+
+def classification_section(run: Run) -> Html | None:
+    data = run.results.get("zero_shot")
+    return join(*(_classification_table(name, systems) for name, systems in data.items())) if data else None
+
+
+def _classification_table(name: str, systems: dict[str, dict[str, Any]]) -> Html:
+    order = system_order(systems)
+    first, base = systems[order[0]], systems.get("base", {})
+    best = {key: best_of(systems[s].get(key) for s in order) for key in CLASSES}
+
+    def one(system: str, key: str) -> object:
+        value, n = systems[system].get(key), systems[system].get("images")
+        error = standard_error(value, n) if key == "top1" and value is not None and n else None
+        return score(value, best[key], base.get(key) if system != "base" else None, error)
+
+    return join(
+        f"<h3>{html(name)}</h3>",
+        paragraph(f"{first['images']:,} images, {first['classes']:,} classes; chance is {100 / first['classes']:.2g}%."),
+        table(["system", *CLASSES.values()], [[s, *(one(s, key) for key in CLASSES)] for s in order], name),
     )
 
 

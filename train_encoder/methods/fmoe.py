@@ -52,7 +52,8 @@ class FMoE(Mixture):
         """N clusters of the base's image features, each with its sub-clusters."""
         path = self.folder.path / "clusters" / "iccl.npz"
         if not path.exists():
-            embeddings = self.features("base", load_bundle(self.folder.base), self.folder.base / "model.safetensors")
+            weights = self.folder.base / "model.safetensors"
+            embeddings = self.features("base", load_bundle(self.folder.base), weights, captions="none")
             if self.accelerator.is_main_process:
                 c = self.config
                 with self.timed("clusters", "base"):
