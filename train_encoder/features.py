@@ -373,9 +373,9 @@ def encode_source(
 ) -> Embeddings:
     """Encode images and captions of `source` into `folder`; what an earlier, killed run finished there is kept.
 
-    `captions`: the first of each image (M = N), all, or none (M = 0). `rows`: the images to use, all when absent. `progress`: a bar,
-    not entered yet; it counts images and captions, and is told how many there are. `cache`: a file of
-    `build_image_cache`. With an `accelerate.Accelerator` each process encodes its own slice
+    `captions`: the first of each image (M = N), all, or none (M = 0). `rows`: the images to use, all when absent.
+    `progress`: a bar, not entered yet; it counts images and captions, and is told how many there are. `cache`: a file
+    of `build_image_cache`. With an `accelerate.Accelerator` each process encodes its own slice
     of the rows and all of them return the whole; `folder` must be on a file system that all of them see.
     `model_id` stands for the weights (a hash); it is computed when absent. Another model, data set, `captions`,
     `rows`, `precision` or `dtype` starts over; another `batch_size` or number of workers does not.

@@ -147,6 +147,7 @@ def classification_section(run: Run) -> Html | None:
 def _classification_table(name: str, systems: dict[str, dict[str, Any]]) -> Html:
     order = system_order(systems)
     first, base = systems[order[0]], systems.get("base", {})
+    images, classes = first["images"], first["classes"]
     best = {key: best_of(systems[s].get(key) for s in order) for key in CLASSES}
 
     def one(system: str, key: str) -> object:
@@ -156,7 +157,7 @@ def _classification_table(name: str, systems: dict[str, dict[str, Any]]) -> Html
 
     return join(
         f"<h3>{html(name)}</h3>",
-        paragraph(f"{first['images']:,} images, {first['classes']:,} classes; chance is {100 / first['classes']:.2g}%."),
+        paragraph(f"{images:,} images, {classes:,} classes; chance is {100 / classes:.2g}%."),
         table(["system", *CLASSES.values()], [[s, *(one(s, key) for key in CLASSES)] for s in order], name),
     )
 
