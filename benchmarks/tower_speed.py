@@ -296,7 +296,7 @@ def too_large(how: str, shape: dict[str, int], s: Settings, batch: int, dtype: s
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available
-    return need > 0.5 * free
+    return need > 0.25 * free  # a quarter: it copies them, and other programs want memory too
 
 
 def peak_bytes(folder: Path, kind: str, how: str, shape: dict[str, int], batch: int, dtype: str, place: str) -> int:

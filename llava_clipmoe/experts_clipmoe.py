@@ -207,8 +207,9 @@ class DeltaExperts(nn.Module):
     def _by_set(self, x_ND, weights_NK, experts_NK):
         """Without a graph, for the CPU: tokens sorted by the SET of experts that they use (6 sets of 2 out of 4), so
         that a group is one slice for all its experts and nothing of width H is ever gathered or copied."""
-        order_N, groups = _sort_by_set(experts_NK, self.num_experts)
         fc1, fc2, dtype = *self._parts(x_ND), working_dtype(x_ND)
+        even = x_ND.device.type == "cpu" and dtype != torch.float32
+        order_N, groups = _sort_by_set(experts_NK, self.num_experts, even=even)
         weights_NE = torch.zeros(len(x_ND), self.num_experts, device=x_ND.device).scatter(1, experts_NK, weights_NK)
         weights_NE = (weights_NE[order_N] / self.scale).to(dtype)
         x_ND = x_ND[order_N].to(dtype)
@@ -297,13 +298,28 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     return (experts.flatten() == torch.arange(num_experts, device=experts.device)[:, None]).sum(1)
 
 
-def _sort_by_set(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[tuple[list[int], int]]]:
-    """-> order [N] of the tokens, grouped by the set of their experts, and each group's experts and size."""
+def _sort_by_set(
+    experts_NK: torch.Tensor, num_experts: int, even: bool = False
+) -> tuple[torch.Tensor, list[tuple[list[int], int]]]:
+    """-> order [N] of the tokens, grouped by the set of their experts, and each group's experts and size.
+
+    even: groups of few different sizes, and a last one of what is over, whose tokens are given to all experts (those
+    that a token did not choose weigh nothing). In half precision oneDNN compiles a kernel for every size of a product
+    and keeps it: 130 MB more for one picture of ViT-L/14@336, and other sizes with the next picture.
+    """
     code_N = (1 << experts_NK).sum(-1)
     sorted_N, order_N = code_N.sort(stable=True)
     codes, counts = sorted_N.unique_consecutive(return_counts=True)
-    groups = zip(codes.tolist(), counts.tolist(), strict=True)
-    return order_N, [([e for e in range(num_experts) if code >> e & 1], count) for code, count in groups]
+    sets = [[e for e in range(num_experts) if code >> e & 1] for code in codes.tolist()]
+    step = max(1, len(order_N) // (8 * len(sets))) if even else 1  # a sixteenth of the tokens is over, on average
+    kept, over = [], []
+    for part in order_N.split(counts.tolist()):
+        whole = len(part) // step * step
+        kept.append(part[:whole])
+        over.append(part[whole:])
+    rest = torch.cat(over)
+    groups = [*zip(sets, map(len, kept), strict=True), (list(range(num_experts)), len(rest))]
+    return torch.cat([*kept, rest]), [(chosen, count) for chosen, count in groups if count]
 
 
 def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny_config
 
+from llava_clipmoe import experts_clipmoe
 from llava_clipmoe.compression import compress, expand, second_moments
 from llava_clipmoe.experts_clipmoe import DeltaExperts, _sort_by_set, quick_gelu
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
@@ -115,6 +116,35 @@ def test_tokens_are_grouped_by_the_set_of_their_experts():
     chosen = torch.tensor([[2, 0], [1, 3], [0, 2], [3, 1], [0, 1]])
     order, groups = _sort_by_set(chosen, 4)
     assert groups == [([0, 1], 1), ([0, 2], 2), ([1, 3], 2)] and order.tolist() == [4, 0, 2, 1, 3]
+
+
+def test_even_groups_have_few_sizes_and_give_what_is_over_to_all_experts():
+    chosen = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    order, groups = _sort_by_set(chosen, 4, even=True)
+    step = 400 // (8 * 6)
+    *whole, (everyone, over) = groups
+    assert all(count % step == 0 for _, count in whole) and len(whole) == 6
+    assert everyone == [0, 1, 2, 3] and 0 < over <= 6 * (step - 1)
+    assert sorted(order.tolist()) == list(range(400))
+    for (experts, _), rows in zip(whole, order.split([count for _, count in groups]), strict=False):
+        assert all(sorted(chosen[row].tolist()) == experts for row in rows)
+
+
+def test_even_groups_give_the_same(monkeypatch):
+    experts, generator = make_delta("by_set"), torch.Generator().manual_seed(4)
+    x, (weights, chosen) = torch.randn(400, D, generator=generator), torch.rand(400, 4, generator=generator).topk(2)
+    calls = []
+
+    def even_groups(*arguments, even):
+        calls.append(even)
+        return _sort_by_set(*arguments, even=True)
+
+    with torch.no_grad():
+        expected = experts(x, weights, chosen)
+        monkeypatch.setattr(experts_clipmoe, "_sort_by_set", even_groups)
+        assert_close(experts(x, weights, chosen), expected, 1e-5)
+        experts.bfloat16()(x.bfloat16(), weights, chosen)
+    assert calls == [False, True]  # by itself in half precision alone
 
 
 # ------------------------------------------------------------------------------------------------------- whole models
