@@ -33,6 +33,9 @@ RIDGE = 3.0
 """Added to the covariance of the inputs, times its mean diagonal: the cut lies between the one for these inputs and the
 truncated SVD, which knows of none. Of 0.001 to 3, this was nearest on held-out pictures (benchmarks/compression.md)."""
 
+ROUNDING = 1e-5
+"""Inputs that spread less than this about their mean (relative, squared) were one input, and the rest is rounding."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -174,8 +177,10 @@ class _Directions:
         self.zero, self.left, self.root, self.mean = not difference_oi.any(), o <= i, None, None
         if seen is not None:
             self.mean, s = (part.to(difference_oi) for part in seen)
-            s = s / s.diagonal().mean() + RIDGE * torch.eye(i, dtype=s.dtype, device=s.device)
-            self.root = torch.linalg.cholesky(s)
+            spread = s.diagonal().mean()
+            if spread > ROUNDING * self.mean.square().mean():
+                s = s / spread + RIDGE * torch.eye(i, dtype=s.dtype, device=s.device)
+                self.root = torch.linalg.cholesky(s)
         if self.zero:
             return
         whitened = difference_oi if self.root is None else difference_oi @ self.root

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import make_tiny_config
 
 from llava_clipmoe import experts_clipmoe
-from llava_clipmoe.compression import compress, expand, second_moments
+from llava_clipmoe.compression import _Directions, compress, expand, second_moments
 from llava_clipmoe.experts_clipmoe import DeltaExperts, _sort_by_set, quick_gelu
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
 
@@ -145,6 +145,21 @@ def test_even_groups_give_the_same(monkeypatch):
         assert_close(experts(x, weights, chosen), expected, 1e-5)
         experts.bfloat16()(x.bfloat16(), weights, chosen)
     assert calls == [False, True]  # by itself in half precision alone
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_an_expert_that_saw_one_input_many_times_is_cut_as_if_it_saw_none(size):
+    generator = torch.Generator().manual_seed(5)
+    difference, x = torch.randn(H, D, generator=generator), size * torch.randn(D, generator=generator)
+    products = torch.zeros(D, D)
+    for _ in range(7):
+        products.addmm_(x[:, None], x[None])
+    covariance = products.double() / 7 - x.double()[:, None] * x.double()  # rounding, and not positive definite
+    up, down, shift = _Directions(difference.double(), (x.double(), covariance)).factors(R)
+    plain_up, plain_down, none = _Directions(difference.double(), None).factors(R)
+    torch.testing.assert_close((up, down), (plain_up, plain_down))
+    torch.testing.assert_close(up @ down @ x.double() + shift, difference.double() @ x.double())
+    assert not none.any() and shift.any()
 
 
 # ------------------------------------------------------------------------------------------------------- whole models
