@@ -10,9 +10,9 @@ from typing import Any
 from .compare_cells import Cells
 from .compare_summary import cost_sentence, fmoe_claims, sentence
 from .page import duration
+from .sections import CLASSES
 
 RETRIEVAL = {"I2T R@1": "i2t_r1", "T2I R@1": "t2i_r1", "I2T R@5": "i2t_r5", "T2I R@5": "t2i_r5"}
-CLASSES = {"top-1": "top1", "top-5": "top5", "mean per class": "mean_per_class"}
 CLUSTERING_NOTE = (
     "Small data is clustered in a fraction of a second, and loading scikit-learn (about a second, once a run) may be "
     "most of it; `benchmarks/clustering.md` times the clusterings alone."
@@ -119,7 +119,7 @@ def classification(cells: Cells) -> Section | None:
         columns: dict[str, Scores] = {
             title: {recipe: [cell.results["zero_shot"][name][cell.final][key] for cell in run]
                     for recipe, run in cells.items()}
-            for title, key in CLASSES.items()
+            for key, title in CLASSES.items()
         }  # fmt: skip
         one = next(iter(cells.values()))[0]
         counts = one.results["zero_shot"][name][one.final]

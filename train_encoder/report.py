@@ -87,9 +87,9 @@ def write_report(run_dir: str | Path) -> Path:
     body, contents = [], []
     for anchor, title, build, when in SECTIONS:
         content = build(run)
-        if content is None and not _asked(run, anchor):
-            continue
         if content is None:
+            if not _asked(run, anchor):
+                continue
             run.problems.append(f"{title}: {when}.")
             content = paragraph(f"Missing: {when}.")
         contents.append(f'<a href="#{anchor}">{html(title)}</a>')
