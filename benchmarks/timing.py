@@ -51,16 +51,23 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    works: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 1, limit: float | None = None
-) -> dict[str, list[float]]:
+    works: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 1,
+    limit: float | None = None, before: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of every work in every round, after `warm` rounds that are not counted. Even rounds run backwards, so
-    that nothing always comes after the same neighbour. limit: no further round starts after so many seconds."""
+    that nothing always comes after the same neighbour.
+
+    limit: no further round starts after so many seconds. before: called before every round, not timed, as for a new
+    input: what meets the same one again and again may run on what libraries kept of it.
+    """
     for _ in range(warm):
+        before()
         for work in works.values():
             work()
     found: dict[str, list[float]] = {name: [] for name in works}
     started = time.perf_counter()
     for number in range(rounds):
+        before()
         for name in list(works)[:: -1 if number % 2 else 1]:
             found[name].append(seconds_of(works[name], device))
         if limit is not None and time.perf_counter() - started > limit:

@@ -117,8 +117,9 @@ def test_rounds_are_interleaved_and_the_warm_one_is_not_counted(benchmark):
     timing = benchmark("timing")
     seen: list[str] = []
     works = {name: (lambda name=name: seen.append(name)) for name in "ab"}
-    found = timing.interleaved(works, 2, torch.device("cpu"))
-    assert seen == ["a", "b", "a", "b", "b", "a"] and {name: len(found[name]) for name in found} == {"a": 2, "b": 2}
+    found = timing.interleaved(works, 2, torch.device("cpu"), before=lambda: seen.append("new"))
+    assert seen == ["new", "a", "b", "new", "a", "b", "new", "b", "a"]
+    assert {name: len(found[name]) for name in found} == {"a": 2, "b": 2}
     assert len(timing.interleaved(works, 9, torch.device("cpu"), limit=0.0)["a"]) == 1
 
 
