@@ -209,7 +209,9 @@ class DeltaExperts(nn.Module):
         that a group is one slice for all its experts and nothing of width H is ever gathered or copied."""
         fc1, fc2, dtype = *self._parts(x_ND), working_dtype(x_ND)
         even = x_ND.device.type == "cpu" and dtype != torch.float32
-        order_N, groups = _sort_by_set(experts_NK, self.num_experts, even=even)
+        order_N, groups = _sort_by_set(experts_NK, self.num_experts)
+        if even:
+            order_N, groups = _even(order_N, groups, self.num_experts)
         weights_NE = torch.zeros(len(x_ND), self.num_experts, device=x_ND.device).scatter(1, experts_NK, weights_NK)
         weights_NE = (weights_NE[order_N] / self.scale).to(dtype)
         x_ND = x_ND[order_N].to(dtype)
@@ -298,26 +300,34 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     return (experts.flatten() == torch.arange(num_experts, device=experts.device)[:, None]).sum(1)
 
 
-def _sort_by_set(
-    experts_NK: torch.Tensor, num_experts: int, even: bool = False
-) -> tuple[torch.Tensor, list[tuple[list[int], int]]]:
-    """-> order [N] of the tokens, grouped by the set of their experts, and each group's experts and size.
+Groups = list[tuple[list[int], int]]
+"""Tokens that lie together: the experts that they use and how many they are."""
 
-    even: groups of few different sizes, and a last one of what is over, whose tokens are given to all experts (those
-    that a token did not choose weigh nothing). In half precision oneDNN compiles a kernel for every size of a product
-    and keeps it: 130 MB more for one picture of ViT-L/14@336, and other sizes with the next picture.
-    """
+
+def _sort_by_set(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, Groups]:
+    """-> order [N] of the tokens, grouped by the set of their experts, and the groups."""
     code_N = (1 << experts_NK).sum(-1)
     sorted_N, order_N = code_N.sort(stable=True)
     codes, counts = sorted_N.unique_consecutive(return_counts=True)
     sets = [[e for e in range(num_experts) if code >> e & 1] for code in codes.tolist()]
-    step = max(1, len(order_N) // (8 * len(sets))) if even else 1  # a sixteenth of the tokens is over, on average
+    return order_N, list(zip(sets, counts.tolist(), strict=True))
+
+
+def _even(order_N: torch.Tensor, groups: Groups, num_experts: int) -> tuple[torch.Tensor, Groups]:
+    """Groups of few different sizes, and a last one of what is over, whose tokens are given to all experts (those that
+    a token did not choose weigh nothing).
+
+    In half precision oneDNN compiles a kernel for every size of a product and keeps it: 130 MB more for one picture of
+    ViT-L/14@336, and other sizes with the next picture.
+    """
+    step = max(1, len(order_N) // (8 * len(groups)))  # a sixteenth of the tokens is over, on average
     kept, over = [], []
-    for part in order_N.split(counts.tolist()):
+    for part in order_N.split([count for _, count in groups]):
         whole = len(part) // step * step
         kept.append(part[:whole])
         over.append(part[whole:])
     rest = torch.cat(over)
+    sets = [chosen for chosen, _ in groups]
     groups = [*zip(sets, map(len, kept), strict=True), (list(range(num_experts)), len(rest))]
     return torch.cat([*kept, rest]), [(chosen, count) for chosen, count in groups if count]
 

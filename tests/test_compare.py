@@ -213,7 +213,14 @@ def test_the_cost_leaves_out_the_base_and_adds_up_the_rest():
     ]
     cost = cost_of(rows, {"stage1": 10, "router": 10})
     assert (cost.steps, cost.samples, cost.train_seconds, cost.seconds) == (11, 110, 30.0, 32.0)
-    assert cost.other_seconds == {"features": 2.0} and cost.peak_memory == 8 and cost.encoded == 9
+    assert cost.other_seconds == {"features": 2.0} and cost.peak_memory == 8
+    assert (cost.encoded, cost.encoded_captions) == (9, 9)
+
+
+def test_features_without_captions_say_so():
+    row = {"event": "done", "work": "features", "seconds": 2.0, "images": 9, "captions": 0, "peak_memory_bytes": 5}
+    cost = cost_of([{**row, "stage": "base"}], {})
+    assert (cost.encoded, cost.encoded_captions) == (9, 0)
 
 
 def test_a_training_that_was_killed_counts_whole():

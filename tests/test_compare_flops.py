@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import is_expert_or_gate, is_ffn, is_router_or_gate
-from train_encoder.compare_flops import CaptionTokens, Training, caption_tokens, pair_macs, run_flops, vision_macs
+from train_encoder.compare_flops import (
+    CaptionTokens,
+    Training,
+    caption_tokens,
+    pair_macs,
+    run_flops,
+    tower_macs,
+    vision_macs,
+)
 from train_encoder.config import OptimConfig
 
 LOOP = {"experts_implementation": "loop"}
@@ -98,21 +106,23 @@ def test_a_run_adds_up_its_steps_its_features_and_what_is_run_again():
     run = settings("finetune")
     forward, backward = pair_macs(Training(base, is_ffn, None), [12])
     features = pair_macs(Training(base, lambda name: False, None), [9])[0]
-    total = run_flops(run, base, base, {"finetune": 5}, 100, tokens)
+    total = run_flops(run, base, base, {"finetune": 5}, 100, 100, tokens)
     assert total == pytest.approx(2 * (5 * 4 * (forward + backward) + 100 * features))
+    captions = tower_macs(base, "text_model", 9, pooled_only=True)[0]
+    assert run_flops(run, base, base, {"finetune": 5}, 100, 0, tokens) == pytest.approx(total - 2 * 100 * captions)
     run.engine.chunk_size = 2  # gradient caching: features first without a graph
-    assert run_flops(run, base, base, {"finetune": 5}, 100, tokens) == pytest.approx(total + 2 * 5 * 4 * forward)
+    assert run_flops(run, base, base, {"finetune": 5}, 100, 100, tokens) == pytest.approx(total + 2 * 5 * 4 * forward)
     two = settings("finetune", loss="multi-positive")
-    assert run_flops(two, base, base, {"finetune": 5}, 0, tokens) > run_flops(
+    assert run_flops(two, base, base, {"finetune": 5}, 0, 0, tokens) > run_flops(
         settings("finetune"), base, base, {"finetune": 5}, 0, tokens
     )
 
 
 def test_a_method_that_is_not_known_is_refused_and_the_base_alone_costs_nothing():
     base, tokens = make_tiny_config(), CaptionTokens(12, 6, 9)
-    assert run_flops(settings("base"), base, base, {}, 0, tokens) == 0
+    assert run_flops(settings("base"), base, base, {}, 0, 0, tokens) == 0
     with pytest.raises(ValueError, match="'alchemy' are not counted"):
-        run_flops(settings("alchemy"), base, base, {}, 0, tokens)
+        run_flops(settings("alchemy"), base, base, {}, 0, 0, tokens)
 
 
 class Words:

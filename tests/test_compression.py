@@ -12,7 +12,7 @@ from conftest import make_tiny_config
 
 from llava_clipmoe import experts_clipmoe
 from llava_clipmoe.compression import _Directions, compress, expand, second_moments
-from llava_clipmoe.experts_clipmoe import DeltaExperts, _sort_by_set, quick_gelu
+from llava_clipmoe.experts_clipmoe import DeltaExperts, _even, _sort_by_set, quick_gelu
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
 
 E, D, H, N, R = 4, 32, 64, 40, 8
@@ -120,7 +120,7 @@ def test_tokens_are_grouped_by_the_set_of_their_experts():
 
 def test_even_groups_have_few_sizes_and_give_what_is_over_to_all_experts():
     chosen = torch.rand(400, 4, generator=torch.Generator().manual_seed(0)).topk(2).indices
-    order, groups = _sort_by_set(chosen, 4, even=True)
+    order, groups = _even(*_sort_by_set(chosen, 4), 4)
     step = 400 // (8 * 6)
     *whole, (everyone, over) = groups
     assert all(count % step == 0 for _, count in whole) and len(whole) == 6
@@ -135,16 +135,18 @@ def test_even_groups_give_the_same(monkeypatch):
     x, (weights, chosen) = torch.randn(400, D, generator=generator), torch.rand(400, 4, generator=generator).topk(2)
     calls = []
 
-    def even_groups(*arguments, even):
-        calls.append(even)
-        return _sort_by_set(*arguments, even=True)
+    def even(*arguments):
+        calls.append(1)
+        return _even(*arguments)
 
     with torch.no_grad():
         expected = experts(x, weights, chosen)
-        monkeypatch.setattr(experts_clipmoe, "_sort_by_set", even_groups)
+        monkeypatch.setattr(experts_clipmoe, "_even", even)
+        monkeypatch.setattr(experts_clipmoe, "_sort_by_set", lambda *given: _even(*_sort_by_set(*given), 4))
         assert_close(experts(x, weights, chosen), expected, 1e-5)
+        assert not calls  # by itself in half precision alone
         experts.bfloat16()(x.bfloat16(), weights, chosen)
-    assert calls == [False, True]  # by itself in half precision alone
+        assert calls
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])

@@ -34,6 +34,7 @@ class Cost:
     """Bytes."""
     encoded: int = 0
     """Images whose features were computed, all stages together."""
+    encoded_captions: int = 0
 
     @property
     def clusters(self) -> float:
@@ -84,7 +85,8 @@ def read_cell(folder: Path) -> Cell:
     batch = max((training.optim.global_batch_size for training in found.values()), default=1)
     data = json.dumps(settings["data"], sort_keys=True)
     tokens = _tokens(data, folder / "base", base.text_config.max_position_embeddings, batch) if found else None
-    flops = run_flops(config, base, result, steps_of(rows), cost.encoded, tokens) if found else 0.0
+    encoded = cost.encoded, cost.encoded_captions
+    flops = run_flops(config, base, result, steps_of(rows), *encoded, tokens) if found else 0.0
     return Cell(read_json(folder / "results.json"), cost, vision_macs(result), flops, tokens)
 
 
@@ -120,7 +122,7 @@ def cost_of(rows: Sequence[Mapping[str, Any]], batches: Mapping[str, int], cpu: 
         if key not in longest or row.get("images", 0) >= longest[key].get("images", 0):
             longest[key] = row
     other: dict[str, float] = {}
-    samples = seconds = encoded = 0
+    samples = seconds = encoded = captions = 0
     for (work, stage), row in longest.items():
         # On a CPU its own time and not the clock's: a comparison runs for hours, and other programs run beside it.
         took = row.get("cpu_seconds", row["seconds"]) if cpu else row["seconds"]
@@ -130,6 +132,8 @@ def cost_of(rows: Sequence[Mapping[str, Any]], batches: Mapping[str, int], cpu: 
             seconds += took * (whole / row["images"] if row["images"] else 1)
         else:
             other[work] = other.get(work, 0.0) + took
-            encoded += row["images"] if work == "features" else 0
+            if work == "features":
+                encoded += row["images"]
+                captions += row.get("captions", row["images"])  # older runs wrote one number and meant both
     peak = max((row["peak_memory_bytes"] for row in own), default=0)
-    return Cost(sum(steps.values()), samples, seconds, other, peak, encoded)
+    return Cost(sum(steps.values()), samples, seconds, other, peak, encoded, captions)

@@ -199,15 +199,15 @@ def _ffns_of(result: CLIPMoEConfig) -> Learns:
 
 def run_flops(
     config: SimpleNamespace, base: CLIPMoEConfig, result: CLIPMoEConfig, steps: Mapping[str, int],
-    encoded: int, tokens: CaptionTokens,
+    encoded: int, encoded_captions: int, tokens: CaptionTokens,
 ) -> float:  # fmt: skip
     """Floating-point operations of everything after the base.
 
-    steps: of each training, by its name. encoded: images whose features were computed, and their first
-    captions' (by ICCL the images' alone).
+    steps: of each training, by its name. encoded: images whose features were computed; encoded_captions: captions.
     """
-    seen = [] if config.method == "fmoe" else [tokens.alone]
-    total = encoded * pair_macs(Training(base, lambda name: False, None), seen, features=True)[0]
+    frozen = Training(base, lambda name: False, None)
+    picture, pair = (pair_macs(frozen, captions, features=True)[0] for captions in ([], [tokens.alone]))
+    total = encoded * picture + encoded_captions * (pair - picture)
     found = trainings(config, base, result)
     for name, done in steps.items():
         training = found[name]

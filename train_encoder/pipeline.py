@@ -138,7 +138,7 @@ class Pipeline:
         """Embeddings of all usable training images and of their `captions` under the model `name`, whose weights (or
         what tells them from the base's) are in the file `weights`."""
         engine = self.config.engine
-        with self.timed("features", name):
+        with self.timed("features", name, captions=0 if captions == "none" else len(self.rows)):
             bundle.model.to(self.accelerator.device)
             return encode_source(
                 bundle, self.source, self.folder.features(name), captions=captions, rows=self.rows,
@@ -183,14 +183,14 @@ class Pipeline:
             discard_checkpoints(self.folder.checkpoints(name))
 
     @contextmanager
-    def timed(self, work: str, stage: str) -> Iterator[None]:
-        """Log how long a piece of work took and the memory it needed."""
+    def timed(self, work: str, stage: str, **counts: int) -> Iterator[None]:
+        """Log how long a piece of work took and the memory it needed. counts: of what it does, beside images."""
         started, busy = time.time(), time.process_time()
         reset_peak_memory(self.accelerator.device)
         yield
         self.metrics.log({
             "event": "done", "work": work, "stage": stage, "seconds": time.time() - started,
-            "cpu_seconds": time.process_time() - busy, "images": len(self.rows),
+            "cpu_seconds": time.process_time() - busy, "images": len(self.rows), **counts,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
         })  # fmt: skip
 
