@@ -1,0 +1,102 @@
+"""Why DMU scores what it scores on emoji: one thing of its recipe changed at a time, on a comparison's own bases.
+
+    llava-clipmoe compare all --seeds 3 --jobs 2 --output-dir runs/compare
+    python benchmarks/openmoji_ablations.py --comparison runs/compare --jobs 2      (resumes)
+
+Every run starts from the base that the comparison trained with that seed, and spends as many epochs. The table is the
+mean of all retrieval scores on held-out concepts (R@1 and R@5, both ways, both sets of captions) in percent.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timing
+import tyro
+from openmoji_seeds import mean_score
+
+from llava_clipmoe.files import read_json
+from train_encoder.compare_run import Runner
+
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "previous": ("each stage goes on from the one before it", ("--mcl.start-from", "previous")),
+    "random": ("no hard negatives: one cluster, batches at random", (
+        "--clusters.image-clusters", "1", "--clusters.text-clusters", "1")),
+    "clusters-2x2": ("2 x 2 clusters a stage, so that they fill a batch longer", (
+        "--clusters.image-clusters", "2", "--clusters.text-clusters", "2")),
+    "base-captions": ("no new captions: those that the base was trained on", (
+        "--data.caption-columns", "short", "description")),
+    "short-stages": ("stages of 1 epoch, router 5", ("--mcl.optim.epochs", "1", "--moe.optim.epochs", "5")),
+    "slow-stages": ("stages' learning rate 2e-4 (5e-4)", ("--mcl.optim.learning-rate", "2e-4")),
+    "fast-stages": ("stages' learning rate 1e-3 (5e-4)", ("--mcl.optim.learning-rate", "1e-3")),
+    "slow-router": ("router's learning rate 1e-3 (1e-2)", ("--moe.optim.learning-rate", "1e-3")),
+}  # fmt: skip
+"""Name of the folder -> in words, and flags for train-encoder."""
+BESIDE = ("base", "direct-ft", "direct-ft-all", "sparse-upcycling")
+"""Recipes of the comparison that are listed for reference."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    comparison: Path = Path("runs/compare")
+    """A finished comparison on OpenMoji: its bases, and its scores for reference."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: int = 3
+    jobs: int = 1
+    runs: Path = Path("runs/ablations")
+    output: Path | None = None
+    """Write the table to this file."""
+
+
+def make(s: Settings, runner: Runner, name: str, seed: int) -> None:
+    """One run; nothing where it is finished."""
+    folder = s.runs / f"{name}-seed{seed}"
+    if (folder / "results.json").exists():
+        return
+    base = (s.comparison / f"base-openmoji-seed{seed}" / "base").resolve()
+    words = [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", "dmu-openmoji", "--seed", str(seed),
+             "--base.source", str(base), "--output-dir", str(folder), *VARIANTS[name][1]]  # fmt: skip
+    print(f"{name}, seed {seed} (log: {folder}.log)", flush=True)
+    runner.run(words, folder.with_name(folder.name + ".log"))
+
+
+def row(name: str, runs: list[dict[str, Any]], against: list[float]) -> list[str]:
+    """Scores of one system over the seeds, and of the parts of a CLIP-MoE. against: another system's, by seed."""
+    result = runs[0].get("result", "clip-moe")
+    scores = [100 * mean_score(one, result) for one in runs]
+    gaps = [mine - other for mine, other in zip(scores, against, strict=True)]
+    systems = next(iter(runs[0]["retrieval"].values()))
+    parts = [
+        f"{statistics.mean(100 * mean_score(one, part) for one in runs):.2f}" if part in systems else ""
+        for part in ("expert1", "expert2", "expert3", "clip-moe (untrained router)")
+    ]
+    spread = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x) if len(x) > 1 else 0:.2f}" for x in (scores, gaps)]
+    return [name, spread[0], " ".join(f"{score:.1f}" for score in scores), spread[1], *parts]
+
+
+def main() -> None:
+    s = tyro.cli(Settings, description=__doc__, use_underscores=False)
+    runner = Runner(s.jobs)
+    runner.all([partial(make, s, runner, name, seed) for name in s.variants for seed in range(s.seeds)])
+
+    def results(folder: Path, name: str) -> list[dict[str, Any]]:
+        return [read_json(folder / f"{name}-seed{seed}" / "results.json") for seed in range(s.seeds)]
+
+    direct = [100 * mean_score(one, one["result"]) for one in results(s.comparison, "direct-ft-openmoji")]
+    known = {name: results(s.comparison, f"{name}-openmoji") for name in (*BESIDE, "dmu")}
+    rows = [row(name, runs, direct) for name, runs in known.items()]
+    rows += [row(f"dmu: {VARIANTS[name][0]}", results(s.runs, name), direct) for name in s.variants]
+    columns = ("system", "mean", "by seed", "minus direct-ft", "expert 1", "expert 2", "expert 3", "untrained router")
+    text = timing.command(__file__, None) + "\n\n" + timing.markdown(columns, rows)
+    print(text)
+    if s.output is not None:
+        s.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
