@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from tiny_llava import upstream_is_installed
+
+from train_encoder.recipes import RECIPES
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -40,6 +43,27 @@ def rows_of(text: str, first: str) -> dict[str, list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------ the programs
+
+
+def test_an_ablation_changes_what_it_says_and_is_set_against_a_recipe(benchmark):
+    ablations = benchmark("openmoji_ablations")
+
+    def parse(*flags: str):
+        return tyro.extras.overridable_config_cli(RECIPES, args=["dmu-openmoji", *flags])
+
+    plain, changed = parse(), {name: parse(*flags) for name, (_, flags) in ablations.VARIANTS.items()}
+    assert all(config != plain for config in changed.values()) and len(set(map(str, changed.values()))) == len(changed)
+    spent = {3 * c.mcl.optim.epochs + c.moe.optim.epochs for c in (plain, *changed.values())}
+    assert spent == {8}, "all pass over the data equally often"
+
+    def run(**scores: float) -> dict:
+        names = ("i2t_r1", "t2i_r1", "i2t_r5", "t2i_r5")
+        values = {name.replace("_", "-"): dict.fromkeys(names, score) for name, score in scores.items()}
+        return {"result": "clip-moe", "retrieval": {"held-out": values}}
+
+    runs = [run(clip_moe=0.2, expert1=0.1), run(clip_moe=0.4, expert1=0.3)]
+    cells = ablations.row("mine", runs, [10.0, 20.0])
+    assert cells == ["mine", "30.00 ± 14.14", "20.0 40.0", "15.00 ± 7.07", "20.00", "", "", ""]
 
 
 def test_tower_speed_compares_every_way_to_run_one_model(benchmark, capsys, tmp_path):
