@@ -114,7 +114,7 @@ def test_a_run_adds_up_its_steps_its_features_and_what_is_run_again():
     assert run_flops(run, base, base, {"finetune": 5}, 100, 100, tokens) == pytest.approx(total + 2 * 5 * 4 * forward)
     two = settings("finetune", loss="multi-positive")
     assert run_flops(two, base, base, {"finetune": 5}, 0, 0, tokens) > run_flops(
-        settings("finetune"), base, base, {"finetune": 5}, 0, tokens
+        settings("finetune"), base, base, {"finetune": 5}, 0, 0, tokens
     )
 
 
