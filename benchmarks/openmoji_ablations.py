@@ -20,7 +20,7 @@ import timing
 import tyro
 from openmoji_seeds import mean_score
 
-from llava_clipmoe.files import read_json
+from llava_clipmoe.files import read_json, write_text
 from train_encoder.compare_run import Runner
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -95,7 +95,7 @@ def main() -> None:
     text = timing.command(__file__, None) + "\n\n" + timing.markdown(columns, rows)
     print(text)
     if s.output is not None:
-        s.output.write_text(text + "\n")
+        write_text(s.output, text + "\n")
 
 
 if __name__ == "__main__":
