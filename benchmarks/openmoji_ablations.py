@@ -18,7 +18,7 @@ from typing import Any
 
 import timing
 import tyro
-from openmoji_seeds import mean_score
+from openmoji_seeds import mean_and_spread, mean_score
 
 from llava_clipmoe.files import read_json, write_text
 from train_encoder.compare_run import Runner
@@ -53,12 +53,17 @@ class Settings:
     """Write the table to this file."""
 
 
+def folder_of(runs: Path, name: str, seed: int) -> Path:
+    """Where a run lies, and (as the comparison names its own) the comparison's."""
+    return runs / f"{name}-seed{seed}"
+
+
 def make(s: Settings, runner: Runner, name: str, seed: int) -> None:
     """One run; nothing where it is finished."""
-    folder = s.runs / f"{name}-seed{seed}"
+    folder = folder_of(s.runs, name, seed)
     if (folder / "results.json").exists():
         return
-    base = (s.comparison / f"base-openmoji-seed{seed}" / "base").resolve()
+    base = (folder_of(s.comparison, "base-openmoji", seed) / "base").resolve()
     words = [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", "dmu-openmoji", "--seed", str(seed),
              "--base.source", str(base), "--output-dir", str(folder), *VARIANTS[name][1]]  # fmt: skip
     print(f"{name}, seed {seed} (log: {folder}.log)", flush=True)
@@ -68,15 +73,15 @@ def make(s: Settings, runner: Runner, name: str, seed: int) -> None:
 def row(name: str, runs: list[dict[str, Any]], against: list[float]) -> list[str]:
     """Scores of one system over the seeds, and of the parts of a CLIP-MoE. against: another system's, by seed."""
     result = runs[0].get("result", "clip-moe")
-    scores = [100 * mean_score(one, result) for one in runs]
+    scores = [mean_score(one, result) for one in runs]
     gaps = [mine - other for mine, other in zip(scores, against, strict=True)]
     systems = next(iter(runs[0]["retrieval"].values()))
     parts = [
-        f"{statistics.mean(100 * mean_score(one, part) for one in runs):.2f}" if part in systems else ""
+        f"{100 * statistics.mean(mean_score(one, part) for one in runs):.2f}" if part in systems else ""
         for part in ("expert1", "expert2", "expert3", "clip-moe (untrained router)")
     ]
-    spread = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x) if len(x) > 1 else 0:.2f}" for x in (scores, gaps)]
-    return [name, spread[0], " ".join(f"{score:.1f}" for score in scores), spread[1], *parts]
+    by_seed = " ".join(f"{100 * score:.1f}" for score in scores)
+    return [name, mean_and_spread(scores, digits=2), by_seed, mean_and_spread(gaps, digits=2), *parts]
 
 
 def main() -> None:
@@ -84,10 +89,10 @@ def main() -> None:
     runner = Runner(s.jobs)
     runner.all([partial(make, s, runner, name, seed) for name in s.variants for seed in range(s.seeds)])
 
-    def results(folder: Path, name: str) -> list[dict[str, Any]]:
-        return [read_json(folder / f"{name}-seed{seed}" / "results.json") for seed in range(s.seeds)]
+    def results(runs: Path, name: str) -> list[dict[str, Any]]:
+        return [read_json(folder_of(runs, name, seed) / "results.json") for seed in range(s.seeds)]
 
-    direct = [100 * mean_score(one, one["result"]) for one in results(s.comparison, "direct-ft-openmoji")]
+    direct = [mean_score(one, one["result"]) for one in results(s.comparison, "direct-ft-openmoji")]
     known = {name: results(s.comparison, f"{name}-openmoji") for name in (*BESIDE, "dmu")}
     rows = [row(name, runs, direct) for name, runs in known.items()]
     rows += [row(f"dmu: {VARIANTS[name][0]}", results(s.runs, name), direct) for name in s.variants]

@@ -38,9 +38,10 @@ def run_seed(s: Settings, seed: int) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
+    """Of shares, in percent."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}"
+    return f"{100 * statistics.mean(values):.{digits}f} ± {100 * spread:.{digits}f}"
 
 
 def mean_score(result: dict, system: str) -> float:

@@ -8,6 +8,7 @@ r rank of a difference   G tokens of one group
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -113,11 +114,12 @@ class Experts(nn.Module):
     def _loop(self, x_ND, weights_NK, experts_NK):
         """The readable reference: sort token-expert pairs by expert, run each expert on its own slice."""
         order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
-        x_MD = x_ND[order_M // experts_NK.shape[1]]
-        one = self._in_place if self.act is quick_gelu and only_reads(self) else self.single
-        parts = [
-            one(part, e) for e, part in enumerate(x_MD.split(counts_E.tolist()))
-        ]  # an expert without tokens runs on an empty slice, so that its gradient is zero and not None
+        x_MD, counts = x_ND[order_M // experts_NK.shape[1]], counts_E.tolist()
+        if self.act is quick_gelu and only_reads(self):
+            slices = _slices(counts, step=16 if few_sizes_pay(x_ND) else 1)
+            parts = [self._in_place(x_MD[rows], e)[own] for e, (rows, own) in enumerate(slices)]
+        else:  # an expert without tokens runs on an empty slice, so that its gradient is zero and not None
+            parts = [self.single(part, e) for e, part in enumerate(x_MD.split(counts))]
         return _combine(torch.cat(parts), order_M, weights_NK)
 
     def _in_place(self, x: torch.Tensor, expert: int) -> torch.Tensor:
@@ -208,9 +210,8 @@ class DeltaExperts(nn.Module):
         """Without a graph, for the CPU: tokens sorted by the SET of experts that they use (6 sets of 2 out of 4), so
         that a group is one slice for all its experts and nothing of width H is ever gathered or copied."""
         fc1, fc2, dtype = *self._parts(x_ND), working_dtype(x_ND)
-        even = x_ND.device.type == "cpu" and dtype != torch.float32
         order_N, groups = _sort_by_set(experts_NK, self.num_experts)
-        if even:
+        if few_sizes_pay(x_ND):
             order_N, groups = _even(order_N, groups, self.num_experts)
         weights_NE = torch.zeros(len(x_ND), self.num_experts, device=x_ND.device).scatter(1, experts_NK, weights_NK)
         weights_NE = (weights_NE[order_N] / self.scale).to(dtype)
@@ -315,11 +316,7 @@ def _sort_by_set(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tens
 
 def _even(order_N: torch.Tensor, groups: Groups, num_experts: int) -> tuple[torch.Tensor, Groups]:
     """Groups of few different sizes, and a last one of what is over, whose tokens are given to all experts (those that
-    a token did not choose weigh nothing).
-
-    In half precision oneDNN compiles a kernel for every size of a product and keeps it: 130 MB more for one picture of
-    ViT-L/14@336, and other sizes with the next picture.
-    """
+    a token did not choose weigh nothing). See `few_sizes_pay`."""
     step = max(1, len(order_N) // (8 * len(groups)))  # a sixteenth of the tokens is over, on average
     kept, over = [], []
     for part in order_N.split([count for _, count in groups]):
@@ -330,6 +327,17 @@ def _even(order_N: torch.Tensor, groups: Groups, num_experts: int) -> tuple[torc
     sets = [chosen for chosen, _ in groups]
     groups = [*zip(sets, map(len, kept), strict=True), (list(range(num_experts)), len(rest))]
     return torch.cat([*kept, rest]), [(chosen, count) for chosen, count in groups if count]
+
+
+def _slices(counts: list[int], step: int) -> Iterator[tuple[slice, slice]]:
+    """For groups that lie one after the other: the rows of each, made up to a multiple of `step` by its neighbours'
+    (whose results are thrown away), and where its own lie in them. See `few_sizes_pay`."""
+    start, total = 0, sum(counts)
+    for count in counts:
+        size = min(-(-count // step) * step, total)
+        first = min(start, total - size)
+        yield slice(first, first + size), slice(start - first, start - first + count)
+        start += count
 
 
 def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -349,6 +357,12 @@ def compiles(x: torch.Tensor) -> bool:
     experts in Python, which breaks the graph."""
     traced = hasattr(F, "grouped_mm") and (TRACES_GROUPED_MM or working_dtype(x) == torch.bfloat16)
     return traced and torch.compiler.is_compiling()
+
+
+def few_sizes_pay(x: torch.Tensor) -> bool:
+    """True where products of many sizes are dear: in half precision oneDNN compiles a kernel for every size and keeps
+    it, 130 MB for one picture of ViT-L/14@336, and other sizes with the next picture."""
+    return x.device.type == "cpu" and working_dtype(x) != torch.float32
 
 
 def only_reads(experts: nn.Module) -> bool:

@@ -62,7 +62,7 @@ def test_an_ablation_changes_what_it_says_and_is_set_against_a_recipe(benchmark)
         return {"result": "clip-moe", "retrieval": {"held-out": values}}
 
     runs = [run(clip_moe=0.2, expert1=0.1), run(clip_moe=0.4, expert1=0.3)]
-    cells = ablations.row("mine", runs, [10.0, 20.0])
+    cells = ablations.row("mine", runs, [0.1, 0.2])
     assert cells == ["mine", "30.00 ± 14.14", "20.0 40.0", "15.00 ± 7.07", "20.00", "", "", ""]
 
 

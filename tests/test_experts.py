@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_clipmoe.experts_clipmoe import Experts, _combine, _sort_by_expert, grouped_mm_pays
+from llava_clipmoe.experts_clipmoe import Experts, _combine, _slices, _sort_by_expert, grouped_mm_pays
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 E, D, H, N = 4, 32, 64, 40
@@ -92,6 +92,31 @@ def test_the_loop_is_the_papers_sum(kind, k):
             h = h * torch.sigmoid(1.702 * h)
             expected[n] += w * (experts.fc2.weight[e] @ h + experts.fc2.bias[e])
     torch.testing.assert_close(experts(x, weights, chosen), expected, atol=1e-5, rtol=1e-5)
+
+
+@routings
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"])
+def test_the_loop_without_a_graph_equals_the_loop(kind, k, dtype, tolerance, device):
+    """It works in place, and in half precision on a CPU in slices of few sizes."""
+    routing = make_routing(kind, k, device)
+    expected = make_experts("loop", device=device)(*routing)
+    x, weights, chosen = routing
+    with torch.no_grad():
+        actual = make_experts("loop", dtype, device)(x.to(dtype), weights, chosen)
+    assert actual.dtype == dtype and not actual.requires_grad
+    error = (actual.float() - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 33, 16], [54, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 3]])
+def test_slices_are_of_few_sizes_and_find_each_groups_own_rows(counts):
+    rows = torch.arange(sum(counts))
+    slices = list(_slices(counts, step=16))
+    own = [rows[around][inner].tolist() for around, inner in slices]
+    assert own == [part.tolist() for part in rows.split(counts)]
+    for (around, _), count in zip(slices, counts, strict=True):
+        assert len(rows[around]) == min(-(-count // 16) * 16, len(rows))
 
 
 @needs_grouped_mm

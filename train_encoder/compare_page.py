@@ -53,7 +53,7 @@ def make_page(cells: Cells, llavas: Sequence[Llava], command: Sequence[str]) -> 
     seeds = len(next(iter(cells.values())))
     lead = (
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}, in percent. Every recipe starts from "
-        "the same converged base of its seed and spends as many epochs on the same captions."
+        "the same base of its seed and spends as many epochs on the same captions."
     )
     found = sections(cells)
     return Page("Comparison of recipes", shlex.join(command), lead, summary(cells, found), found + llava, cells)
