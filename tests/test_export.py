@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from test_fusion_gate import make_fmoe
 
 from llava_clipmoe import export, llava_hook
 from llava_clipmoe.cli import _message
+from llava_clipmoe.compression import compress
 from llava_clipmoe.export import export_hf, main
 from llava_clipmoe.files import SaveError, load_tensors, read_json, save_tensors, write_json
 from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
@@ -209,6 +211,16 @@ def test_a_llava_with_a_dense_tower_gives_the_same_logits_and_answers(
     exported = Exported(tmp_path / "out")
     assert type(vision_model(exported)).__name__ == "CLIPVisionModel"
     assert_same(Upstream(llava, source), exported, picture)
+
+
+@pytest.mark.parametrize("kind", ["a fusion gate", "delta experts"])
+def test_every_kind_of_experts_is_exported(kind, llava, tiny_dense, tiny_moe, tokenizer_model, tmp_path, picture):
+    model = make_fmoe(tiny_dense) if kind == "a fusion gate" else compress(tiny_moe, rank=4)[0]
+    source = make_llava(llava, make_tower(model, tmp_path), tokenizer_model, tmp_path / "llava-kind")
+    vision = export_hf(source, tmp_path / "out")["vision_config"]
+    assert bool(vision.get("fusion_gate")) == (kind == "a fusion gate")
+    assert bool(vision.get("delta_ranks")) == (kind == "delta experts")
+    assert_same(Upstream(llava, source), Exported(tmp_path / "out"), picture)
 
 
 def vision_model(exported: Exported) -> torch.nn.Module:
