@@ -75,12 +75,15 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     moments: Mapping[str, Moments] | None = None,
+    decomposed: Decomposed | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[CLIPMoEModel, list[Kept]]:
     """The same model with delta experts, and what they keep. `model` is left as it is.
 
     rank: of every difference, or energy: between 0 and 1, the smallest rank at which every expert of a layer keeps
-    this share; one of the two. moments: from `second_moments`. progress(done, total) is called after every block.
+    this share; one of the two. moments: from `second_moments`. decomposed: an empty dict to fill, or one filled by an
+    earlier call with the same model and moments, so that only the first rank costs a decomposition (about 3.5 GB for a
+    ViT-L with four experts). progress(done, total) is called after every block.
     Raises ValueError for a model without whole experts, and for a rank or energy that cannot be.
     """
     _check(model.config, rank, energy)
@@ -91,8 +94,12 @@ def compress(
         pair = []
         for layer in LAYERS:
             weight_Eoi = state.pop(f"{name}.{layer}.weight")
-            seen = [moments and moments[name].of_layer(layer, e) for e in range(experts.num_experts)]
-            factors, shift_Eo, shares = _factors(weight_Eoi, seen, rank, energy)
+            known = {} if decomposed is None else decomposed
+            if (name, layer) not in known:
+                seen = [moments and moments[name].of_layer(layer, e) for e in range(experts.num_experts)]
+                known[name, layer] = [Directions(*pair) for pair in zip(_differences(weight_Eoi), seen, strict=True)]
+            found = known[name, layer]
+            factors, shift_Eo, shares = _factors(weight_Eoi, found, rank, energy)
             state |= {f"{name}.{layer}.{part}": tensor for part, tensor in factors.items()}
             state[f"{name}.{layer}.bias"] = state[f"{name}.{layer}.bias"] + shift_Eo
             pair.append(factors["down"].shape[1])
@@ -150,40 +157,44 @@ Seen = tuple[torch.Tensor, torch.Tensor]
 """Mean [i] and covariance [i,i] of a layer's inputs."""
 
 
+def _differences(weight_Eoi: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of every expert from the base, the first of them, in double precision [o,i]."""
+    return ((one - weight_Eoi[0]).double() for one in weight_Eoi)
+
+
 def _factors(
-    weight_Eoi: torch.Tensor, seen: list[Seen | None], rank: int | None, energy: float | None
+    weight_Eoi: torch.Tensor, found: list[Directions], rank: int | None, energy: float | None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, tuple[float, ...]]:
     """-> base [o,i], up [E,o,r], down [E,r,i]; what the biases need [E,o]; the shares kept."""
-    base_oi, full = weight_Eoi[0], min(weight_Eoi.shape[1:])
-    bases = [_Directions((one - base_oi).double(), s) for one, s in zip(weight_Eoi, seen, strict=True)]
     if rank is None:
-        rank = max(found.rank_for(energy) for found in bases)
-    rank = min(full, -(-rank // MULTIPLE) * MULTIPLE)
-    triples = [found.factors(rank) for found in bases]
+        rank = max(one.rank_for(energy) for one in found)
+    rank = min(*weight_Eoi.shape[1:], -(-rank // MULTIPLE) * MULTIPLE)
+    triples = [one.factors(m_oi, rank) for one, m_oi in zip(found, _differences(weight_Eoi), strict=True)]
     up_Eor, down_Eri, shift_Eo = (torch.stack(parts).to(weight_Eoi.dtype) for parts in zip(*triples, strict=True))
-    shares = tuple(found.energy(rank) for found in bases)
-    return {"base": base_oi, "up": up_Eor, "down": down_Eri}, shift_Eo, shares
+    shares = tuple(one.energy(rank) for one in found)
+    return {"base": weight_Eoi[0], "up": up_Eor, "down": down_Eri}, shift_Eo, shares
 
 
-class _Directions:
-    """The leading directions of one difference [o,i], in double precision, under the covariance S of its inputs.
+class Directions:
+    """The leading directions of one difference M [o,i], in double precision, under the covariance S of its inputs.
 
-    With S = L L^T the product B A of rank r that is nearest to the difference M in |(M - B A) L| comes from the leading
-    eigenvectors of M S M^T (U: B = U, A = U^T M) or of L^T M^T M L (V: B = M L V, A = V^T L^-1): whichever is smaller.
+    With S = L L^T the product B A of rank r that is nearest to M in |(M - B A) L| comes from the leading eigenvectors
+    of M S M^T (U: B = U, A = U^T M) or of L^T M^T M L (V: B = M L V, A = V^T L^-1): whichever is smaller.
     """
 
-    def __init__(self, difference_oi: torch.Tensor, seen: Seen | None):
-        self.m, (o, i) = difference_oi, difference_oi.shape
-        self.zero, self.left, self.root, self.mean = not difference_oi.any(), o <= i, None, None
+    def __init__(self, m_oi: torch.Tensor, seen: Seen | None):
+        o, i = m_oi.shape
+        self.zero, self.left, self.mean, root = not m_oi.any(), o <= i, None, None
         if seen is not None:
-            self.mean, s = (part.to(difference_oi) for part in seen)
+            self.mean, s = (part.to(m_oi) for part in seen)
             spread = s.diagonal().mean()
             if spread > ROUNDING * self.mean.square().mean():
                 s = s / spread + RIDGE * torch.eye(i, dtype=s.dtype, device=s.device)
-                self.root = torch.linalg.cholesky(s)
+                root = torch.linalg.cholesky(s)
+        self.root = None if self.left else root  # the other way needs it again
         if self.zero:
             return
-        whitened = difference_oi if self.root is None else difference_oi @ self.root
+        whitened = m_oi if root is None else m_oi @ root
         gram = whitened @ whitened.T if self.left else whitened.T @ whitened
         values, vectors = torch.linalg.eigh(gram)
         self.values, self.vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -199,24 +210,28 @@ class _Directions:
         shares = self.values.cumsum(0) / self.values.sum()
         return min(int((shares < energy - 1e-9).sum()) + 1, len(shares))
 
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> up [o,r], down [r,i], and what the bias needs [o]. The two are scaled alike, so that half precision suits
-        both."""
-        o, i = self.m.shape
+    def factors(self, m_oi: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the same difference -> up [o,r], down [r,i], and what the bias needs [o]. up and down are scaled alike, so
+        that half precision suits both."""
+        o, i = m_oi.shape
         if self.zero:
-            return self.m.new_zeros(o, rank), self.m.new_zeros(rank, i), self.m.new_zeros(o)
+            return m_oi.new_zeros(o, rank), m_oi.new_zeros(rank, i), m_oi.new_zeros(o)
         v = self.vectors[:, :rank]
         if self.left:
-            up, down = v, v.T @ self.m
+            up, down = v, v.T @ m_oi
         elif self.root is None:
-            up, down = self.m @ v, v.T
+            up, down = m_oi @ v, v.T
         else:
-            up = self.m @ (self.root @ v)
+            up = m_oi @ (self.root @ v)
             down = torch.linalg.solve_triangular(self.root.T, v, upper=True).T
-        shift = self.m.new_zeros(o) if self.mean is None else self.m @ self.mean - up @ (down @ self.mean)
+        shift = m_oi.new_zeros(o) if self.mean is None else m_oi @ self.mean - up @ (down @ self.mean)
         balance = (down.norm(dim=1) / up.norm(dim=0).clamp_min(1e-300)).sqrt()
         balance = torch.where(balance > 0, balance, 1.0)
         return up * balance, down / balance[:, None], shift
+
+
+Decomposed = dict[tuple[str, str], list[Directions]]
+"""Block and layer -> the directions of its experts."""
 
 
 # --------------------------------------------------------------------------------------------------------- the moments

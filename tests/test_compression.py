@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny_config
 
-from llava_clipmoe import experts_clipmoe
-from llava_clipmoe.compression import _Directions, compress, expand, second_moments
+from llava_clipmoe import compression, experts_clipmoe
+from llava_clipmoe.compression import Directions, compress, expand, second_moments
 from llava_clipmoe.experts_clipmoe import DeltaExperts, _even, _sort_by_set, quick_gelu
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
 
@@ -157,8 +157,8 @@ def test_an_expert_that_saw_one_input_many_times_is_cut_as_if_it_saw_none(size):
     for _ in range(7):
         products.addmm_(x[:, None], x[None])
     covariance = products.double() / 7 - x.double()[:, None] * x.double()  # rounding, and not positive definite
-    up, down, shift = _Directions(difference.double(), (x.double(), covariance)).factors(R)
-    plain_up, plain_down, none = _Directions(difference.double(), None).factors(R)
+    up, down, shift = Directions(difference.double(), (x.double(), covariance)).factors(difference.double(), R)
+    plain_up, plain_down, none = Directions(difference.double(), None).factors(difference.double(), R)
     torch.testing.assert_close((up, down), (plain_up, plain_down))
     torch.testing.assert_close(up @ down @ x.double() + shift, difference.double() @ x.double())
     assert not none.any() and shift.any()
@@ -212,6 +212,18 @@ def collected(model: CLIPMoEModel):
         model.get_image_features(pixels)
         model.get_text_features(tokens)
     return moments
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_second_rank_needs_no_second_decomposition(moe, calibrated, monkeypatch):
+    moments, decomposed = collected(moe) if calibrated else None, {}
+    compress(moe, rank=16, moments=moments, decomposed=decomposed)
+    expected, kept = compress(moe, rank=8, moments=moments)
+    monkeypatch.setattr(compression.Directions, "__init__", lambda *_: pytest.fail("decomposed again"))
+    delta, shares = compress(moe, rank=8, moments=moments, decomposed=decomposed)
+    assert shares == kept
+    for (name, a), b in zip(delta.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_a_truncated_difference_is_the_best_of_its_rank(moe):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 
-from llava_clipmoe.compression import Moments, compress, second_moments
+from llava_clipmoe.compression import Decomposed, Moments, compress, second_moments
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import write_json, write_text
 from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
@@ -242,14 +242,21 @@ class Study:
         }
 
     def make(
-        self, rank: int | None, energy: float | None, calibrated: bool, bar: bool = False
+        self,
+        rank: int | None,
+        energy: float | None,
+        calibrated: bool,
+        bar: bool = False,
+        decomposed: Decomposed | None = None,
     ) -> tuple[ClipBundle, Trial]:
         """A compressed model, and what it keeps and scores."""
         progress = Bar("compressing", sum(len(t.moe_layers) for t in _towers(self.bundle)), unit="blocks")
         with progress if bar else nullcontext():
             report = (lambda done, total: progress.advance(done - progress.done)) if bar else (lambda done, total: None)
             moments = self.moments if calibrated else None
-            model, kept = compress(self.bundle.model, rank=rank, energy=energy, moments=moments, progress=report)
+            model, kept = compress(
+                self.bundle.model, rank=rank, energy=energy, moments=moments, decomposed=decomposed, progress=report
+            )
         made = dataclasses.replace(self.bundle, model=model)
         cosine = None if self.sample is None else cosines(self.s, made, self.sample, self.full)
         return made, Trial(
@@ -265,10 +272,12 @@ class Study:
         kinds = [False, True] if self.moments is not None else [False]
         trials = []
         with Bar("trying ranks", len(ranks) * len(kinds), unit="models") as bar:
-            for rank, calibrated in ((rank, kind) for rank in ranks for kind in kinds):
-                trials.append(self.make(rank, None, calibrated)[1])
-                bar.advance(1, rank=rank)
-        return trials
+            for calibrated in kinds:
+                decomposed: Decomposed = {}  # once for all ranks
+                for rank in ranks:
+                    trials.append(self.make(rank, None, calibrated, decomposed=decomposed)[1])
+                    bar.advance(1, rank=rank)
+        return sorted(trials, key=lambda trial: (trial.rank, trial.calibrated))
 
     def _size(self, config: CLIPMoEConfig) -> dict[str, Any]:
         return {"parameters": active_parameters(config), "vision_macs": vision_macs(config)}
