@@ -362,7 +362,7 @@ def compiles(x: torch.Tensor) -> bool:
 def few_sizes_pay(x: torch.Tensor) -> bool:
     """True where products of many sizes are dear: in half precision oneDNN compiles a kernel for every size and keeps
     it, 130 MB for one picture of ViT-L/14@336, and other sizes with the next picture."""
-    return x.device.type == "cpu" and working_dtype(x) != torch.float32
+    return x.device.type == "cpu" and working_dtype(x).itemsize == 2
 
 
 def only_reads(experts: nn.Module) -> bool:
