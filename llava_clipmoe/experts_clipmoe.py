@@ -216,26 +216,30 @@ class DeltaExperts(nn.Module):
         weights_NE = torch.zeros(len(x_ND), self.num_experts, device=x_ND.device).scatter(1, experts_NK, weights_NK)
         weights_NE = (weights_NE[order_N] / self.scale).to(dtype)
         x_ND = x_ND[order_N].to(dtype)
-        # b1_e - b1_0 is one more column of B1_e, against a constant in z: no pass over [N,H] for the biases.
-        up1_EHr = torch.cat([fc1.up, (fc1.bias - fc1.bias[:1])[..., None]], dim=-1)
-        z_NEr = F.linear(x_ND, fc1.down.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
-        z_NEr = F.pad(z_NEr * self.scale, (0, 1), value=self.scale)
+        z_NEr = F.linear(x_ND, fc1.down.flatten(0, 1)).mul_(self.scale).unflatten(1, (self.num_experts, -1))
         h_NH = torch.addmm(fc1.bias[0], x_ND, fc1.base.t(), beta=self.scale, alpha=self.scale)
-        y_ND = (weights_NE * self.scale) @ fc2.bias
+        y_ND = torch.mm(weights_NE * self.scale, fc2.bias, out=x_ND)  # over x, which is needed no more
+        spare = h_NH.new_empty(max((len(chosen) - 1) * count for chosen, count in groups), h_NH.shape[1])
+        shift_EH = (fc1.bias - fc1.bias[0]) * self.scale
         start = 0
         for chosen, count in groups:
             rows = slice(start, start := start + count)
-            self._group(h_NH[rows], y_ND[rows], z_NEr[rows], weights_NE[rows], chosen, up1_EHr, fc2)
-        out_ND = torch.empty_like(y_ND)
-        out_ND[order_N] = y_ND.addmm_(h_NH, fc2.base.t())
-        return out_ND
+            self._group(h_NH[rows], y_ND[rows], z_NEr[rows], weights_NE[rows], chosen, spare, fc1.up, shift_EH, fc2)
+        y_ND.addmm_(h_NH, fc2.base.t())
+        del h_NH, spare  # the result takes their place: what a block frees at its end is fetched again page by page
+        return y_ND[order_N.argsort()]
 
-    def _group(self, h_GH, y_GD, z_GEr, weights_GE, chosen, up1, fc2) -> None:
+    def _group(self, h_GH, y_GD, z_GEr, weights_GE, chosen, spare, up1_EHr, shift_EH, fc2) -> None:
         """Tokens that use the experts `chosen`, in place: h_GH, the base's part of the first projection, becomes
-        sum_k w_k h_k; the low-rank part of the second projection is added to y_GD."""
-        *others, last = chosen
-        hidden = {e: self._activate_(torch.addmm(h_GH, z_GEr[:, e], up1[e].t())) for e in others}
-        hidden[last] = self._activate_(h_GH.addmm_(z_GEr[:, last], up1[last].t()))  # nobody needs the base's part now
+        sum_k w_k h_k; the low-rank part of the second projection is added to y_GD. spare: room for the other h_k."""
+        last, *others = chosen
+        hidden = {}
+        for e, h in zip(others, spare.split(len(h_GH)), strict=False):
+            torch.add(h_GH, shift_EH[e], out=h)
+            hidden[e] = self._activate_(h.addmm_(z_GEr[:, e], up1_EHr[e].t()))
+        if last:  # expert 0's bias is in already
+            h_GH.add_(shift_EH[last])
+        hidden[last] = self._activate_(h_GH.addmm_(z_GEr[:, last], up1_EHr[last].t()))  # the base's part is used up
         for e in chosen:
             y_GD.addmm_((hidden[e] @ fc2.down[e].t()) * weights_GE[:, e : e + 1], fc2.up[e].t())
         h_GH.mul_(weights_GE[:, last : last + 1])
