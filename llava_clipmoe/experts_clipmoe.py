@@ -116,11 +116,23 @@ class Experts(nn.Module):
         order_M, counts_E = _sort_by_expert(experts_NK, self.num_experts)
         x_MD, counts = x_ND[order_M // experts_NK.shape[1]], counts_E.tolist()
         if self.act is quick_gelu and only_reads(self):
-            slices = _slices(counts, step=16 if few_sizes_pay(x_ND) else 1)
-            parts = [self._in_place(x_MD[rows], e)[own] for e, (rows, own) in enumerate(slices)]
-        else:  # an expert without tokens runs on an empty slice, so that its gradient is zero and not None
-            parts = [self.single(part, e) for e, part in enumerate(x_MD.split(counts))]
+            return self._read(x_MD, counts, order_M, weights_NK)
+        # An expert without tokens runs on an empty slice, so that its gradient is zero and not None.
+        parts = [self.single(part, e) for e, part in enumerate(x_MD.split(counts))]
         return _combine(torch.cat(parts), order_M, weights_NK)
+
+    def _read(self, x_MD, counts, order_M, weights_NK):
+        """The rest of the loop where no graph is built: results take the place of their tokens, and few tensors are
+        held at a time, since those that a block frees at its end the next one fetches again page by page."""
+        y_MD = x_MD.to(working_dtype(x_MD))
+        for e, (rows, own) in enumerate(_slices(counts, step=16 if few_sizes_pay(x_MD) else 1)):
+            y_MD[rows][own] = self._in_place(y_MD[rows], e)[own]
+        place_NK = order_M.argsort().view(weights_NK.shape)
+        weights_NK = weights_NK.to(y_MD.dtype)
+        out_ND = y_MD[place_NK[:, 0]].mul_(weights_NK[:, :1])
+        for k in range(1, weights_NK.shape[1]):
+            out_ND.addcmul_(y_MD[place_NK[:, k]], weights_NK[:, k : k + 1])
+        return out_ND
 
     def _in_place(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """`single` where no graph is built: quick_gelu(x) = silu(1.702 x) / 1.702, one pass and no copy of [..,H]; the
