@@ -59,7 +59,7 @@ class Settings:
     batches: tuple[int, ...] = (1, 8, 32)
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     variants: tuple[str, ...] = ()
-    """Only those whose names contain one of these; the two references always run. Default: all."""
+    """Only those of these names, or that contain one of these; the two references always run. Default: all."""
     compile: bool = True
     """Also through torch.compile (a minute or two a variant before the first picture)."""
     memory: bool = True
@@ -214,12 +214,14 @@ def variants(s: Settings) -> dict[str, tuple[str, str]]:
         "ours delta, grouped_mm": ("delta", "grouped_mm"), "ours delta, compiled": ("delta", "compiled"),
         "ours dense, compiled": ("dense-ours", "compiled"),
     }  # fmt: skip
-    compiles, wanted = s.compile and not s.tiny, (DENSE, MASKED)
+    compiles = s.compile and not s.tiny
+    asked = (name for part in s.variants for name in found if (name == part if part in found else part in name))
+    wanted = {DENSE, MASKED, *asked}
     return {
         name: (kind, how)
         for name, (kind, how) in found.items()
         if (GROUPED or "grouped_mm" not in how) and (compiles or how != "compiled")
-        and (not s.variants or name in wanted or any(part in name for part in s.variants))
+        and (not s.variants or name in wanted)
     }  # fmt: skip
 
 

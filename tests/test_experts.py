@@ -102,9 +102,11 @@ def test_the_loop_without_a_graph_equals_the_loop(kind, k, dtype, tolerance, dev
     routing = make_routing(kind, k, device)
     expected = make_experts("loop", device=device)(*routing)
     x, weights, chosen = routing
+    x, before = x.to(dtype), x.to(dtype, copy=True)
     with torch.no_grad():
-        actual = make_experts("loop", dtype, device)(x.to(dtype), weights, chosen)
+        actual = make_experts("loop", dtype, device)(x, weights, chosen)
     assert actual.dtype == dtype and not actual.requires_grad
+    assert torch.equal(x, before), "the caller's tokens were overwritten"
     error = (actual.float() - expected).abs().max() / expected.abs().max()
     assert error <= tolerance
 
