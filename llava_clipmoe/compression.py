@@ -94,10 +94,10 @@ def compress(
         pair = []
         for layer in LAYERS:
             weight_Eoi = state.pop(f"{name}.{layer}.weight")
-            known = {} if decomposed is None else decomposed
+            known = {} if decomposed is None else decomposed  # by itself, one layer's are held at a time
             if (name, layer) not in known:
                 seen = [moments and moments[name].of_layer(layer, e) for e in range(experts.num_experts)]
-                known[name, layer] = [Directions(*pair) for pair in zip(_differences(weight_Eoi), seen, strict=True)]
+                known[name, layer] = [Directions(m, s) for m, s in zip(_differences(weight_Eoi), seen, strict=True)]
             found = known[name, layer]
             factors, shift_Eo, shares = _factors(weight_Eoi, found, rank, energy)
             state |= {f"{name}.{layer}.{part}": tensor for part, tensor in factors.items()}

@@ -223,7 +223,7 @@ class DeltaExperts(nn.Module):
         that a group is one slice for all its experts and nothing of width H is ever gathered or copied."""
         fc1, fc2, dtype = *self._parts(x_ND), working_dtype(x_ND)
         order_N, groups = _sort_by_set(experts_NK, self.num_experts)
-        if few_sizes_pay(x_ND):
+        if groups and few_sizes_pay(x_ND):
             order_N, groups = _even(order_N, groups, self.num_experts)
         weights_NE = torch.zeros(len(x_ND), self.num_experts, device=x_ND.device).scatter(1, experts_NK, weights_NK)
         weights_NE = (weights_NE[order_N] / self.scale).to(dtype)
@@ -231,7 +231,7 @@ class DeltaExperts(nn.Module):
         z_NEr = F.linear(x_ND, fc1.down.flatten(0, 1)).mul_(self.scale).unflatten(1, (self.num_experts, -1))
         h_NH = torch.addmm(fc1.bias[0], x_ND, fc1.base.t(), beta=self.scale, alpha=self.scale)
         y_ND = torch.mm(weights_NE * self.scale, fc2.bias, out=x_ND)  # over x, which is needed no more
-        spare = h_NH.new_empty(max((len(chosen) - 1) * count for chosen, count in groups), h_NH.shape[1])
+        spare = h_NH.new_empty(max(((len(chosen) - 1) * count for chosen, count in groups), default=0), h_NH.shape[1])
         shift_EH = (fc1.bias - fc1.bias[0]) * self.scale
         start = 0
         for chosen, count in groups:

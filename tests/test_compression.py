@@ -112,6 +112,16 @@ def test_without_a_graph_auto_takes_the_fast_path_and_leaves_its_input_alone(mon
     assert calls and torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_give_no_results(moe, dtype):
+    delta, _ = compress(moe, rank=8)
+    experts = delta.vision_model.encoder.layers[0].mlp.experts.to(dtype)
+    width = experts.fc1.base.shape[1]
+    with torch.no_grad():
+        none = experts(torch.zeros(0, width, dtype=dtype), torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int64))
+    assert none.shape == (0, width)
+
+
 def test_tokens_are_grouped_by_the_set_of_their_experts():
     chosen = torch.tensor([[2, 0], [1, 3], [0, 2], [3, 1], [0, 1]])
     order, groups = _sort_by_set(chosen, 4)
