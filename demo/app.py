@@ -62,7 +62,7 @@ def build_page(demo):
                 gallery.build(demo, compared, tabs, page)
             with gr.Tab("Scores", id="scores"):
                 score.build(demo)
-        page.load(lambda: compare.show(demo, 0 if demo.pairs else None), None, compared.show_outputs,
+        page.load(lambda: compare.show(demo, 0 if demo.pairs else None, None), None, compared.show_outputs,
                   show_progress="hidden")  # fmt: skip
     return page
 

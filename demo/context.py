@@ -18,6 +18,13 @@ from .similarity import Similarity
 from .uploads import BadUpload, Limits, read_picture
 
 
+class Stop(threading.Event):
+    """Set when a visitor's action is to end."""
+
+    dropped = False
+    """Whether what it has found so far is of no use any more either."""
+
+
 @dataclass
 class Demo:
     """One running page. Everything in it is shared by all visitors."""
@@ -33,7 +40,7 @@ class Demo:
 
     def __post_init__(self) -> None:
         self.similarity = Similarity(self.eyes)
-        self._stops: dict[tuple[str, str | None], threading.Event] = {}
+        self._stops: dict[tuple[str, str | None], Stop] = {}
 
     @property
     def names(self) -> tuple[str, str]:
@@ -95,12 +102,12 @@ class Demo:
                 gr.Warning(str(gone), title="A model's folder is gone")
 
     @contextmanager
-    def stoppable(self, action: str, session: str | None) -> Iterator[threading.Event]:
+    def stoppable(self, action: str, session: str | None) -> Iterator[Stop]:
         """An event that the visitor's stop button for this action sets; starting the action anew sets it too."""
         key = action, session
         if before := self._stops.get(key):
             before.set()
-        event = self._stops[key] = threading.Event()
+        event = self._stops[key] = Stop()
         try:
             yield event
         finally:
@@ -115,3 +122,9 @@ class Demo:
                 event.set()
 
         return stop
+
+    def drop(self, action: str, session: str | None) -> None:
+        """End the visitor's action, which then shows nothing: the page is about something else by now."""
+        if event := self._stops.get((action, session)):
+            event.dropped = True
+            event.set()

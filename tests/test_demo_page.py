@@ -18,6 +18,7 @@ from demo_browser import (
     choose_by_keyboard,
     columns,
     draw,
+    open_tab,
     picture_loaded,
     pictures_of,
     upload,
@@ -136,6 +137,32 @@ def test_stop_ends_long_answers_and_the_next_question_is_answered(visit, slow_si
     page.locator("#board .cell.stopped").nth(3).wait_for(timeout=30_000)
     assert page.locator("#board .cell").count() == 4
     ask(page, "And now?")  # both models are free again
+    page.wait_for_function("document.querySelectorAll('#board .cell.answering').length === 2")
+    page.locator("#stop").click()
+    board(page, state="stopped")
+
+
+@pytest.mark.parametrize("how", ["pair", "upload", "gallery"])
+def test_answers_about_pictures_that_were_changed_meanwhile_are_not_shown(visit, slow_site, tmp_path, how):
+    page = visit(slow_site)
+    before = picture_loaded(page, "#picture-1")
+    ask(page)
+    page.wait_for_function("document.querySelectorAll('#board .cell.answering').length === 2")
+    if how == "pair":
+        choose_by_keyboard(page, "#pair-picker", "2 · number")
+    elif how == "upload":
+        draw("square", "green").save(tmp_path / "green.png")
+        upload(page, 1, tmp_path / "green.png")
+    else:
+        open_tab(page, "Pairs")
+        page.locator("#gallery button.thumbnail-item", has_text="number").click()
+        page.locator("#compare-pair").click()
+        page.locator("#ask").wait_for()
+    picture_loaded(page, "#picture-1", but=before)
+    page.wait_for_function("!document.querySelector('#board .cell')")
+    page.wait_for_timeout(1500)  # an answer that goes on would be drawn again ten times a second
+    assert not page.locator("#board .cell").count()
+    ask(page, "And now?")  # both models are free
     page.wait_for_function("document.querySelectorAll('#board .cell.answering').length === 2")
     page.locator("#stop").click()
     board(page, state="stopped")

@@ -56,15 +56,28 @@ def build(demo: Demo) -> Compare:
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
     board = gr.HTML(elem_id="board")
 
+    def chosen(index, request: gr.Request):
+        return show(demo, index, request.session_hash)
+
+    def another(now, request: gr.Request):
+        return _another(demo, now, request.session_hash)
+
+    def cleared(request: gr.Request):
+        return _uploaded(demo, None, 0, request.session_hash)
+
     shown = [pair, *pictures, cosines, known, question, board]
-    picker.input(told(lambda index: show(demo, index)), picker, shown)
-    surprise.click(told(lambda now: _another(demo, now)), pair, [picker, *shown])
+    picker.input(told(chosen), picker, shown)
+    surprise.click(told(another), pair, [picker, *shown])
     for number, picture in enumerate(pictures, start=1):
         # Two at a time: a picture of the largest allowed size takes hundreds of megabytes while it is decoded.
         given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board], concurrency_limit=2,
                      concurrency_id="decode")  # fmt: skip
-        picture.upload(told(lambda path, index, n=number: _uploaded(demo, path, n)), **given)
-        picture.clear(lambda: (None, None, "", gr.Radio(visible=False), ""), None, given["outputs"])
+
+        def uploaded(path, index, request: gr.Request, number=number):
+            return _uploaded(demo, path, number, request.session_hash)
+
+        picture.upload(told(uploaded), **given)
+        picture.clear(told(cleared), None, given["outputs"])
     known.input(lambda text: text, known, question)
 
     def run(index, first, second, text, request: gr.Request):
@@ -78,8 +91,9 @@ def build(demo: Demo) -> Compare:
     return Compare(pair, pictures, picker, shown)
 
 
-def show(demo: Demo, index: int | None) -> tuple[Any, ...]:
-    """Values of `show_outputs` for a mined pair."""
+def show(demo: Demo, index: int | None, session: str | None) -> tuple[Any, ...]:
+    """Values of `show_outputs` for a mined pair. A question that still runs is about other pictures: it is dropped."""
+    demo.drop("ask", session)
     if index is None or not demo.pairs:
         return None, None, None, "", gr.Radio(visible=False), "", ""
     pair = demo.pairs[index]
@@ -90,14 +104,16 @@ def show(demo: Demo, index: int | None) -> tuple[Any, ...]:
     return index, *pictures, html.cosines(pair.cosines, demo.cosine_names), known, first, ""
 
 
-def _another(demo: Demo, now: int | None) -> tuple[Any, ...]:
+def _another(demo: Demo, now: int | None, session: str | None) -> tuple[Any, ...]:
     others = [index for index in range(len(demo.pairs)) if index != now] or [0]
     index = random.choice(others)
-    return index, *show(demo, index)
+    return index, *show(demo, index, session)
 
 
-def _uploaded(demo: Demo, path: str | None, number: int) -> tuple[Any, ...]:
-    """A picture came in: check it, show what was read. A bad one leaves the place empty and says why."""
+def _uploaded(demo: Demo, path: str | None, number: int, session: str | None) -> tuple[Any, ...]:
+    """A picture came in (None: was taken away): check it, show what was read. A bad one leaves the place empty and
+    says why."""
+    demo.drop("ask", session)
     try:
         picture = read_picture(path, demo.limits) if path else None
     except ValueError as error:
@@ -117,11 +133,14 @@ def _ask(
     demo.warn_if_gone()
     with demo.stoppable("ask", session) as stop:
         for cells in ask_all(demo.eyes, pictures, question, demo.how, stop, explain):
-            yield html.board(cells, demo.names, truth), gr.skip()
-    if index is None:
-        try:
-            alike = demo.similarity.cosines(*pictures)
-        except (ValueError, OSError) as error:  # the answers stand; only the cosines are missing
-            gr.Warning(explain(error), title="No cosines")
-        else:
-            yield gr.skip(), html.cosines(alike, {})
+            yield "" if stop.dropped else html.board(cells, demo.names, truth), gr.skip()
+        cosines = _cosines(demo, pictures) if index is None and not stop.dropped else gr.skip()
+        yield ("", gr.skip()) if stop.dropped else (gr.skip(), cosines)
+
+
+def _cosines(demo: Demo, pictures: tuple[Any, Any]) -> Any:
+    try:
+        return html.cosines(demo.similarity.cosines(*pictures), {})
+    except (ValueError, OSError) as error:  # the answers stand; only the cosines are missing
+        gr.Warning(explain(error), title="No cosines")
+        return gr.skip()

@@ -69,8 +69,11 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
         return index, text, gr.Button(visible=True)
 
     gallery.select(told(picked), shown, [chosen, details, compare])
-    compare.click(told(lambda index: (gr.Tabs(selected="compare"), index, *show(demo, index))), chosen,
-                  [tabs, compared.picker, *compared.show_outputs])  # fmt: skip
+
+    def take(index: int, request: gr.Request) -> tuple[Any, ...]:
+        return gr.Tabs(selected="compare"), index, *show(demo, index, request.session_hash)
+
+    compare.click(told(take), chosen, [tabs, compared.picker, *compared.show_outputs])
 
 
 def chosen_pairs(demo: Demo, attribute: str, order: str, gap: float) -> list[int]:
