@@ -2,14 +2,20 @@
 
     python benchmarks/tower_speed.py                    (ViT-L/14@336, random weights; the GPU where there is one)
     python benchmarks/tower_speed.py --device cpu --batches 1 8 --dtypes fp32 bf16 --no-compile
+    python benchmarks/tower_speed.py --variants "ours MoE, loop" "ours delta"    (only these, beside two references)
     python benchmarks/tower_speed.py --tiny
 
 All towers are ONE model: its experts are a base FFN and random differences of rank `--rank`, so that the delta tower
-and the whole experts must agree; every variant is compared with the plain masked loop before it is timed (the two
-dense towers with each other). The dense tower of transformers runs all its blocks and returns hidden_states[-2], ours
-run one block less. `of peak`: the tower's necessary operations a second, as a share of what one large matrix product
-reached in this run. Every round has another picture. Peak memory is loading and two batches, in a process of its own;
-on a CPU above the libraries', and not for compiled towers (the compiler's would count).
+and the whole experts must agree; the features of every variant are compared with the plain masked loop's (those of the
+two dense towers with each other). The dense tower of transformers runs all its blocks and returns hidden_states[-2],
+ours run one block less.
+
+Every variant is loaded and run in a PROCESS OF ITS OWN, as LLaVA runs one tower: beside others in one process the
+allocator keeps what they freed, and each is faster or slower for its company. Turns go through all variants, so that
+other work on the machine meets all of them; a ratio is that of one turn, and the table has their median. Every batch
+has other pictures. `of peak`: the tower's necessary operations a second, as a share of what one large matrix product
+reached in this run. Peak memory is that of loading and all batches; on a CPU above the libraries', and not for
+compiled towers (the compiler's would count).
 """
 
 from __future__ import annotations
@@ -17,14 +23,16 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import timing
 import torch
@@ -62,14 +70,13 @@ class Settings:
     """Only those of these names, or that contain one of these; the two references always run. Default: all."""
     compile: bool = True
     """Also through torch.compile (a minute or two a variant before the first picture)."""
-    memory: bool = True
-    """Also peak memory, in a process for each variant."""
     experts: int = 4
     top_k: int = 2
     rank: int = 64
-    rounds: int = 7
-    seconds: float = 120.0
-    """No further round of one batch size starts after so long."""
+    turns: int = 3
+    """Processes for each variant and batch size."""
+    runs: int = 6
+    """Batches that are timed in each process, after two that are not."""
     tiny: bool = False
     """2 blocks of width 64, one batch of 2, no compilation: does the program work?"""
     folder: Path | None = None
@@ -234,29 +241,6 @@ def make_tower(folder: Path, kind: str, how: str, device: torch.device) -> nn.Mo
     return with_backend(tower, how) if how in ("loop", "grouped_mm") else tower
 
 
-def make_all(s: Settings, folder: Path, device: torch.device) -> dict[str, nn.Module]:
-    """Every variant's tower; those of one directory share its tensors."""
-    towers: dict[str, nn.Module] = {}
-    plain: dict[str, nn.Module] = {}
-    for name, (kind, how) in variants(s).items():
-        if how == "transformers":
-            towers[name] = make_tower(folder, kind, how, device)
-            continue
-        if kind not in plain:
-            plain[kind] = ours(folder / kind, device)
-        tower = copy.deepcopy(plain[kind], {id(p): p for p in plain[kind].parameters()})
-        if how == "compiled":
-            tower._compiled = torch.compile(
-                tower.vision_tower.vision_model.encoder.forward, dynamic=True
-            )  # as its `compile=True` does
-        elif how.startswith("usual "):
-            with_usual_experts(tower, how.removeprefix("usual "))
-        elif how != "auto":
-            with_backend(tower, how)
-        towers[name] = tower
-    return towers
-
-
 # --------------------------------------------------------------------------------------------------------- measurement
 
 
@@ -273,16 +257,41 @@ def random_pixels(shape: dict[str, int], batch: int, dtype: str, device: torch.d
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device, DTYPES[dtype])
 
 
-def check(towers: dict[str, nn.Module], pixels: torch.Tensor, dtype: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Seen:
+    """What one process saw of one variant."""
+
+    seconds: float
+    """Median time of a batch."""
+    peak: int
+    """Bytes."""
+    features: np.ndarray
+    """[patches, width] of a picture that all variants are shown first."""
+
+
+def alone(
+    folder: Path, kind: str, how: str, shape: dict[str, int], batch: int, dtype: str, place: str, runs: int
+) -> Seen:
+    """Load one variant and run it on `runs` batches; called in a process of its own."""
+    device = torch.device(place)
+    peak = timing.Peak(device)
+    tower = make_tower(folder, kind, how, device)
+    pixels = random_pixels(shape, batch, dtype, device)
+    features = tower(pixels)[0].float().cpu().numpy()
+    # Other pictures each time: experts meet groups of other sizes, and some libraries compile for a size.
+    found = timing.interleaved({"tower": lambda: tower(pixels)}, runs, device, before=pixels.normal_)
+    return Seen(statistics.median(found["tower"]), peak.bytes(), features)
+
+
+def check(features: dict[str, np.ndarray], dtype: str) -> dict[str, float]:
     """Each tower's distance from its reference, relative to the reference. Raises ValueError for one that is too far.
 
     The dense towers' reference is transformers', that of the others the masked loop.
     """
-    found, wanted = {}, {name: towers[name](pixels).float() for name in (DENSE, MASKED)}
-    for name, tower in towers.items():
-        reference = wanted[DENSE if "dense" in name else MASKED]
-        got = tower(pixels).float()
-        found[name] = float((got - reference).norm() / reference.norm())
+    found = {}
+    for name, got in features.items():
+        reference = features[DENSE if "dense" in name else MASKED]
+        found[name] = float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
         if not found[name] <= TOLERANCE[dtype]:
             raise ValueError(f"{name} is off by {found[name]:.1e} in {dtype} (tolerance {TOLERANCE[dtype]:.0e}).")
     return found
@@ -301,41 +310,26 @@ def too_large(how: str, shape: dict[str, int], s: Settings, batch: int, dtype: s
     return need > 0.25 * free  # a quarter: it copies them, and other programs want memory too
 
 
-def peak_bytes(folder: Path, kind: str, how: str, shape: dict[str, int], batch: int, dtype: str, place: str) -> int:
-    """In a process of its own: most memory while one variant is loaded and reads two batches."""
-    device = torch.device(place)
-    peak = timing.Peak(device)
-    tower = make_tower(folder, kind, how, device)
-    pixels = random_pixels(shape, batch, dtype, device)
-    for _ in range(2):
-        tower(pixels.normal_())
-    timing.synchronise(device)
-    return peak.bytes()
-
-
 def measure(s: Settings, folder: Path, dtype: str, device: torch.device, say: Callable[[str], None]) -> None:
     """All batch sizes of one dtype, a table each."""
-    shape = TINY if s.tiny else FULL
+    shape, known = TINY if s.tiny else FULL, variants(s)
     make_directories(folder, shape, s.experts, s.top_k, s.rank, dtype)
-    towers, known = make_all(s, folder, device), variants(s)
+    macs = necessary_macs(read_config(folder / "delta").vision_config, known)
     best = timing.peak_flops(device, DTYPES[dtype], 256 if s.tiny else None)
-    small = {n: t for n, t in towers.items() if not too_large(known[n][1], shape, s, 1, dtype, device)}
-    off = check(small, random_pixels(shape, 1, dtype, device), dtype)
     for batch in (2,) if s.tiny else s.batches:
-        fits = {n: t for n, t in small.items() if not too_large(known[n][1], shape, s, batch, dtype, device)}
-        pixels = random_pixels(shape, batch, dtype, device)
-        works = {name: partial(tower, pixels) for name, tower in fits.items()}
-        # Another picture in every round: experts meet groups of other sizes, and some libraries compile for a size.
-        rounds = timing.interleaved(works, s.rounds, device, limit=s.seconds, before=pixels.normal_)
-        times = timing.medians(rounds)
-        peaks = {}
-        if s.memory:
-            # On a CPU the compiler's own memory would count.
-            alone = [n for n in fits if device.type == "cuda" or known[n][1] != "compiled"]
-            peaks = {n: timing.in_child(peak_bytes, folder, *known[n], shape, batch, dtype, str(device)) for n in alone}
-        macs = necessary_macs(read_config(folder / "delta").vision_config, known)
+        fits = {n: v for n, v in known.items() if not too_large(v[1], shape, s, batch, dtype, device)}
+        seen: dict[str, list[Seen]] = {name: [] for name in fits}
+        for turn in range(s.turns):
+            for name in list(fits)[:: -1 if turn % 2 else 1]:  # nothing always comes after the same neighbour
+                print(f"{dtype}, batch {batch}, turn {turn + 1} of {s.turns}: {name}", file=sys.stderr, flush=True)
+                given = (folder, *fits[name], shape, batch, dtype, str(device), s.runs)
+                seen[name].append(timing.in_child(alone, *given))
+        off = check({name: turns[0].features for name, turns in seen.items()}, dtype)
+        ideal = {name: 2 * batch * value / best for name, value in macs.items()}
+        # On a CPU the compiler's own memory would count.
+        weighed = {n for n in fits if device.type == "cuda" or known[n][1] != "compiled"}
         say(f"\n**{dtype}, batch {batch}** (large product: {best / 1e12:.2f} TFLOP/s)\n")
-        say(table(batch, {n: 2 * batch * value / best for n, value in macs.items()}, times, peaks, off))
+        say(table(batch, ideal, seen, weighed, off))
 
 
 def necessary_macs(config: CLIPMoEVisionConfig, known: dict[str, tuple[str, str]]) -> dict[str, float]:
@@ -347,21 +341,24 @@ def necessary_macs(config: CLIPMoEVisionConfig, known: dict[str, tuple[str, str]
 
 
 def table(
-    batch: int, ideal: dict[str, float], times: dict[str, float], peaks: dict[str, int], off: dict[str, float]
+    batch: int, ideal: dict[str, float], seen: dict[str, list[Seen]], weighed: set[str], off: dict[str, float]
 ) -> str:
-    """ideal: seconds at the machine's peak. A variant without a time did not fit into memory."""
+    """ideal: seconds at the machine's peak. weighed: whose memory is told. Who was not seen did not fit."""
     rows = []
     for name in ideal:
-        if name not in times:
-            rows.append([name, "does not fit", *[""] * 6])
+        if name not in seen:
+            rows.append([name, "does not fit", *[""] * 7])
             continue
-        peak = peaks.get(name)
-        memory = (f"{peak / peaks[DENSE]:.2f}", f"{peak / 2**20:,.0f}") if peak else ("", "")
+        ratios = [mine.seconds / dense.seconds for mine, dense in zip(seen[name], seen[DENSE], strict=True)]
+        seconds = statistics.median(turn.seconds for turn in seen[name])
+        peak, dense_peak = (statistics.median(turn.peak for turn in seen[which]) for which in (name, DENSE))
+        memory = (f"{peak / dense_peak:.2f}", f"{peak / 2**20:,.0f}") if name in weighed else ("", "")
         rows.append([
-            name, f"{times[name] / times[DENSE]:.2f}", memory[0], f"{1000 * times[name]:,.1f}",
-            f"{batch / times[name]:.2f}", memory[1], f"{ideal[name] / times[name]:.0%}", f"{off[name]:.0e}",
+            name, f"{statistics.median(ratios):.2f}", " ".join(f"{ratio:.2f}" for ratio in ratios), memory[0],
+            f"{1000 * seconds:,.1f}", f"{batch / seconds:.2f}", memory[1], f"{ideal[name] / seconds:.0%}",
+            f"{off[name]:.0e}",
         ])  # fmt: skip
-    columns = ("tower", "time ratio", "memory ratio", "ms", "images/s", "peak MiB", "of peak", "off by")
+    columns = ("tower", "time ratio", "by turn", "memory ratio", "ms", "images/s", "peak MiB", "of peak", "off by")
     return timing.markdown(columns, rows)
 
 
@@ -370,8 +367,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = timing.pick_device(s.device)
     size = "2 blocks of width 64" if s.tiny else "ViT-L/14@336"
     lines = [timing.command(__file__, argv), "",
-             f"{size}, {s.experts} experts, top {s.top_k}, rank {s.rank}; {timing.machine(device)}; medians of at most "
-             f"{s.rounds} interleaved rounds"]  # fmt: skip
+             f"{size}, {s.experts} experts, top {s.top_k}, rank {s.rank}; {timing.machine(device)}; medians of "
+             f"{s.runs} batches in each of {s.turns} turns"]  # fmt: skip
     for line in lines:
         print(line, flush=True)
     for dtype in s.dtypes:

@@ -67,12 +67,12 @@ def test_an_ablation_changes_what_it_says_and_is_set_against_a_recipe(benchmark)
 
 
 def test_tower_speed_compares_every_way_to_run_one_model(benchmark, capsys, tmp_path):
-    arguments = ["--tiny", "--device", "cpu", "--rounds", "1", "--dtypes", "fp32", "--no-memory"]
+    arguments = ["--tiny", "--device", "cpu", "--turns", "2", "--runs", "1", "--dtypes", "fp32"]
     benchmark("tower_speed").main([*arguments, "--output", str(tmp_path / "table.md")])
     printed = capsys.readouterr().out
     rows = rows_of(printed, "tower")
-    assert rows[""][:2] == ["time ratio", "memory ratio"]
-    assert rows["transformers dense"][0] == "1.00"
+    assert rows[""][:3] == ["time ratio", "by turn", "memory ratio"]
+    assert rows["transformers dense"][:3] == ["1.00", "1.00 1.00", "1.00"]
     wanted = {"ours dense", "ours MoE, loop", "ours delta", "ours delta, loop", "MoE, masked loop with index_add_",
               "MoE, transformers batched_mm"}  # fmt: skip
     assert wanted <= set(rows)
@@ -117,13 +117,26 @@ def test_llava_first_token_takes_every_tower_through_upstream(benchmark, capsys)
 
 def test_a_variant_that_computes_something_else_is_not_timed(benchmark):
     tower_speed = benchmark("tower_speed")
-    right = torch.nn.Identity()
-    wrong = lambda x: 1.01 * x  # noqa: E731
-    pixels = torch.ones(1, 3)
-    towers = {tower_speed.DENSE: right, tower_speed.MASKED: right}
-    assert tower_speed.check({**towers, "ours delta": right}, pixels, "fp32")["ours delta"] == 0
+    right = torch.ones(4, 3).numpy()
+    features = {tower_speed.DENSE: 2 * right, tower_speed.MASKED: right}
+    assert tower_speed.check({**features, "ours delta": right, "ours dense": 2 * right}, "fp32")["ours delta"] == 0
     with pytest.raises(ValueError, match=r"ours delta is off by 1\.0e-02 in fp32"):
-        tower_speed.check({**towers, "ours delta": wrong}, pixels, "fp32")
+        tower_speed.check({**features, "ours delta": 1.01 * right}, "fp32")
+
+
+def test_a_ratio_is_taken_within_a_turn(benchmark):
+    """The second turn met a machine half as fast: every variant took twice as long, and no ratio changes."""
+    tower_speed = benchmark("tower_speed")
+
+    def seen(*seconds: float, peak: int) -> list:
+        return [tower_speed.Seen(value, peak, torch.zeros(1).numpy()) for value in seconds]
+
+    turns = {tower_speed.DENSE: seen(1.0, 2.0, 1.0, peak=2**20), "ours delta": seen(1.1, 2.2, 1.2, peak=3 * 2**20)}
+    ideal = dict.fromkeys([*turns, "ours delta, compiled"], 0.5)
+    printed = tower_speed.table(4, ideal, turns, set(turns), dict.fromkeys(turns, 0.0))
+    rows = rows_of(printed, "tower")
+    assert rows["ours delta"] == ["1.10", "1.10 1.10 1.20", "3.00", "1,200.0", "3.33", "3", "42%", "0e+00"]
+    assert rows["ours delta, compiled"][0] == "does not fit"
 
 
 def test_operations_are_those_of_the_papers_towers(benchmark):
