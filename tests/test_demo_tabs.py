@@ -47,6 +47,8 @@ def new_round(page) -> None:
 
 def test_a_vote_is_blind_until_it_is_given(visit, site, eyes, votes):
     page = visit(site)
+    open_tab(page, "Pairs")
+    captions(page, 6)  # which tell what CLIP says of pairs, and are loaded with the page
     open_tab(page, "Blind vote")
     assert "No votes yet" in page.locator("#vote-score").inner_text()
     assert page.locator("#vote-a").is_disabled()
