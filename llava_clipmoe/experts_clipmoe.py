@@ -127,7 +127,7 @@ class Experts(nn.Module):
         y_MD = x_MD.to(working_dtype(x_MD))
         for e, (rows, own) in enumerate(_slices(counts, step=16 if few_sizes_pay(x_MD) else 1)):
             y_MD[rows][own] = self._in_place(y_MD[rows], e)[own]
-        place_NK = order_M.argsort().view(weights_NK.shape)
+        place_NK = _inverse(order_M).view(weights_NK.shape)
         weights_NK = weights_NK.to(y_MD.dtype)
         out_ND = y_MD[place_NK[:, 0]].mul_(weights_NK[:, :1])
         for k in range(1, weights_NK.shape[1]):
@@ -239,7 +239,7 @@ class DeltaExperts(nn.Module):
             self._group(h_NH[rows], y_ND[rows], z_NEr[rows], weights_NE[rows], chosen, spare, fc1.up, shift_EH, fc2)
         y_ND.addmm_(h_NH, fc2.base.t())
         del h_NH, spare  # the result takes their place: what a block frees at its end is fetched again page by page
-        return y_ND[order_N.argsort()]
+        return y_ND[_inverse(order_N)]
 
     def _group(self, h_GH, y_GD, z_GEr, weights_GE, chosen, spare, up1_EHr, shift_EH, fc2) -> None:
         """Tokens that use the experts `chosen`, in place: h_GH, the base's part of the first projection, becomes
@@ -356,11 +356,14 @@ def _slices(counts: list[int], step: int) -> Iterator[tuple[slice, slice]]:
         start += count
 
 
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Where each thing went that was put in this order: x[order][_inverse(order)] is x."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
 def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
     """Undo the sort and sum over K. Gather + sum, not index_add_: that one is not deterministic on CUDA."""
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
-    y_NKD = y_MD[inverse_M].view(*weights_NK.shape, -1)
+    y_NKD = y_MD[_inverse(order_M)].view(*weights_NK.shape, -1)
     return (y_NKD * weights_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
 
 

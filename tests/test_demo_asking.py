@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 from PIL import Image
-from tiny_llava import make_two_llavas, make_two_projectors, upstream_in_this_process, upstream_is_installed
+from tiny_llava import upstream_is_installed
 
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
 from demo.asking import Board, Cell, ask_all
-from demo.models import Eye, Generation, Models, load_eyes
+from demo.models import Eye, Generation
 from demo.turns import QueueFull, Stopped, Turns
+
+pytest_plugins = ["eye_fixtures"]
 
 SECONDS = 30
 """Longest wait for another thread: far more than it takes, so that only what hangs fails."""
@@ -142,24 +143,6 @@ QUESTION = "What colour is the square?"
 PICTURES = [Image.new("RGB", (50, 30), (30, 170, 60)), Image.new("RGB", (40, 60), (240, 220, 40))]
 HOW, LONG = Generation(max_new_tokens=16), Generation(max_new_tokens=300)
 PLACES = [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[None]:
-    with upstream_in_this_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def own(upstream, tmp_path_factory) -> tuple[Eye, Eye]:
-    return load_eyes(Models(*make_two_llavas(tmp_path_factory.mktemp("two")), device="cpu"), say=lambda line: None)
-
-
-@pytest.fixture(scope="module")
-def shared(upstream, tmp_path_factory) -> tuple[Eye, Eye]:
-    llm, left, right = make_two_projectors(tmp_path_factory.mktemp("shared"))
-    return load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None)
 
 
 @pytest.fixture(params=["own", "shared"])

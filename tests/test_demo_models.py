@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,6 @@ from tiny_llava import (
     make_language_model,
     make_llava,
     make_towers,
-    make_two_llavas,
-    make_two_projectors,
-    upstream_in_this_process,
     upstream_is_installed,
 )
 
@@ -40,41 +37,14 @@ from demo.models import (
     separator_of,
 )
 
+pytest_plugins = ["eye_fixtures"]
+pytestmark = pytest.mark.usefixtures("upstream")
+
 QUESTION = "What colour is the square?"
 PICTURES = [Image.new("RGB", (40 + 10 * i, 30), colour) for i, colour in enumerate(COLOURS.values())]
 TALKATIVE = PICTURES[1]
 """The tiny models go on and on about it (see `full_length`)."""
 SHORT, LONG = Generation(max_new_tokens=20), Generation(max_new_tokens=300)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def upstream() -> Iterator[None]:
-    with upstream_in_this_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def llavas(tmp_path_factory) -> tuple[Path, Path]:
-    return make_two_llavas(tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def projectors(tmp_path_factory) -> tuple[Path, Path, Path]:
-    return make_two_projectors(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="module")
-def own(llavas) -> tuple[Eye, Eye]:
-    """Two whole LLaVAs."""
-    return load_eyes(Models(*llavas, device="cpu"), say=lambda line: None)
-
-
-@pytest.fixture(scope="module")
-def shared(projectors) -> tuple[Eye, Eye]:
-    """One language model, two eyes."""
-    llm, left, right = projectors
-    return load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None)
 
 
 def upstream_loads(directory: Path, base: Path | None = None) -> tuple[Any, Any]:
@@ -135,8 +105,8 @@ class Steps:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_streamed_answer_is_the_one_that_upstream_generates_in_one_go(own, llavas, side):
-    tokenizer, model = upstream_loads(llavas[side])
+def test_a_streamed_answer_is_the_one_that_upstream_generates_in_one_go(own, two_llavas, side):
+    tokenizer, model = upstream_loads(two_llavas[side])
     answers = set()
     for picture in PICTURES:
         states = list(own[side].stream(picture, QUESTION, SHORT))
@@ -215,8 +185,8 @@ def test_a_shared_language_model_is_in_memory_once(shared):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_shared_pair_answers_as_each_eye_loaded_on_its_own(shared, projectors, side):
-    tokenizer, model = upstream_loads(projectors[1 + side], base=projectors[0])
+def test_a_shared_pair_answers_as_each_eye_loaded_on_its_own(shared, two_projectors, side):
+    tokenizer, model = upstream_loads(two_projectors[1 + side], base=two_projectors[0])
     for name, tensor in shared[side].projector.state_dict().items():
         torch.testing.assert_close(tensor, model.get_model().mm_projector.state_dict()[name], atol=0, rtol=0)
     for picture in PICTURES:
@@ -253,8 +223,8 @@ def test_the_model_is_free_between_two_batches(shared, tmp_path):
     assert within(30, lambda: list(batches)) == [first]
 
 
-def test_a_projector_for_another_width_is_refused(projectors, tmp_path):
-    llm, left, _ = projectors
+def test_a_projector_for_another_width_is_refused(two_projectors, tmp_path):
+    llm, left, _ = two_projectors
     wide = make_language_model(tmp_path / "wide", hidden_size=64)
     moe, _ = make_towers(tmp_path)
     right = make_llava(tmp_path / "llava-v1-wide", moe, wide, whole=False)
@@ -262,11 +232,11 @@ def test_a_projector_for_another_width_is_refused(projectors, tmp_path):
         load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None)
 
 
-def test_towers_that_are_stored_in_half_compute_in_float32_on_the_cpu(projectors, tmp_path):
+def test_towers_that_are_stored_in_half_compute_in_float32_on_the_cpu(two_projectors, tmp_path):
     """Both in one precision, whichever way they came in."""
     from llava_clipmoe.files import load_tensors, read_json, save_tensors, write_json
 
-    llm, *sides = projectors
+    llm, *sides = two_projectors
     copies = []
     for side in sides:
         config = read_json(side / "config.json")
@@ -389,8 +359,8 @@ def test_an_error_in_mid_answer_reaches_the_reader_after_what_was_said(own, monk
     assert within(30, lambda: said(own[0], PICTURES[0])) == expected
 
 
-def test_a_vanished_directory_is_told_and_answers_still_come(llavas, tmp_path):
-    copies = [shutil.copytree(directory, tmp_path / directory.name) for directory in llavas]
+def test_a_vanished_directory_is_told_and_answers_still_come(two_llavas, tmp_path):
+    copies = [shutil.copytree(directory, tmp_path / directory.name) for directory in two_llavas]
     eyes = load_eyes(Models(*copies, device="cpu"), say=lambda line: None)
     before = said(eyes[1], PICTURES[0])
     eyes[1].check_files()
@@ -450,44 +420,44 @@ def test_the_separator_ends_an_answer_in_its_template():
     assert conversation_of("x") in conv_templates
 
 
-def test_another_template_is_another_prompt(own, llavas):
+def test_another_template_is_another_prompt(own, two_llavas):
     """The setting wins over the name."""
-    eyes = load_eyes(Models(*llavas, device="cpu", conversation="llava_v0"), say=lambda line: None)
+    eyes = load_eyes(Models(*two_llavas, device="cpu", conversation="llava_v0"), say=lambda line: None)
     assert eyes[0].llm.conversation == "llava_v0" and own[0].llm.conversation == "llava_v1"
     ids = [eye.inputs(PICTURES[0], QUESTION)["inputs"][0].tolist() for eye in (eyes[0], own[0])]
     assert ids[0] != ids[1] and ids[0].count(-200) == ids[1].count(-200) == 1  # each has the picture in it
 
 
-def test_eyes_are_called_after_their_towers(own, llavas):
+def test_eyes_are_called_after_their_towers(own, two_llavas):
     assert [eye.name for eye in own] == ["CLIP", "CLIP-MoE"]
     assert [eye.is_moe for eye in own] == [False, True]
     assert Path(own[0].tower_source).name == "clip" and Path(own[1].tower_source).name == "clip-moe"
-    swapped = load_eyes(Models(*reversed(llavas), device="cpu"), say=lambda line: None)
+    swapped = load_eyes(Models(*reversed(two_llavas), device="cpu"), say=lambda line: None)
     assert [eye.name for eye in swapped] == ["CLIP-MoE", "CLIP"]
 
 
-def test_two_eyes_of_one_kind_are_called_after_their_directories(llavas, tmp_path):
-    other = shutil.copytree(llavas[0], tmp_path / "llava-v1-other")
-    eyes = load_eyes(Models(llavas[0], other, device="cpu"), say=lambda line: None)
+def test_two_eyes_of_one_kind_are_called_after_their_directories(two_llavas, tmp_path):
+    other = shutil.copytree(two_llavas[0], tmp_path / "llava-v1-other")
+    eyes = load_eyes(Models(two_llavas[0], other, device="cpu"), say=lambda line: None)
     assert [eye.name for eye in eyes] == ["llava-v1-clip", "llava-v1-other"]
-    twin = shutil.copytree(llavas[0], tmp_path / "elsewhere" / llavas[0].name)
-    eyes = load_eyes(Models(llavas[0], twin, device="cpu"), say=lambda line: None)
+    twin = shutil.copytree(two_llavas[0], tmp_path / "elsewhere" / two_llavas[0].name)
+    eyes = load_eyes(Models(two_llavas[0], twin, device="cpu"), say=lambda line: None)
     assert [eye.name for eye in eyes] == ["llava-v1-clip (left)", "llava-v1-clip (right)"]
 
 
-def test_own_names_are_taken_and_equal_ones_refused_before_anything_is_loaded(llavas):
-    eyes = load_eyes(Models(*llavas, names=("old", "new"), device="cpu"), say=lambda line: None)
+def test_own_names_are_taken_and_equal_ones_refused_before_anything_is_loaded(two_llavas):
+    eyes = load_eyes(Models(*two_llavas, names=("old", "new"), device="cpu"), say=lambda line: None)
     assert [eye.name for eye in eyes] == ["old", "new"]
     with pytest.raises(ValueError, match="both eyes are called 'same'"):
-        check_models(Models(*llavas, names=("same", "same")))
+        check_models(Models(*two_llavas, names=("same", "same")))
 
 
 # ------------------------------------------------------------------------------------------------------ what is missing
 
 
-def test_what_is_missing_is_said_before_anything_is_loaded(llavas, projectors, tmp_path):
-    left, right = llavas
-    llm, eye, _ = projectors
+def test_what_is_missing_is_said_before_anything_is_loaded(two_llavas, two_projectors, tmp_path):
+    left, right = two_llavas
+    llm, eye, _ = two_projectors
     nothing = tmp_path / "nothing"
     with pytest.raises(FileNotFoundError, match=r"no LLaVA at .*nothing \(the left eye\).*make llava-quickstart"):
         check_models(Models(nothing, right))
@@ -505,13 +475,13 @@ def test_what_is_missing_is_said_before_anything_is_loaded(llavas, projectors, t
     check_models(Models(eye, eye, llm))
 
 
-def test_a_stage_1_directory_without_its_language_model_says_what_to_give(projectors, llavas):
+def test_a_stage_1_directory_without_its_language_model_says_what_to_give(two_projectors, two_llavas):
     with pytest.raises((ValueError, FileNotFoundError), match="--language-model"):
-        check_models(Models(projectors[1], llavas[1]))
+        check_models(Models(two_projectors[1], two_llavas[1]))
 
 
-def test_a_pickle_in_the_place_of_a_projector_is_not_run(projectors, tmp_path):
-    llm, left, right = projectors
+def test_a_pickle_in_the_place_of_a_projector_is_not_run(two_projectors, tmp_path):
+    llm, left, right = two_projectors
     bad = shutil.copytree(right, tmp_path / "llava-v1-bad")
     torch.save({"model.mm_projector.0.weight": Evil(tmp_path / "was-run")}, bad / "mm_projector.bin")
     with pytest.raises(ValueError):

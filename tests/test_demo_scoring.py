@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,9 +17,6 @@ from PIL import Image
 from tiny_llava import (
     COLOURS,
     make_towers,
-    make_two_llavas,
-    make_two_projectors,
-    upstream_in_this_process,
     upstream_is_installed,
 )
 
@@ -28,13 +25,14 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 from demo import html, scoring
 from demo.asking import Cell
 from demo.messages import explain
-from demo.models import Eye, Generation, ModelGone, Models, load_eyes
+from demo.models import Eye, Generation, ModelGone, Models
 from demo.pairs import ROWS, BlindPair, Question
 from demo.quickstart import quickstart_pairs
 from demo.scoring import Item, Scores, interval, items_of, read, save, score, verdict
 from demo.similarity import Similarity
 from llava_clipmoe.files import write_json
 
+pytest_plugins = ["eye_fixtures"]
 needs_upstream = pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
 
 
@@ -131,24 +129,6 @@ def test_scores_are_read_back_and_a_broken_file_is_none(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- on tiny LLaVAs
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[None]:
-    with upstream_in_this_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def own(upstream, tmp_path_factory) -> tuple[Eye, Eye]:
-    return load_eyes(Models(*make_two_llavas(tmp_path_factory.mktemp("two")), device="cpu"), say=lambda line: None)
-
-
-@pytest.fixture(scope="module")
-def shared(upstream, tmp_path_factory) -> tuple[Eye, Eye]:
-    llm, left, right = make_two_projectors(tmp_path_factory.mktemp("shared"))
-    return load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None)
 
 
 @pytest.fixture(params=["own", "shared"])
