@@ -57,6 +57,7 @@ def compare(page: Page) -> None:
         page.keyboard.press("Enter")
         page.wait_for_function("start => document.querySelector('#pair-picker input').value.startsWith(start) &&"
                                " !document.querySelector('#board .cell')", arg=f"{pair + 1} · ")  # fmt: skip
+        page.wait_for_timeout(1000)  # the picker shows the new pair before the pictures do
         for number in (1, 2):
             picture_loaded(page, f"#picture-{number}")
         page.locator("#ask").click()
