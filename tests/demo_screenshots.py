@@ -99,8 +99,8 @@ def save(page: Page, file: Path) -> None:
     bottom = panel(page).evaluate("p => p.getBoundingClientRect().bottom + scrollY")
     clip = {"x": 0, "y": 0, "width": page.viewport_size["width"], "height": bottom + MARGIN}
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip, animations="disabled"))).convert("RGB")
-    for colours in (256, 128, 64, 32):
-        small = picture.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    for colours in (None, 256, 128, 64, 32):  # fewer only where it must be: the rare ones of a legend are lost
+        small = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE) if colours else picture
         small.save(file, optimize=True)
         if file.stat().st_size <= MOST_BYTES:
             return
