@@ -26,8 +26,10 @@ demo: $(VENV)/.demo ## open the page: what both eyes answer about pictures that 
 	@test -f runs/llava-quickstart/results.json || $(MAKE) llava-quickstart
 	$(VENV)/bin/llava-clipmoe demo
 
-# The second environment holds LLaVA's pinned versions: what is saved in one must load in the other.
+# The second environment holds LLaVA's pinned versions: what is saved in one must load in the other. First whether a
+# LLaVA answers at all with the newest versions of everything: what breaks that would fail a hundred tests.
 test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -x tests/test_generation.py
 	OMP_NUM_THREADS=1 LLAVA_CLIPMOE_PINNED_PYTHON="$(CURDIR)/$(PINNED)/bin/python" \
 	    $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 

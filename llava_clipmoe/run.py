@@ -40,11 +40,22 @@ def main(argv: list[str]) -> int:
             runpy.run_path(target, run_name="__main__")
         else:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get(DEBUG, "0") in ("", "0") and raised_by_us(error):
+    except Exception as error:
+        ours = isinstance(error, (ValueError, RuntimeError, OSError)) and raised_by_us(error)
+        if ours and os.environ.get(DEBUG, "0") in ("", "0"):
             return _fail(error)
+        if not ours:
+            _name_newer_version()
         raise
     return 0
+
+
+def _name_newer_version() -> None:
+    """Before the trace of an error that nobody foresaw: a version that nobody has tested is its likely cause."""
+    from .compat.versions import newer_than_tested
+
+    if newer := newer_than_tested():
+        print(f"llava-clipmoe: {newer}", file=sys.stderr)
 
 
 def _without_launcher_rank(argv: list[str]) -> list[str]:

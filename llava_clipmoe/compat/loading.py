@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..files import read_json
+from .generation import patch_generation
 from .versions import check_transformers
 
 CPU_DTYPE = "LLAVA_CLIPMOE_CPU_DTYPE"
@@ -32,8 +33,9 @@ def cpu_dtype() -> torch.dtype:
 
 
 def patch_language_model(module: ModuleType) -> None:
-    """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM.from_pretrained` takes upstream's arguments."""
+    """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM` loads and generates under every transformers."""
     cls = module.LlavaLlamaForCausalLM
+    patch_generation(cls)
     # A full fine-tuning saves the frozen tower too; like upstream we read it from its own directory. Said nowhere,
     # transformers prints a page of unexpected tensors.
     cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or []), r"\.vision_tower\."]

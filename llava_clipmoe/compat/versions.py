@@ -7,10 +7,16 @@ from packaging.version import Version
 
 # Upstream's generate hands no `cache_position` on, which these versions need; 4.37.2 is LLaVA's own, 5 does without.
 BROKEN = (Version("4.40.0"), Version("5.0.0.dev0"))
+TESTED = Version("5.24.0")
+"""The newest that the test suite passed with."""
 
 
 class BrokenTransformers(RuntimeError):
     """The installed transformers cannot run upstream LLaVA."""
+
+
+class NewerTransformers(RuntimeError):
+    """Something failed that works with the versions of transformers that were tested."""
 
 
 def check_transformers() -> None:
@@ -24,5 +30,12 @@ def check_transformers() -> None:
         )
 
 
-def is_transformers_5() -> bool:
-    return Version(transformers.__version__) >= Version("5.0.0.dev0")
+def newer_than_tested() -> str | None:
+    """What to say of a failure under a transformers that nobody has tested; None where the version is a tested one."""
+    found = Version(transformers.__version__)
+    if found.release <= TESTED.release:
+        return None
+    return (
+        f"transformers {found} is newer than what this version of llava-clipmoe was tested with (up to {TESTED}). If "
+        f"that is the cause, `pip install -U llava-clipmoe`, or `pip install transformers=={TESTED}`."
+    )
