@@ -126,7 +126,8 @@ def test_a_directory_written_by_one_version_loads_bit_for_bit_in_the_other(tmp_p
 
 
 def test_the_models_own_tests_pass_under_the_pinned_versions():
-    files = [f"tests/test_{name}.py" for name in ("generation", "modeling", "experts", "upcycling", "fusion_gate", "files")]
+    names = ("generation", "modeling", "experts", "upcycling", "fusion_gate", "files")
+    files = [f"tests/test_{name}.py" for name in names]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for name in list(environment):  # a run of its own, no part of the one that started it
         if name.startswith("PYTEST_"):
