@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -144,19 +145,53 @@ def remove_leftovers(folder: str | Path) -> None:
             os.replace(old, path)
 
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_JSON_ESCAPE = re.compile(
+    r"""\\(?: u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}  # a whole pair: one character
+          | (?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2}) | .)""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair, which no UTF-8 file, tokenizer or terminal takes.
+
+    They come from JSON that was cut inside an emoji ("\\ud83d").
+    """
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` for what people and models wrote: no string of the value, nor key, has half a surrogate pair.
+
+    Raises ValueError, also where lists or objects are nested too deeply.
+    """
+    if "\\ud" in text or "\\uD" in text:
+        text = _JSON_ESCAPE.sub(lambda escape: r"\ufffd" if escape["half"] else escape[0], text)
+    try:
+        return json.loads(replace_surrogates(text))
+    except RecursionError as error:
+        raise ValueError("lists or objects nested too deeply") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file; halves of surrogate pairs, which UTF-8 cannot hold, become U+FFFD."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(replace_surrogates(text), encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Halves of surrogate pairs are written as JSON's escapes: Python has them in the names of files that are not
+    UTF-8, and `read_json` gives the same name back."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text if text.isascii() else _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text))
 
 
 def read_json(path: str | Path) -> Any:
+    """Raises ValueError for what is no JSON. A byte order mark before it, which Windows' editors write, is no fault."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python converts
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -24,8 +24,10 @@ from llava_clipmoe.files import (
     atomic_file,
     load_foreign_pt,
     load_tensors,
+    parse_json,
     read_json,
     remove_leftovers,
+    replace_surrogates,
     save_tensors,
     write_json,
     write_text,
@@ -240,6 +242,48 @@ def test_json_and_tensors_come_back(tmp_path):
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_tensors(source).items())
 
 
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [("", ""), ("plain", "plain"), ("größer 🙂\u2028\x00\ufffd", "größer 🙂\u2028\x00\ufffd"),
+     ("half \ud83d", "half \ufffd"), ("\ude00 half", "\ufffd half"), ("🙂\udfff\ud800é", "🙂\ufffd\ufffdé")],
+)  # fmt: skip
+def test_half_a_surrogate_pair_is_replaced_and_nothing_else(text, clean):
+    assert replace_surrogates(text) == clean
+    clean.encode()
+
+
+@pytest.mark.parametrize(
+    ("escaped", "value"),
+    [(r'"\ud83d"', "\ufffd"), (r'"\uDE00x"', "\ufffdx"), (r'"\ud83d\ude00"', "😀"), (r'"\uD83D\uDE00"', "😀"),
+     (r'"\ud83d\ud83d\ude00"', "\ufffd😀"), (r'"\ude00\ud83d"', "\ufffd\ufffd"), (r'"\\ud83d"', r"\ud83d"),
+     (r'"\\\ud83d"', "\\\ufffd"), (r'"\u00e9\n\"\ud83dude00"', 'é\n"\ufffdude00'), ('"\ud83d"', "\ufffd"),
+     (r'{"\ud83d": [{"a": "\ud83d "}, 1, null]}', {"\ufffd": [{"a": "\ufffd "}, 1, None]})],
+)  # fmt: skip
+def test_json_of_people_has_no_half_a_surrogate_pair(escaped, value):
+    assert parse_json(escaped) == value
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5000])
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_half_a_surrogate_pair_can_be_written(tmp_path):
+    """In a text as U+FFFD; in JSON so that it comes back, as in the name of a file that is not UTF-8."""
+    write_text(tmp_path / "a.txt", "cut \ud83d, 🙂")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "cut \ufffd, 🙂"
+    value = {"path": os.fsdecode(b"/data/caf\xe9"), "🙂": ["größer", "\ud83d"]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert '"🙂"' in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_byte_order_mark_before_json_is_no_fault(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "\ufeff"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "\ufeff"}
+
+
 def test_sharded_tensors_come_back(tmp_path):
     for shard in ("x", "y"):
         save_tensors(tmp_path / f"{shard}.safetensors", {shard: torch.ones(2)})
@@ -247,10 +291,14 @@ def test_sharded_tensors_come_back(tmp_path):
     assert sorted(load_tensors(tmp_path)) == ["x", "y"]
 
 
-def test_damaged_and_missing_files_are_named(tmp_path):
-    (tmp_path / "a.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "", "\ufeff", "[" * 100_000, "1" * 5000])
+def test_what_is_no_json_is_named(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*model\.safetensors"):
         load_tensors(tmp_path)
     save_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(1000)})
