@@ -6,9 +6,7 @@ pictures.image(0), pictures.names[0]
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,10 @@ from PIL import Image
 
 from train_encoder.config import DataConfig, digest
 from train_encoder.data import DataError, PairSource, decode_image
-from train_encoder.sources import FILE_KINDS, IMAGE_COLUMNS, IMAGE_SUFFIXES, FileStore, json_rows, open_source
+from train_encoder.image_files import image_files
+from train_encoder.sources import FILE_KINDS, open_source
+from train_encoder.stores import FileStore
+from train_encoder.tables import IMAGE_COLUMNS, csv_header, json_rows, name_columns
 
 HASH_SIDE, THUMB_SIDE = 8, 16
 HASH_BYTES = HASH_SIDE**2 // 8
@@ -51,7 +52,7 @@ class Pictures:
 
 
 def open_pictures(images: str, *, split: str = "train", leave_out: Path | None = None) -> Pictures:
-    """Open a folder of pictures (at any depth, links not followed), a CSV/TSV/JSON/JSONL file with a column of paths,
+    """Open a folder of pictures (at any depth, links followed), a CSV/TSV/JSON/JSONL file with a column of paths,
     "openmoji", or anything else that `train_encoder` reads. No captions are needed in the first three.
 
     `leave_out`: a folder whose pictures are not taken (the results lie there). Raises DataError.
@@ -60,12 +61,12 @@ def open_pictures(images: str, *, split: str = "train", leave_out: Path | None =
         from train_encoder.openmoji import build_openmoji, list_emoji
 
         folder = build_openmoji()
-        pictures = _files(sorted(_pictures_below(folder / "images", None)), folder, DataConfig().max_pixels)
+        pictures = _files(sorted(image_files(folder / "images")), folder, DataConfig().max_pixels)
         called = {f"images/{emoji.key}.png": emoji.name for emoji in list_emoji()}
         return dataclasses.replace(pictures, names=[called.get(name, name) for name in pictures.names])
     path = Path(images).expanduser()
     if path.is_dir() and not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
-        found = sorted(_pictures_below(path, leave_out))
+        found = sorted(image_files(path, leave_out))
         if found:
             return _files(found, path, DataConfig().max_pixels)
     config = DataConfig(source=images, split=split)
@@ -80,16 +81,6 @@ def open_pictures(images: str, *, split: str = "train", leave_out: Path | None =
     names = [source.name(i) for i in range(len(source))]
     fingerprint = digest(source.fingerprint, source.images_fingerprint)
     return Pictures(names, None, fingerprint, config.max_pixels, source)
-
-
-def _pictures_below(folder: Path, leave_out: Path | None):
-    """Paths of all pictures below `folder`, hidden files and folders left out."""
-    leave_out = None if leave_out is None else leave_out.resolve()
-    for root, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and (Path(root) / f).resolve() != leave_out]
-        for name in files:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(root) / name
 
 
 def _files(paths: list[Path], root: Path, max_pixels: int, names: list[str] | None = None) -> Pictures:
@@ -107,17 +98,13 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _image_column(path: Path, kind: str) -> str:
     """The column of paths of a table, by its name."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if kind == "csv":
-            columns = next(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), [])
-        else:
-            columns = list(next(json_rows(path), {}))
+    columns = csv_header(path) if kind == "csv" else list(next(json_rows(path), {}))
     by_lower = {column.lower(): column for column in reversed(columns)}
     for name in IMAGE_COLUMNS:
         if name in by_lower:
             return by_lower[name]
-    raise DataError(f"{path} has no column that looks like an image; its columns are: {', '.join(columns)}. Call the "
-                    "column with the paths `image`.")  # fmt: skip
+    raise DataError(f"{path} has no column that looks like an image; its columns are: {name_columns(columns)}. Call "
+                    "the column with the paths `image`.")  # fmt: skip
 
 
 # --- near duplicates ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_files import colour, content, encoded, jsonl, picture, png, source_of, write_images, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -26,7 +27,6 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 from train_encoder import data, sources  # noqa: E402
-from train_encoder.config import DataConfig  # noqa: E402
 from train_encoder.data import (  # noqa: E402
     BadImage,
     DataError,
@@ -39,7 +39,6 @@ from train_encoder.data import (  # noqa: E402
     decode_image,
     normalise,
 )
-from train_encoder.sources import open_source  # noqa: E402
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.exists(), reason="../shared/data (real photographs) is absent")
@@ -47,56 +46,6 @@ LIMIT = 1_000_000
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
-
-
-def colour(i: int) -> tuple[int, int, int]:
-    return (i * 20 % 256, 255 - i * 20 % 256, i * 7 % 256)
-
-
-def picture(i: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    return Image.new("RGB", size, colour(i))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png(i: int = 0) -> bytes:
-    return encoded(picture(i))
-
-
-def write_images(folder: Path, count: int) -> list[str]:
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    names = [f"images/{i}.png" for i in range(count)]
-    for i, name in enumerate(names):
-        (folder / name).write_bytes(png(i))
-    return names
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def source_of(path: Path | str, **settings):
-    return open_source(DataConfig(source=str(path), **settings))
-
-
-def content(source) -> list[tuple[list[str], tuple[int, ...]]]:
-    """Captions and the colour of the middle pixel, row by row."""
-    rows = range(len(source))
-    return [(source.captions(i), source.image(i).getpixel((12, 8))) for i in rows]
 
 
 def small_source(folder: Path, count: int = 12, captions: int = 3):

@@ -27,11 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.files import atomic_file, write_text
 from train_encoder.config import DataConfig
+from train_encoder.image_files import readable_formats
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,17 @@ class DataError(ValueError):
     """A data source that cannot be used; the message names the cause and what to do next."""
 
 
+# Pillow refuses a PNG with a text or colour profile of more than 1 MiB, which editors write. In all they may have 64.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
 def decode_image(file: BinaryIO, max_pixels: int, formats: Sequence[str] | None = None) -> Image.Image:
     """Decodes the first frame of an image file, upright and in RGB; transparent pixels lie on white.
 
-    formats: Pillow's names of the only formats to try (default: all that it knows).
+    formats: Pillow's names of the only formats to try (default: all that it decodes itself, starting no program).
     Raises BadImage when the header promises more than `max_pixels` (nothing is decoded then), or when the file is
     corrupt or cut short.
     """
@@ -62,7 +67,7 @@ def decode_image(file: BinaryIO, max_pixels: int, formats: Sequence[str] | None 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged EXIF, which is handled, and large images: next line
-            image = Image.open(file, formats=formats)
+            image = Image.open(file, formats=formats or readable_formats())
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"too large: {width} x {height} pixels in its header, over max_pixels={max_pixels}")
@@ -72,6 +77,8 @@ def decode_image(file: BinaryIO, max_pixels: int, formats: Sequence[str] | None 
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: over max_pixels={max_pixels} by its header ({error})") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("corrupt: no picture of a format that is read here") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes; no worker may die of it
         raise BadImage(f"corrupt: {type(error).__name__}: {error}") from error
 
@@ -90,6 +97,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" and image.getextrema()[1] <= 1:  # floats from 0 to 1, which convert() would make black
+        image = image.point(lambda value: value * 255)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own convert() would clip to white
         grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
@@ -109,7 +118,7 @@ class PairSource:
 
     `fingerprint` names the data (source, sizes, first and last rows): a run resumes only on the same data.
     `dropped_empty` counts the images left out because all their captions were blank, `dropped_imageless` the table
-    rows that name no image.
+    rows that name no image, `dropped_several` those that name more than one.
     """
 
     def __init__(
@@ -122,10 +131,12 @@ class PairSource:
         *,
         by_name: bool,
         size: int = 0,
+        several: int = 0,
     ) -> None:
         """names [rows] (null: no image); texts [captions], text_rows [captions] the row of each, ascending in a column.
 
-        `by_name`: rows of one name are one image. `size`: bytes of the data files, for the fingerprint.
+        `by_name`: rows of one name are one image. `size`: bytes of the data files, for the fingerprint. `several`: how
+        many of the rows without a name have more than one image.
         Raises DataError when no image has a caption.
         """
         image_of_row, row_of_image = _images_of_rows(names, by_name)
@@ -141,12 +152,13 @@ class PairSource:
         self._names, self._texts, self._store = names, texts, store
         self.max_pixels = config.max_pixels
         self.dropped_empty = int((counts == 0).sum())
-        self.dropped_imageless = int(names.null_count)
+        self.dropped_imageless, self.dropped_several = int(names.null_count) - several, several
         self._report_dropped(config)
         self.fingerprint = self._fingerprint(config, size)
 
     def _report_dropped(self, config: DataConfig) -> None:
-        dropped = {"images without a caption": self.dropped_empty, "rows without an image": self.dropped_imageless}
+        dropped = {"images without a caption": self.dropped_empty, "rows without an image": self.dropped_imageless,
+                   "rows with several images": self.dropped_several}  # fmt: skip
         text = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
         if len(self) == 0:
             raise DataError(f"{config.source} has no image with a caption ({text or 'it is empty'}). Check "

@@ -23,10 +23,10 @@ from llava_clipmoe.model_directory import ClipBundle
 from ..config import DataConfig
 from ..data import BadImage, ImageTransform, decode_image
 from ..features import Precision, encode_images, encode_texts
+from ..image_files import image_files
 from ..progress import Bar
 from .retrieval import TIE, BenchmarkNotFound, first_existing, full_precision
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Template = Callable[[str], str]
 
 
@@ -165,17 +165,30 @@ def image_folder(folder: Path) -> Classes:
     names = [place.name.replace("_", " ") for place in folders]
     listed = folder / "classes.txt"
     if listed.exists():
-        names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = _lines(listed)
         if len(names) != len(folders):
             raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
     return Classes(names, labels, ImageFiles(paths))
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises BenchmarkNotFound."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BenchmarkNotFound(f"{path} is not UTF-8 text ({error}). Save it in UTF-8.") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
 def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES) for place in folders]
+    found = [sorted(image_files(place)) for place in folders]
     if not any(found):
         raise BenchmarkNotFound(f"{folder} has no images in subfolders. Make one subfolder per class.")
+    if empty := [place.name for place, paths in zip(folders, found, strict=True) if not paths]:
+        raise BenchmarkNotFound(f"{folder} has no image that can be read in {len(empty)} of its {len(folders)} "
+                                f"subfolders, such as {empty[0]}: that class would not be measured. Add its images, or "
+                                "remove the subfolder.")  # fmt: skip
     labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in found])
     return folders, [path for paths in found for path in paths], labels
 
@@ -223,7 +236,7 @@ def _cifar(folder: Path, archive: str, images: str, names: str, label_bytes: int
     if not len(records) or len(records) % (label_bytes + 3072):
         raise BenchmarkNotFound(f"{root / images} is cut short: unpack the archive again.")
     records = records.reshape(-1, label_bytes + 3072)
-    classes = [line.strip().replace("_", " ") for line in (root / names).read_text().splitlines() if line.strip()]
+    classes = [line.replace("_", " ") for line in _lines(root / names)]
     labels = records[:, label_bytes - 1].astype(np.int64)
     if labels.max() >= len(classes):
         raise BenchmarkNotFound(f"{root / names} names {len(classes)} classes, but there is a label {labels.max()}.")

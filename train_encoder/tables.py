@@ -1,0 +1,251 @@
+"""Tables of text, row by row: CSV, TSV, JSON lists and JSON lines, and what their cells say.
+
+Strict on purpose. A reader that guesses what a stray quote means turns rows into captions of other pictures, and
+nobody sees it; so what is ambiguous is a DataError that names the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_clipmoe.files import replace_surrogates
+from train_encoder.config import DataConfig
+from train_encoder.data import DataError
+from train_encoder.image_files import is_image_name
+
+# Looked for in this order, whatever their case. `conversations` is the shape of LLaVA and ShareGPT4V.
+IMAGE_COLUMNS = ("image", "image_path", "img", "img_path", "filepath", "file_path", "filename", "file_name", "file",
+                 "image_file", "image_name", "image_filepath", "path", "jpg", "jpeg", "png", "webp", "images",
+                 "image_paths")  # fmt: skip
+CAPTION_COLUMNS = ("conversations", "captions", "caption", "texts", "text", "sentences", "sentence", "raw", "txt",
+                   "title", "description", "alt_text")  # fmt: skip
+KEY_COLUMNS = ("key", "__key__", "image_id", "id")
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    image: str
+    captions: tuple[str, ...]
+    key: str | None
+    status: str | None  # img2dataset's: failed downloads are rows too
+
+
+def find_columns(available: Sequence[str], config: DataConfig) -> Columns:
+    """Which columns are meant: those that `config` names, else those that are called so. Raises DataError."""
+    by_lower = {name.lower(): name for name in reversed(available)}
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((by_lower[name] for name in names if name in by_lower), None)
+
+    missing = [name for name in (config.image_column, *config.caption_columns) if name and name not in available]
+    image = config.image_column or first(IMAGE_COLUMNS)
+    numbered = [name for name in available if re.fullmatch(r"(caption|text|sentence)s?_?\d+", name.lower())]
+    captions = config.caption_columns or tuple([name for name in [first(CAPTION_COLUMNS)] if name] or numbered)
+    if missing or image is None or not captions:
+        unseen = f"no column that looks like {'an image' if image is None else 'a caption'}"
+        what = f"no column {', '.join(map(repr, missing))}" if missing else unseen
+        raise DataError(f"{config.source} has {what}; its columns are: {name_columns(available)}. Name them with "
+                        "data.image_column and data.caption_columns.")  # fmt: skip
+    twice = [name for name in (image, *captions) if list(available).count(name) > 1]
+    if twice:
+        raise DataError(f"{config.source} has more than one column called {twice[0]!r}: which one is meant? Give them "
+                        "different names.")  # fmt: skip
+    return Columns(image, tuple(captions), first(KEY_COLUMNS), first(["status"]))
+
+
+def name_columns(columns: Sequence[str]) -> str:
+    """The columns of a table for a message."""
+    shown = [name if len(name) <= 60 else name[:57] + "..." for name in columns[:30]]
+    return ", ".join(shown + ["..."] * (len(columns) > 30))
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def caption_texts(value: Any) -> list[str]:
+    """The captions in one cell: a text, a list of texts, {"raw": text}, or a conversation's first answer.
+
+    Half a surrogate pair (of an emoji that was cut) becomes U+FFFD.
+    """
+    if value is None or value != value:  # NaN: pandas' missing text
+        return []
+    if isinstance(value, dict):
+        texts = (caption_texts(value[key]) for key in ("raw", "caption", "text", "value") if value.get(key))
+        return next(texts, [])
+    if isinstance(value, list):
+        if value and isinstance(value[0], dict) and "from" in value[0]:
+            # Later answers of a LLaVA conversation reply to questions; only the first describes the image.
+            answers = (turn for turn in value if isinstance(turn, dict) and turn.get("from") == "gpt")
+            return next((caption_texts(turn.get("value")) for turn in answers), [])
+        return [text for item in value for text in caption_texts(item)]
+    return [replace_surrogates(str(value))]
+
+
+SEVERAL = object()
+
+
+def image_name(value: Any) -> Any:
+    """The path in an image cell (a text, {"path": text}, or a list of one); None for no image, SEVERAL for a list of
+    more."""
+    if isinstance(value, list):
+        return SEVERAL if len(value) > 1 else image_name(value[0]) if value else None
+    if isinstance(value, dict):
+        value = value.get("path")
+    return value if isinstance(value, str) and value else None
+
+
+def visible(name: str) -> str:
+    """A file's name as text that can be stored and printed: bytes that are no UTF-8 as escapes ("caf\\udce9.png")."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- CSV and TSV ----------------------------------------------------------------------------------------------------
+
+
+def csv_rows(path: Path, config: DataConfig) -> tuple[list[str], Iterator[list[str]]]:
+    """-> the header, and the rows below it, each with as many cells as the header; all are text. Raises DataError.
+
+    In a CSV a quoted cell may hold separators and line breaks. In a TSV a line is a row, whatever its quotes; a cell
+    that is quoted as a whole is taken out of its quotes, as spreadsheets and pandas put it in.
+    """
+    rows = _csv_lines(path)
+    _, header = next(rows, (0, []))
+    if not any(header):
+        raise DataError(f"{path} is empty. Its first line must name the columns, such as image,caption.")
+    return header, _fitted(rows, header, path, config)
+
+
+def csv_header(path: Path) -> list[str]:
+    """The names of a CSV's or TSV's columns. Raises DataError."""
+    return next(_csv_lines(path), (0, []))[1]
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of its first line and the cells of each row that has any."""
+    tabs = path.suffix.lower() == ".tsv"
+    csv.field_size_limit(2**31 - 1)  # a caption may be as long as it likes
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if tabs:
+                reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else:
+                reader = csv.reader(file, strict=True)
+            before = 0
+            for row in reader:
+                if row:
+                    yield before + 1, row
+                before = reader.line_num
+    except (csv.Error, UnicodeDecodeError) as error:
+        quote = (
+            " A quote may be open: one inside a quoted cell is written twice." if isinstance(error, csv.Error) else ""
+        )
+        raise DataError(f"{path}, the row of line {before + 1}, cannot be read as {'tsv' if tabs else 'csv'} in UTF-8: "
+                        f"{error}.{quote} Repair it or save it again.") from error  # fmt: skip
+
+
+def _fitted(rows: Iterator[tuple[int, list[str]]], header: list[str], path: Path, config: DataConfig):
+    width, tabs = len(header), path.suffix.lower() == ".tsv"
+    image = header.index(find_columns(header, config).image)
+    open_quote = 0
+    for number, row in rows:
+        if tabs:
+            open_quote = open_quote or number * any(map(_opens_a_quote, row))
+            row = [_unquoted(cell) for cell in row]
+        elif any("\n" in cell or "\r" in cell for cell in row):
+            _refuse_swallowed_rows(row, number, width, image, path)
+        if len(row) > width and not any(row[width:]):
+            row = row[:width]  # commas after the last cell
+        if len(row) > width or (open_quote and len(row) < width):
+            raise _misfit(path, number, len(row), width, open_quote)
+        yield row + [""] * (width - len(row))
+
+
+def _misfit(path: Path, number: int, cells: int, width: int, open_quote: int) -> DataError:
+    why = "A cell with a separator in it must be quoted."
+    if open_quote:
+        why = f"A quote opens in line {open_quote} and does not close there: in a TSV a line is a row."
+    kind = path.suffix.lower()[1:]
+    return DataError(f"{path}, line {number} has {cells} cells, but the header has {width}: it cannot be read as "
+                     f"{kind} in UTF-8. {why} Repair it or save it again.")  # fmt: skip
+
+
+def _opens_a_quote(cell: str) -> bool:
+    return cell.startswith('"') and cell.count('"') % 2 == 1
+
+
+def _unquoted(cell: str) -> str:
+    """A TSV cell out of its quotes, where they are around all of it and those inside are doubled."""
+    if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
+        return cell[1:-1].replace('""', '"')
+    return cell
+
+
+def _refuse_swallowed_rows(row: list[str], number: int, width: int, image: int, path: Path) -> None:
+    """A stray quote makes one cell of all the rows up to the next one, and the file is still good CSV. What gives it
+    away: lines in the cell are rows themselves, with a picture where the table has its pictures."""
+    for line in itertools.chain.from_iterable(re.split(r"\r\n|\r|\n", cell)[1:] for cell in row):
+        cells = line.split(",")
+        if len(cells) == width and is_image_name(cells[image].strip()):
+            raise DataError(f"{path}, line {number}: a quote opens here and takes in the rows after it, such as "
+                            f"{line[:60]!r}. If it belongs to the text, write it twice in a quoted cell; if that line "
+                            "is text, save the table as JSON lines.")  # fmt: skip
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """Yields the rows of a JSON list or of JSON lines, one at a time: these files reach gigabytes."""
+    count = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+            for row in _list_items(file) if start == "[" else _line_items(file, start):
+                count += 1
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}, row {count} holds {type(row).__name__} where a row such as "
+                                    '{"image": ..., "caption": ...} should be.')  # fmt: skip
+                yield row
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, too deep
+        raise DataError(f"{path} is neither a JSON list of rows nor JSON lines in UTF-8 (after row {count}: {error}). "
+                        'Write one row a line, such as {"image": "a.jpg", "caption": "a cat"}.') from error  # fmt: skip
+
+
+def _line_items(file: io.TextIOBase, start: str) -> Iterator[Any]:
+    return (json.loads(line) for line in itertools.chain([start + file.readline()], file) if line.strip())
+
+
+def _list_items(file: io.TextIOBase) -> Iterator[Any]:
+    """Yields the items of a JSON list whose opening bracket has been read."""
+    decoder, text, at, size = json.JSONDecoder(), "", 0, 1 << 20
+    while True:
+        while at < len(text) and text[at] in ", \t\r\n":
+            at += 1
+        if text[at : at + 1] == "]":
+            if (text[at + 1 :] + file.read(1 << 16)).strip():  # another list: its rows would be lost
+                raise ValueError("there is more after the end of the list")
+            return
+        try:
+            item, at = decoder.raw_decode(text, at)
+            size = 1 << 20
+            yield item
+        except json.JSONDecodeError:  # perhaps only the end of what was read so far
+            more = file.read(size)
+            if not more:
+                raise
+            text, at, size = text[at:] + more, 0, min(2 * size, 1 << 28)
