@@ -147,32 +147,32 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield before + 1, row
                 before = reader.line_num
     except (csv.Error, UnicodeDecodeError) as error:
-        quote = (
-            " A quote may be open: one inside a quoted cell is written twice." if isinstance(error, csv.Error) else ""
-        )
+        hint = "A quote inside a quoted cell is written twice. " if isinstance(error, csv.Error) else ""
         raise DataError(f"{path}, the row of line {before + 1}, cannot be read as {'tsv' if tabs else 'csv'} in UTF-8: "
-                        f"{error}.{quote} Repair it or save it again.") from error  # fmt: skip
+                        f"{error}. {hint}Repair it or save it again.") from error  # fmt: skip
 
 
 def _fitted(rows: Iterator[tuple[int, list[str]]], header: list[str], path: Path, config: DataConfig):
     width, tabs = len(header), path.suffix.lower() == ".tsv"
-    image = header.index(find_columns(header, config).image)
+    columns = find_columns(header, config)
+    image = header.index(columns.image)
+    needed = 1 + max(header.index(name) for name in (columns.image, *columns.captions))
     open_quote = 0
     for number, row in rows:
         if tabs:
             open_quote = open_quote or number * any(map(_opens_a_quote, row))
             row = [_unquoted(cell) for cell in row]
         elif any("\n" in cell or "\r" in cell for cell in row):
-            _refuse_swallowed_rows(row, number, width, image, path)
+            _refuse_swallowed_rows(row, number, image, path)
         if len(row) > width and not any(row[width:]):
             row = row[:width]  # commas after the last cell
-        if len(row) > width or (open_quote and len(row) < width):
+        if not needed <= len(row) <= width:
             raise _misfit(path, number, len(row), width, open_quote)
         yield row + [""] * (width - len(row))
 
 
 def _misfit(path: Path, number: int, cells: int, width: int, open_quote: int) -> DataError:
-    why = "A cell with a separator in it must be quoted."
+    why = "A cell with a separator or a line break in it must be quoted."
     if open_quote:
         why = f"A quote opens in line {open_quote} and does not close there: in a TSV a line is a row."
     kind = path.suffix.lower()[1:]
@@ -191,12 +191,12 @@ def _unquoted(cell: str) -> str:
     return cell
 
 
-def _refuse_swallowed_rows(row: list[str], number: int, width: int, image: int, path: Path) -> None:
+def _refuse_swallowed_rows(row: list[str], number: int, image: int, path: Path) -> None:
     """A stray quote makes one cell of all the rows up to the next one, and the file is still good CSV. What gives it
-    away: lines in the cell are rows themselves, with a picture where the table has its pictures."""
+    away: lines in the cell look like rows, with a picture's name where the table has its pictures."""
     for line in itertools.chain.from_iterable(re.split(r"\r\n|\r|\n", cell)[1:] for cell in row):
         cells = line.split(",")
-        if len(cells) == width and is_image_name(cells[image].strip()):
+        if len(cells) > max(image, 1) and is_image_name(cells[image].strip()):
             raise DataError(f"{path}, line {number}: a quote opens here and takes in the rows after it, such as "
                             f"{line[:60]!r}. If it belongs to the text, write it twice in a quoted cell; if that line "
                             "is text, save the table as JSON lines.")  # fmt: skip
