@@ -360,6 +360,26 @@ def test_classes_that_tie_are_wrong(tmp_path, dense):
         zero_shot.image_folder(tmp_path)
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_class_names_come_from_text_whatever_an_editor_put_before_it(tmp_path, start):
+    for name in ("c0", "c1"):
+        save(tmp_path / name / "1.jfif", seed=1)
+    (tmp_path / "classes.txt").write_text(f"{start}red\u2028fox\r\n\nblue\n", encoding="utf-8", newline="")
+    data = zero_shot.image_folder(tmp_path)
+    assert data.names == ["red\u2028fox", "blue"] and len(data.labels) == 2
+    (tmp_path / "classes.txt").write_text("caf\xe9\nblue", encoding="latin-1")
+    with pytest.raises(BenchmarkNotFound, match=r"classes\.txt is not UTF-8 text .*Save it in UTF-8"):
+        zero_shot.image_folder(tmp_path)
+
+
+def test_a_class_without_a_picture_is_not_counted_as_measured(tmp_path):
+    save(tmp_path / "c0" / "1.png")
+    (tmp_path / "c1").mkdir()
+    (tmp_path / "c1" / "1.heic").write_bytes(b"no picture that is read here")
+    with pytest.raises(BenchmarkNotFound, match="no image that can be read in 1 of its 2 subfolders, such as c1"):
+        zero_shot.image_folder(tmp_path)
+
+
 def test_the_classifier_uses_openais_templates(dense):
     import open_clip
 
@@ -372,11 +392,14 @@ def test_the_classifier_uses_openais_templates(dense):
 def test_imagenet_needs_its_thousand_folders_and_takes_them_sorted(tmp_path):
     ids = [f"n{number:08}" for number in range(1000)]
     for name in reversed(ids):
-        (tmp_path / "val" / name).mkdir(parents=True)
-    for label in (0, 2, 999):
-        save(tmp_path / "val" / ids[label] / "ILSVRC2012_val_00000001.JPEG")
+        save(tmp_path / "val" / name / "ILSVRC2012_val_00000001.JPEG")
     data = zero_shot.open_classes("imagenet", tmp_path)
-    assert [data.names[label] for label in data.labels] == ["tench", "great white shark", "toilet paper"]
+    assert [data.names[data.labels[i]] for i in (0, 2, 999)] == ["tench", "great white shark", "toilet paper"]
+    (tmp_path / "val" / ids[5] / "ILSVRC2012_val_00000001.JPEG").unlink()
+    with pytest.raises(
+        BenchmarkNotFound, match=f"no image that can be read in 1 of its 1000 subfolders, such as {ids[5]}"
+    ):
+        zero_shot.open_classes("imagenet", tmp_path)
     (tmp_path / "val" / ids[5]).rmdir()
     with pytest.raises(BenchmarkNotFound, match="has 999 subfolders"):
         zero_shot.open_classes("imagenet", tmp_path)

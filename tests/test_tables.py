@@ -84,6 +84,16 @@ def test_columns_without_a_name_and_unused_ones_called_alike_are_passed_over(tmp
     assert content(source_of(path)) == [([f"number {i}"], colour(i)) for i in range(3)]
 
 
+def test_a_carriage_return_alone_ends_no_line_where_others_do(tmp_path):
+    for name in ("a.csv", "a.tsv"):
+        tab = "\t" if name.endswith("tsv") else ","
+        path = write(tmp_path, name, f"caption{tab}image\none\rtwo{tab}images/0.png\n")
+        with pytest.raises(DataError, match=rf"{name}, the row of line 2, .*new-line character"):
+            source_of(path)
+    old = write(tmp_path, "mac.csv", 'image,caption\rimages/0.png,one\rimages/1.png,"two, three"\r')
+    assert captions(source_of(old)) == [["one"], ["two, three"]]
+
+
 def test_commas_after_the_last_cell_and_unneeded_cells_that_are_missing(tmp_path):
     path = write(tmp_path, "a.csv", "image,caption,note\nimages/0.png,x,y,,\nimages/1.png,z\n")
     assert captions(source_of(path)) == [["x"], ["z"]]

@@ -135,8 +135,12 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields the number of its first line and the cells of each row that has any."""
     tabs = path.suffix.lower() == ".tsv"
     csv.field_size_limit(2**31 - 1)  # a caption may be as long as it likes
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+    # Where lines end in "\n", a "\r" alone in a cell ends none: csv then refuses it, and does not make two rows of it.
+    newline = "" if b"\r" in start and b"\n" not in start else "\n"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
             if tabs:
                 reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
@@ -164,7 +168,7 @@ def _fitted(rows: Iterator[tuple[int, list[str]]], header: list[str], path: Path
             row = [_unquoted(cell) for cell in row]
         elif any("\n" in cell or "\r" in cell for cell in row):
             _refuse_swallowed_rows(row, number, image, path)
-        if len(row) > width and not any(row[width:]):
+        if len(row) > width and not any(row[width:]) and not open_quote:
             row = row[:width]  # commas after the last cell
         if not needed <= len(row) <= width:
             raise _misfit(path, number, len(row), width, open_quote)
