@@ -24,9 +24,10 @@ class DataConfig:
     .txt captions, a parquet file or folder, webdataset tar shards (a folder or `shards-{000..012}.tar`), or a
     hub dataset name."""
     split: str = "train"
-    """Which split to read, where the source has several (hub data sets, openmoji)."""
+    """Which split to read, where the source has several: hub and saved data sets, openmoji, and folders whose files or
+    subfolders are named after splits (train-00000.parquet, val2017/, test/metadata.jsonl)."""
     image_root: Path | None = None
-    """Folder that relative image paths start from; the data file's own folder when absent."""
+    """Folder that relative image paths start from; each data file's own folder when absent."""
     image_column: str | None = None
     """Column of the image (a path, bytes, or a decoded image); found by name when absent."""
     caption_columns: tuple[str, ...] = ()
