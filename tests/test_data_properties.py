@@ -12,19 +12,20 @@ import io
 import json
 import os
 import re
-import string
 import tempfile
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from data_files import png, source_of, write_tar
+from data_files import source_of, write_tar
+from PIL import Image
 
 pa = pytest.importorskip("pyarrow", reason="needs the `train` extra")
 hypothesis = pytest.importorskip("hypothesis", reason="needs the `dev` extra")
 import pyarrow.parquet as pq  # noqa: E402
-from hypothesis import HealthCheck, given, settings, target  # noqa: E402, F401
+from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from train_encoder.data import BadImage, DataError  # noqa: E402
@@ -42,12 +43,7 @@ def colour_of(number: int) -> tuple[int, int, int]:
     return (number % 7 * 40, number // 7 % 7 * 40, 200)
 
 
-PNGS = {number: png(0) for number in ()}
-
-
 def picture_of(number: int) -> bytes:
-    from PIL import Image
-
     file = io.BytesIO()
     Image.new("RGB", (2, 2), colour_of(number)).save(file, "PNG")
     return file.getvalue()
@@ -74,8 +70,6 @@ ROWS = st.lists(st.builds(Row, st.one_of(st.none(), st.integers(0, 8)), st.lists
 
 def seen(text: str) -> bool:
     """Whether a caption says anything: it has a character that is no space, separator or control."""
-    import unicodedata
-
     return any(not letter.isspace() and unicodedata.category(letter)[0] != "Z" and unicodedata.category(letter) != "Cc"
                for letter in text)  # fmt: skip
 
@@ -115,12 +109,6 @@ def check(path: Path | str, rows: list[Row], **given) -> None:
         picture: sorted(texts) for picture, texts in meant(rows).items()
     }
     assert left == dropped(rows)
-
-
-@pytest.fixture
-def folder():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 class Folder:
@@ -174,7 +162,10 @@ def test_csv(rows, columns, bom, end, quoting):
     with Folder() as folder:
         write_pictures(folder, rows)
         write_csv(folder / "a.csv", rows, columns, bom, end, quoting=quoting)
-        check(folder / "a.csv", rows)
+        if end == "\n" and any("\r" in row.captions[0] for row in rows):  # Python's writer may leave it unquoted
+            refused_or_right(folder / "a.csv", rows)
+        else:
+            check(folder / "a.csv", rows)
 
 
 @PROPERTY
@@ -446,8 +437,3 @@ def test_a_key_that_comes_again_is_another_row(captions):
                    (("same.png", PIXELS[row.picture]), ("same.txt", row.captions[0].encode()))]  # fmt: skip
         write_tar(folder / "a.tar", members)
         check(folder / "a.tar", rows)
-
-
-def test_the_letters_of_these_tests_hold_what_breaks_readers():
-    drawn = set("".join(TEXT.example() for _ in range(3))) if EXAMPLES else set(string.printable)
-    assert drawn

@@ -170,7 +170,7 @@ def _fitted(rows: Iterator[tuple[int, list[str]]], header: list[str], path: Path
             _refuse_swallowed_rows(row, number, image, path)
         if len(row) > width and not any(row[width:]) and not open_quote:
             row = row[:width]  # commas after the last cell
-        if not needed <= len(row) <= width:
+        if not (width if open_quote else needed) <= len(row) <= width:
             raise _misfit(path, number, len(row), width, open_quote)
         yield row + [""] * (width - len(row))
 
