@@ -171,8 +171,13 @@ def test_csv(rows, columns, bom, end, quoting):
 @PROPERTY
 @given(ROWS, COLUMNS, st.booleans(), ENDS)
 def test_tsv_written_with_quotes_is_read_or_refused(rows, columns, bom, end):
-    """pandas' way: cells with a tab, quote or line break are quoted. In a TSV a line is a row, so those are refused."""
-    rows = one_a_line(rows)
+    """pandas' way: cells with a tab, quote or line break are quoted. In a TSV a line is a row, so those are refused.
+
+    But for a cell with a line break AND a tab, whose lines may be good rows: only a reader that believes every quote
+    could tell.
+    """
+    rows = [Row(row.picture, tuple(text.replace("\t", " ") if set(text) & set("\n\r") else text
+                                   for text in row.captions)) for row in one_a_line(rows)]  # fmt: skip
     with Folder() as folder:
         write_pictures(folder, rows)
         write_csv(folder / "a.tsv", rows, columns, bom, end, delimiter="\t")
