@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from .models import Generation, Models
-from .uploads import Limits
+from .uploads import Limits, Uploads
 
 TITLE = "llava-clipmoe: what CLIP cannot see"
 QUEUE = 64
@@ -40,6 +40,11 @@ class Settings:
     open_browser: bool = True
     """Open the page in this machine's browser, where there is one."""
     upload_limits: Limits = field(default_factory=Limits)
+
+    @property
+    def served(self) -> Path:
+        """What the page shows as files: the pictures that Gradio writes, and those uploaded."""
+        return (self.output_dir / "served").resolve()
 
 
 def build_page(demo):
@@ -67,8 +72,18 @@ def build_page(demo):
     return page
 
 
+def environment(settings: Settings) -> dict[str, str]:
+    """What Gradio reads from the environment, when it is imported and later."""
+    return {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_RUN_HISTORY": "False",  # it would keep visitors' pictures in their browsers, or on a hub
+        "GRADIO_TEMP_DIR": str(settings.served),
+    }
+
+
 def launch(demo, settings: Settings):
-    """Start serving the page, in threads; -> its gr.Blocks, with `local_url`, `block_thread()` and `close()`."""
+    """Start serving the page, in threads, in a process that has `environment`; -> its gr.Blocks, with `local_url`,
+    `block_thread()` and `close()`."""
     import gradio as gr
 
     from .guard import middleware
@@ -82,13 +97,16 @@ def launch(demo, settings: Settings):
         strict_cors=True,
         inbrowser=settings.open_browser,
         max_file_size=settings.upload_limits.max_bytes,
-        # What a component shows is copied there; nothing else is served. (Not []: Gradio would ask the environment.)
-        allowed_paths=[os.environ.get("GRADIO_TEMP_DIR", str(settings.output_dir / "served"))],
+        # The guard serves the files; should it ever let Gradio do so, then no others. (Not []: it would ask the
+        # environment.)
+        allowed_paths=[str(settings.served)],
         footer_links=[],
         ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
         quiet=True,
         prevent_thread_lock=True,
-        app_kwargs={"middleware": middleware(settings.host)},
+        app_kwargs={"middleware": middleware(settings.host, demo.uploads)},
         # The system's fonts: the theme's own lack their bold on a machine without network.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css_paths=[Path(__file__).with_name("style.css")],
@@ -99,8 +117,7 @@ def launch(demo, settings: Settings):
 def main(argv: list[str] | None = None) -> int:
     """Load both LLaVAs and serve the page until Ctrl-C; -> 0."""
     settings = tyro.cli(Settings, args=argv, prog="llava-clipmoe demo", description=__doc__)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault("GRADIO_TEMP_DIR", str((settings.output_dir / "served").resolve()))
+    os.environ.update(environment(settings))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console()
     page = launch(prepare(settings, console), settings)
@@ -124,7 +141,8 @@ def prepare(settings: Settings, console: Console):
 
     console.print("loading both models ...")
     eyes = load_eyes(settings.models, console.print)
-    return Demo(eyes, pairs, settings.output_dir, settings.generation, settings.upload_limits)
+    uploads = Uploads(settings.served, settings.upload_limits)
+    return Demo(eyes, pairs, settings.output_dir, uploads, settings.generation)
 
 
 def prepare_llava() -> None:

@@ -19,6 +19,6 @@ def picture_input(number: int) -> gr.Image:
 
 
 def _path_only(payload: Any) -> str | None:
-    """The uploaded file's path, unopened. Gradio itself would open it with Pillow, whatever its size or format; here
-    `uploads.read_picture` decides what is opened."""
+    """The path that the visitor sent, unopened. Gradio itself would open it with Pillow, wherever it leads; here
+    `Uploads` decides what is opened."""
     return None if payload is None or payload.path is None else str(payload.path)

@@ -15,7 +15,7 @@ from PIL import Image
 from .models import Eye, Generation, ModelGone
 from .pairs import BlindPair, Question
 from .similarity import Similarity
-from .uploads import BadUpload, Limits, read_picture
+from .uploads import BadUpload, Limits, Uploads, read_picture
 
 
 class Stop(threading.Event):
@@ -33,8 +33,8 @@ class Demo:
     pairs: list[BlindPair]
     folder: Path
     """votes.jsonl and scores.json are written there."""
+    uploads: Uploads
     how: Generation = field(default_factory=Generation)
-    limits: Limits = field(default_factory=Limits)
     question_limit: int = 2000
     """Characters."""
 
@@ -53,6 +53,10 @@ class Demo:
             f"expert{i}": f"expert {i}" for i in range(64)
         }
 
+    @property
+    def limits(self) -> Limits:
+        return self.uploads.limits
+
     # ----------------------------------------------------------------------------------------------- pairs and pictures
 
     def label(self, index: int) -> str:
@@ -66,13 +70,13 @@ class Demo:
         return [(self.label(index), index) for index in range(len(self.pairs))]
 
     def pictures(self, pair: int | None, first: str | None, second: str | None) -> tuple[Image.Image, Image.Image]:
-        """The chosen pair's pictures, else the two uploaded files. Raises BadUpload."""
+        """The chosen pair's pictures, else the two uploaded ones. Raises BadUpload."""
         if pair is not None:
             return tuple(read_picture(path, self.limits).image for path in self.pairs[pair].images)
         for number, path in ((1, first), (2, second)):
             if not path:
                 raise BadUpload(f"Picture {number} is missing. Upload it, or choose a mined pair.")
-        return read_picture(first, self.limits).image, read_picture(second, self.limits).image
+        return self.uploads.open(first), self.uploads.open(second)
 
     def truth(self, pair: int | None, question: str) -> tuple[str, str] | None:
         """The right answers, where the question is one of the pair's own."""

@@ -1,27 +1,37 @@
 """What the page does with a stranger's file and question before anything else sees them.
 
-    picture = read_picture(path)          # RGB, upright, on white; picture.note says what was left out
+    uploads = Uploads(served)
+    path = uploads.take(data)             # what is read of a file is kept as a PNG of pixels alone
+    image = uploads.open(path)            # RGB, upright, on white
     question = check_question(text)
 
-Both raise BadUpload, whose message is for the person at the page: the cause and the next step, no paths, no traces.
+`open` and `check_question` raise BadUpload, whose message is for the person at the page: the cause and the next step,
+no paths, no traces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import secrets
+import threading
+import time
 import unicodedata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from llava_clipmoe.files import SaveError, atomic_file
 from train_encoder.data import BadImage, decode_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of what is let in. Its other decoders (some start programs, as EPS does) are never tried."""
 
+GONE = "The uploaded file is not there any more. Please upload it again."
 NEXT_STEP = "Please upload a PNG, JPEG, WebP, GIF, BMP or TIFF picture."
 _IMAGE_TOKEN = re.compile(r"<\s*/?\s*(image|im_start|im_end|im_patch)\s*>", re.IGNORECASE)
 
@@ -50,9 +60,95 @@ class Picture:
     """What the person should know about how it was read ("" mostly), as for an animation's first frame."""
 
 
+class Uploads:
+    """The folder of the pictures that the page shows, and in it those that were uploaded.
+
+    A visitor's request can have none but these opened: what `take` kept, or Gradio wrote of a mined pair.
+    """
+
+    KEPT_SECONDS = 86_400
+    REMEMBERED = 1000
+    """Messages about uploads."""
+
+    def __init__(self, served: Path, limits: Limits = Limits()) -> None:
+        self.served, self.limits = served.resolve(), limits
+        self.folder = self.served / "uploads"
+        self._told: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._decoding = threading.Semaphore(2)  # a picture of the largest allowed size takes hundreds of megabytes
+
+    def take(self, data: bytes) -> str:
+        """Keep the picture in an uploaded file, under a name that nobody can guess; -> its path.
+
+        There is a path for a file that is refused too, though nothing lies there: `find` tells the person why.
+        """
+        path = self.folder / f"{secrets.token_hex(16)}.png"
+        try:
+            with self._decoding:
+                picture = picture_of(data, self.limits)
+                self._keep(picture.image, path)
+            told = picture.note
+        except BadUpload as refused:
+            told = str(refused)
+        if told:
+            with self._lock:
+                self._told[path.name] = told
+                for oldest in list(self._told)[: -self.REMEMBERED]:
+                    del self._told[oldest]
+        return str(path)
+
+    def _keep(self, image: Image.Image, path: Path) -> None:
+        image.info = {}  # pixels alone: what else a file said (where it was taken, whole texts) is not shown to anybody
+        self._forget_old()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                image.save(temporary, "PNG", compress_level=1)
+        except (SaveError, OSError) as error:
+            raise BadUpload("This picture cannot be kept: the disk of the server is full or read-only. Free some "
+                            "space there and upload it again.") from error  # fmt: skip
+
+    def _forget_old(self) -> None:
+        with contextlib.suppress(OSError):  # there is no folder yet, or another thread was faster
+            for old in self.folder.iterdir():
+                if old.lstat().st_mtime < time.time() - self.KEPT_SECONDS:
+                    old.unlink()
+
+    def find(self, path: Any) -> tuple[Path, str]:
+        """A value that a visitor sent as a picture's -> its file, and what there is to tell of it ("" mostly).
+
+        Raises BadUpload for everything but a picture that is there: with the reason for an upload that was refused.
+        """
+        found = inside(self.served, path)
+        told = "" if found is None else self._told.get(found.name, "")
+        if found is None or not (found.suffix == ".png" and found.is_file()):
+            raise BadUpload(told or GONE)
+        return found, told
+
+    def open(self, path: Any) -> Image.Image:
+        """The picture in such a file. Raises BadUpload."""
+        with self.find(path)[0].open("rb") as file:
+            return decode_image(file, self.limits.max_pixels, ("PNG",))
+
+
+def inside(folder: Path, path: Any) -> Path | None:
+    """Where a path really leads, links followed, if that is in `folder` (itself resolved); None for all else that a
+    stranger may send in its place."""
+    try:
+        found = Path(path).resolve()
+    except (OSError, ValueError, TypeError, RuntimeError):  # too long; a null byte; not text; a link to itself
+        return None
+    return found if folder in found.parents else None
+
+
 def read_picture(path: str | Path, limits: Limits = Limits()) -> Picture:
     """The picture in a file of any name and content. Raises BadUpload."""
-    data = _read(Path(path), limits)
+    return picture_of(_read(Path(path), limits), limits)
+
+
+def picture_of(data: bytes, limits: Limits = Limits()) -> Picture:
+    """The picture in a file's bytes. Raises BadUpload."""
+    _check_bytes(data, limits)
     note = _check_header(data, limits)
     try:
         return Picture(decode_image(io.BytesIO(data), limits.max_pixels, FORMATS), note)
@@ -68,9 +164,12 @@ def read_picture(path: str | Path, limits: Limits = Limits()) -> Picture:
 def _read(path: Path, limits: Limits) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limits.max_bytes + 1)
+            return file.read(limits.max_bytes + 1)
     except OSError as error:
-        raise BadUpload("The uploaded file is not there any more. Please upload it again.") from error
+        raise BadUpload(GONE) from error
+
+
+def _check_bytes(data: bytes, limits: Limits) -> None:
     if not data:
         raise BadUpload("This file is empty (0 bytes): perhaps the upload was cut off. Please upload it again.")
     if len(data) > limits.max_bytes:
@@ -78,7 +177,6 @@ def _read(path: Path, limits: Limits) -> bytes:
             f"This file is too large: over {_mebibytes(limits.max_bytes)}. Upload a smaller picture, or save it as a "
             "JPEG first."
         )
-    return data
 
 
 def _check_header(data: bytes, limits: Limits) -> str:

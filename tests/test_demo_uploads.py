@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from demo.uploads import BadUpload, Limits, check_question, read_picture
+from demo.uploads import BadUpload, Limits, Uploads, check_question, read_picture
 
 RED, BLUE, WHITE = (220, 30, 30), (40, 60, 220), (255, 255, 255)
 LIMITS = Limits()
@@ -187,6 +190,81 @@ def test_nothing_and_nearly_nothing_in_it(refused, upload):
     assert "thin line" in refused(encoded(Image.new("RGB", (510, 10)), "PNG"))
     assert "thin line" in refused(encoded(Image.new("RGB", (1, 51)), "PNG"))
     assert upload(encoded(Image.new("RGB", (500, 10)), "PNG")).image.size == (500, 10)
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture
+def uploads(tmp_path):
+    return Uploads(tmp_path / "served", Limits(max_bytes=100_000))
+
+
+def files_of(uploads: Uploads) -> set[Path]:
+    return set(uploads.folder.rglob("*"))
+
+
+def test_an_upload_is_kept_under_a_name_of_its_own_and_opened_again(uploads):
+    first, second = (uploads.take(encoded(halves(), "PNG")) for _ in range(2))
+    assert files_of(uploads) == {Path(first), Path(second)} and first != second
+    assert re.fullmatch("[0-9a-f]{32}.png", Path(first).name)
+    assert uploads.find(first) == (Path(first), "")
+    assert np.array_equal(uploads.open(first), halves())
+
+
+def test_what_is_to_be_told_of_an_upload_is_told_when_it_is_asked_for(uploads):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in (RED, BLUE)]
+    animated = uploads.take(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert "first frame" in uploads.find(animated)[1]
+    for data, words in ((b"Just some text.", "holds text"), (b"", "empty"), (b"x" * 100_001, "too large")):
+        path = uploads.take(data)
+        with pytest.raises(BadUpload, match=words):
+            uploads.open(path)
+    assert files_of(uploads) == {Path(animated)}
+
+
+def test_messages_of_long_ago_are_forgotten(uploads, monkeypatch):
+    monkeypatch.setattr(Uploads, "REMEMBERED", 3)
+    paths = [uploads.take(b"Just some text.") for _ in range(5)]
+    for path, words in zip(paths, 2 * ["not there any more"] + 3 * ["holds text"], strict=True):
+        with pytest.raises(BadUpload, match=words):
+            uploads.find(path)
+
+
+def test_uploads_of_the_day_before_are_deleted(uploads):
+    old, new = (uploads.take(encoded(halves(), "PNG")) for _ in range(2))
+    os.utime(old, (time.time() - 90_000,) * 2)
+    uploads.take(b"Just some text.")
+    assert Path(old).exists(), "nothing was kept"
+    newer = uploads.take(encoded(halves(), "PNG"))
+    assert files_of(uploads) == {Path(new), Path(newer)}
+
+
+def test_nothing_but_what_the_page_shows_is_opened(uploads, tmp_path):
+    own = Path(uploads.take(encoded(halves(), "PNG")))
+    canary, text = tmp_path / "canary.png", uploads.served / "note.txt"
+    halves().save(canary)
+    text.write_bytes(own.read_bytes())
+    link, linked, itself = (uploads.folder / name for name in ("link.png", "linked", "itself.png"))
+    link.symlink_to(canary)
+    linked.symlink_to(tmp_path)
+    itself.symlink_to(itself)
+    for value in (
+        canary, str(canary), os.path.relpath(canary), str(text), link, str(linked / "canary.png"), itself,
+        f"{own}/../../../canary.png", f"file://{canary}", "http://127.0.0.1/a.png", "data:image/png,a", "", ".", "/",
+        uploads.folder, str(own.with_name("0" * 32 + ".png")), f"{own}\0", f"{canary}\0.png", "\ud800", "a" * 100_000,
+        os.fsencode(canary), None, 7, True, [], [str(canary)], {}, {"path": str(canary)}, ("a", "b"),
+    ):  # fmt: skip
+        with pytest.raises(BadUpload, match="not there any more"):
+            uploads.open(value)
+    assert uploads.open(os.path.relpath(own)).size == (40, 30), "another way to write its path"
+
+
+def test_a_full_disk_is_told(uploads):
+    uploads.served.mkdir()
+    uploads.folder.write_text("where the folder should be")
+    with pytest.raises(BadUpload, match="full or read-only"):
+        uploads.find(uploads.take(encoded(halves(), "PNG")))
 
 
 # ---------------------------------------------------------------------------------------------------------- questions

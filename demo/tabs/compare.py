@@ -69,9 +69,7 @@ def build(demo: Demo) -> Compare:
     picker.input(told(chosen), picker, shown)
     surprise.click(told(another), pair, [picker, *shown])
     for number, picture in enumerate(pictures, start=1):
-        # Two at a time: a picture of the largest allowed size takes hundreds of megabytes while it is decoded.
-        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board], concurrency_limit=2,
-                     concurrency_id="decode")  # fmt: skip
+        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board])
 
         def uploaded(path, index, request: gr.Request, number=number):
             return _uploaded(demo, path, number, request.session_hash)
@@ -111,17 +109,17 @@ def _another(demo: Demo, now: int | None, session: str | None) -> tuple[Any, ...
 
 
 def _uploaded(demo: Demo, path: str | None, number: int, session: str | None) -> tuple[Any, ...]:
-    """A picture came in (None: was taken away): check it, show what was read. A bad one leaves the place empty and
-    says why."""
+    """A picture came in (None: was taken away). One that was refused leaves the place empty and says why."""
     demo.drop("ask", session)
+    found = note = None
     try:
-        picture = read_picture(path, demo.limits) if path else None
+        if path:
+            found, note = demo.uploads.find(path)
     except ValueError as error:
         gr.Warning(explain(error), title=f"Picture {number} was not taken", duration=15)
-        picture = None
-    if picture and picture.note:
-        gr.Info(picture.note, title=f"Picture {number}")
-    return picture.image if picture else None, None, "", gr.Radio(visible=False), ""
+    if note:
+        gr.Info(note, title=f"Picture {number}")
+    return found, None, "", gr.Radio(visible=False), ""
 
 
 def _ask(

@@ -11,6 +11,7 @@ from .. import html
 from ..context import Demo
 from ..messages import told
 from ..pairs import Question
+from ..uploads import FORMATS
 from .compare import Compare, show
 
 THUMBNAIL = 160
@@ -114,7 +115,7 @@ def _thumbnail(paths: tuple[Any, Any]) -> Image.Image:
     """Both pictures side by side."""
     sheet = Image.new("RGB", (2 * THUMBNAIL + 8, THUMBNAIL), "white")
     for number, path in enumerate(paths):
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:  # a folder of pairs may be a stranger's
             small = picture.convert("RGB")
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         left = number * (THUMBNAIL + 8) + (THUMBNAIL - small.width) // 2
