@@ -142,7 +142,7 @@ def weights_fingerprint(directory: Path) -> str:
     found = hashlib.sha256()
     names = ("config.json", "preprocessor_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin")
     for path in sorted({path for name in names for path in directory.glob(name)}):
-        found.update(path.name.encode())
+        found.update(os.fsencode(path.name))
         with path.open("rb") as file:
             while part := file.read(1 << 24):
                 found.update(part)

@@ -14,6 +14,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from llava_clipmoe.files import replace_surrogates
 from train_encoder.config import DataConfig, digest
 from train_encoder.data import DataError, PairSource, decode_image
 from train_encoder.image_files import image_files
@@ -32,13 +33,17 @@ class Pictures:
     """Pictures by number. Can be sent to a loader's workers."""
 
     names: list[str]
-    """What the reader is shown: the path below the folder, or the row's key."""
+    """What the reader is shown: the path below the folder, or the row's key. Bytes of a file's name that are not UTF-8
+    are U+FFFD here, as nothing that is written or drawn takes the surrogates that Python has for them."""
     paths: list[Path] | None
     """Where each is, when they are files of their own."""
     fingerprint: str
     """Other pictures, or the same ones changed, have another."""
     max_pixels: int
     source: PairSource | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", [replace_surrogates(name) for name in self.names])
 
     def __len__(self) -> int:
         return len(self.names)

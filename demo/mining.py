@@ -31,7 +31,7 @@ from demo.images import NearDuplicates, Pictures, open_pictures
 from demo.pairs import BlindPair, save_picture, write_pairs
 from demo.questions import Questions
 from demo.search import Criteria, Found, exact_cosines, search
-from llava_clipmoe.files import atomic_directory, remove_leftovers, write_json
+from llava_clipmoe.files import atomic_directory, remove_leftovers, replace_surrogates, write_json
 from train_encoder.data import BadImage, DataError
 
 OUTCOMES = {
@@ -138,7 +138,8 @@ def mine(s: Settings) -> Path:
     summary = {
         "outcome": found.outcome, "counts": counts, "models": {tower.eyes[0]: tower.name for tower in towers},
         "settings": {name: _without_folders(value) for name, value in asdict(s).items()},
-        "skipped": [{"image": _shown(pictures.names[row]), "error": error} for row, error in encoded.bad.items()],
+        "skipped": [{"image": _shown(pictures.names[row]), "error": replace_surrogates(error)}
+                    for row, error in encoded.bad.items()],
     }  # fmt: skip
     pairs = _write(s, pictures, encoded, found, questions, summary)
     _report(console, s, pairs, found, summary, time.monotonic() - start)
@@ -148,7 +149,7 @@ def mine(s: Settings) -> Path:
 def _without_folders(value: Any) -> Any:
     """A path's last part: the result may be given away, and where things lay here is nobody's business."""
     if isinstance(value, Path) or (isinstance(value, str) and Path(value).expanduser().exists()):
-        return Path(value).name
+        return replace_surrogates(Path(value).name)
     return value
 
 
@@ -257,7 +258,7 @@ def _report(console: Console, s: Settings, pairs: Sequence[BlindPair], found: Fo
     files = ", ".join((folder_of.ROWS, folder_of.SHEET, f"{folder_of.PICTURES}/", folder_of.SUMMARY))
     lines.append(f"Written to {s.output_dir}: {files}")
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(replace_surrogates(line), markup=False, highlight=False)
 
 
 def _table(pairs: Sequence[BlindPair]) -> Table:

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_clipmoe.files import write_json, write_text
+from llava_clipmoe.files import parse_json, write_json, write_text
 
 ROWS, PICTURES, SHEET, SUMMARY = "pairs.jsonl", "pictures", "contact_sheet.png", "mining.json"
 LONG_SIDE = 1024
@@ -101,7 +101,9 @@ def read_pairs(path: str | Path) -> list[BlindPair]:
     if not file.is_file():
         raise FileNotFoundError(f"there are no mined pairs at {file}. {HOW}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # of what splitlines() takes for ends, only this is one
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}). {HOW}") from error
     folder, pairs = file.parent.resolve(), []
@@ -109,10 +111,10 @@ def read_pairs(path: str | Path) -> list[BlindPair]:
         if not line.strip():
             continue
         try:
-            pairs.append(_pair(json.loads(line), folder))
+            pairs.append(_pair(parse_json(line), folder))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{file}, line {number}: {error}") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{file}, line {number} is not a mined pair: {what}. {HOW}") from error
     return pairs

@@ -8,6 +8,7 @@ import numpy as np
 
 from demo.images import Pictures
 from demo.pairs import Question
+from llava_clipmoe.files import replace_surrogates
 from train_encoder.data import DataError
 from train_encoder.sources import json_rows
 
@@ -25,12 +26,13 @@ class Questions:
         if not file.is_file():
             raise FileNotFoundError(f"there is no file of questions at {file}. {FORMAT}")
         by_name = {name: i for i, name in enumerate(pictures.names)}
-        by_path = {path.resolve(): i for i, path in enumerate(pictures.paths or ())}
+        by_path = {_real(path): i for i, path in enumerate(pictures.paths or ())}
         self.of: dict[int, dict[str, tuple[str, str]]] = {}
         rows = 0
         for rows, row in enumerate(json_rows(file), start=1):
             image, attribute, question, answer = (_text(file, rows, row, key) for key in KEYS)
-            number = by_path.get((file.parent / image).resolve(), by_name.get(image))
+            attribute, question, answer = map(replace_surrogates, (attribute, question, answer))
+            number = by_path.get(_real(file.parent / image), by_name.get(replace_surrogates(image)))
             if number is not None:
                 self.of.setdefault(number, {})[question] = (attribute, answer)
         if not self.of:
@@ -54,6 +56,13 @@ class Questions:
         """bool [n]: which of n pairs share a question."""
         pairs = zip(first.tolist(), second.tolist(), strict=True)
         return np.fromiter((bool(self.shared(*pair)) for pair in pairs), bool, len(first))
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, ValueError):  # no possible path, as one with a null byte: it is nobody's
+        return path
 
 
 KEYS = (("image",), ("attribute", "type"), ("question",), ("answer",))

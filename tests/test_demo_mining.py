@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
+import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -389,6 +392,8 @@ def test_questions_are_joined_where_the_answers_differ(run, photos, tmp_path):
     [
         ('{"image": "0.png", "question": "What?", "answer": "red"}', "row 1 has no text in 'attribute'"),
         ('{"image": "elsewhere.png", "attribute": "a", "question": "b", "answer": "c"}', "none of the 1 questions"),
+        (r'{"image": "a\u0000.png", "attribute": "a", "question": "b", "answer": "c"}', "none of the 1 questions"),
+        (r'{"image": "a\ud800.png", "attribute": "a", "question": "b", "answer": "c"}', "none of the 1 questions"),
         ("[1]", "holds int where a row"),
         ("", "none of the 0 questions"),
     ],
@@ -513,6 +518,46 @@ def test_tables_without_captions_and_sources_with_them(run, photos, tmp_path):
         run(tmp_path / "no.csv")
 
 
+@pytest.fixture
+def not_utf8(photos) -> list[Path]:
+    """Three of the photos under names that are no UTF-8; the last one is cut short."""
+    renamed = []
+    for number, name in (("0", b"caf\xe9.png"), ("3", b"na\xefve [\xff].png"), ("6", b"\xe9\xe8.png")):
+        renamed.append(photos / os.fsdecode(name))
+        try:
+            (photos / f"{number}.png").rename(renamed[-1])
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    renamed[2].write_bytes(renamed[2].read_bytes()[:99])
+    return renamed
+
+
+def test_pictures_whose_names_are_not_utf8(towers, photos, not_utf8, tmp_path, capsys):
+    asked = [(str(not_utf8[0]), "red"), (os.fsdecode(b"na\xefve [\xff].png"), "blue \ud83d")]
+    rows = [{"image": image, "attribute": "color", "question": "Which \ud83d?", "answer": a} for image, a in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / os.fsdecode(b"r\xe9sultat")
+    settings = Settings(str(photos), *towers, out, per_image=9, dense_threshold=-1.0, reference_threshold=1.0,
+                        questions=tmp_path / "asked.jsonl", workers=0, batch_size=2)  # fmt: skip
+    for _ in range(2):  # the second time from the cache
+        mine(settings)
+        pairs, summary = read_pairs(out), json.loads((out / "mining.json").read_text(encoding="utf-8"))
+        assert len(pairs) == 8 * 7 / 2
+        named = {name: image for pair in pairs for name, image in zip(pair.names, pair.images, strict=True)}
+        assert {"caf\ufffd.png", "na\ufffdve [\ufffd].png"} < set(named)
+        for path, number in zip(not_utf8[:2], (0, 3), strict=True):
+            kept = Image.open(named[os.fsencode(path.name).decode(errors="replace")])
+            assert np.array_equal(kept, noise(number)) and kept.size == (40, 32)
+        assert summary["skipped"][0]["image"] == "\ufffd\ufffd.png" and len(summary["skipped"]) == 1
+        assert [pair.questions for pair in pairs if pair.questions] == [
+            (Question("color", "Which \ufffd?", ("red", "blue \ufffd")),)]  # fmt: skip
+        assert summary["settings"]["output_dir"] == "r\ufffdsultat"
+        for text in (capsys.readouterr().out, json.dumps([pair.names for pair in pairs], ensure_ascii=False)):
+            assert "caf\ufffd.png" in text and text.encode()
+    assert Image.open(out / "contact_sheet.png").size[0] > 1000
+    assert not re.search(r"[\udc80-\udcff]|\\udc", "".join(file.read_text() for file in out.glob("*.json*")))
+
+
 def test_results_inside_the_pictures_folder_are_not_mined(run, photos):
     for _ in range(2):
         _, summary = run(photos, folder="photos/pairs")
@@ -615,6 +660,35 @@ def test_a_strangers_row_is_refused_with_its_line(folder, tmp_path, change, mess
     (folder / "pairs.jsonl").write_text(f"{good}\n{bad}\n")
     with pytest.raises(ValueError, match=rf"line 3 .*{message}"):
         read_pairs(folder)
+
+
+LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
+"""What Python's splitlines() takes for the end of a line, but JSON lines do not."""
+
+
+@pytest.mark.parametrize("end", LINE_ENDS)
+def test_a_character_that_ends_a_line_elsewhere_is_part_of_a_text(folder, end):
+    (pair,) = read_pairs(folder)
+    question = Question(f"co{end}lor", f"What{end}?", (f"{end}red", f"blue{end}"))
+    pair = dataclasses.replace(pair, names=(f"a{end}.png", f"b{end}"), questions=(question,))
+    write_pairs(folder, [pair, pair], {"counts": {}})
+    assert read_pairs(folder) == [pair, pair]
+
+
+@pytest.mark.parametrize(("before", "after"), [("\ufeff", "\n"), ("", "\r\n"), ("\ufeff\r\n", "\r\n\r\n"), ("", "")])
+def test_a_file_that_an_editor_of_windows_has_saved_is_read(folder, before, after):
+    pairs = read_pairs(folder)
+    row = (folder / "pairs.jsonl").read_text().strip()
+    (folder / "pairs.jsonl").write_bytes(f"{before}{row}{after}{row if after else ''}".encode())
+    assert read_pairs(folder) == (2 if after else 1) * pairs
+
+
+def test_halves_of_surrogate_pairs_in_a_strangers_file_can_be_shown(folder):
+    row = json.loads((folder / "pairs.jsonl").read_text())
+    row["names"][0], row["questions"][0]["question"] = "a\ud83d", "What\udce9?"
+    (folder / "pairs.jsonl").write_text(json.dumps(row))
+    (pair,) = read_pairs(folder)
+    assert (pair.names[0], pair.questions[0].question) == ("a\ufffd", "What\ufffd?")
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", '"text"', "[" * 100_000])
