@@ -101,9 +101,7 @@ def read_pairs(path: str | Path) -> list[BlindPair]:
     if not file.is_file():
         raise FileNotFoundError(f"there are no mined pairs at {file}. {HOW}")
     try:
-        lines = file.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # of what splitlines() takes for ends, only this is one
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may be in a question
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}). {HOW}") from error
     folder, pairs = file.parent.resolve(), []

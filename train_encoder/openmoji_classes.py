@@ -38,7 +38,7 @@ def openmoji_colours(folder: Path) -> Classes:
 
     The colour was measured on the pixels when the data set was built; the package of drawings has no groups of emoji.
     """
-    rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n") if line]
     found = [_MAINLY.search(row["description"]) for row in rows]
     kept = [(folder / row["image"], match[1].split()[-1]) for row, match in zip(rows, found, strict=True) if match]
     names = sorted({colour for _, colour in kept})
