@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
 
 
-def stage1(folder: Path, data: Path, images: Path) -> subprocess.CompletedProcess:
+def stage1(folder: Path, data: Path, images: Path, **changed: object) -> subprocess.CompletedProcess:
     flags = {
         "model_name_or_path": folder / "llama", "version": "plain", "data_path": data, "image_folder": images,
         "vision_tower": folder / "clip-moe", "mm_projector_type": "mlp2x_gelu", "tune_mm_mlp_adapter": True,
@@ -25,7 +25,7 @@ def stage1(folder: Path, data: Path, images: Path) -> subprocess.CompletedProces
         "use_cpu": True, "output_dir": folder / "llava-out", "max_steps": 40, "per_device_train_batch_size": 16,
         "evaluation_strategy": "no", "save_strategy": "no", "learning_rate": 2e-3, "weight_decay": 0.0,
         "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "logging_steps": 5, "model_max_length": 512,
-        "lazy_preprocess": True, "report_to": "none",
+        "lazy_preprocess": True, "report_to": "none", **changed,
     }  # fmt: skip
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
