@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,29 +105,85 @@ def load_checkpoint(
     if any(width % HEAD_WIDTH for width in widths):
         raise ValueError(f"{path}: tower widths {widths} are not multiples of {HEAD_WIDTH}, so its heads are unknown.")
     config = _config_from_shapes(state, quick_gelu, experts, num_experts_per_tok)
-    return _bundle(config, state, str(path), Path(path).stem, "The file is incomplete: copy or download it again.")
+    advice = "The file is incomplete (copy or download it again), or its CLIP is built otherwise than OpenAI's."
+    return _bundle(config, state, str(path), Path(path).stem, advice)
+
+
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which trainers keep a model's tensors, beside the epoch, the optimizer's state and the like."""
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or foreign .pt file, without `state_dict` wrapper and `module.` prefix."""
+    """The tensors of a .safetensors or foreign .pt file, taken out of what trainers and wrappers put around them."""
     state: Any = load_tensors(path) if path.suffix == ".safetensors" else load_foreign_pt(path)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} does not hold a plain state dict (names and tensors): ask its author for one.")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    while isinstance(state, Mapping):
+        inner = [state[key] for key in CONTAINERS if isinstance(state.get(key), Mapping)]
+        if not inner:
+            break
+        state = inner[0]
+    others = {"all of it": state}
+    if isinstance(state, Mapping):
+        others = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+    if others:
+        shown = ", ".join(f"{name} ({type(value).__name__})" for name, value in list(others.items())[:5])
+        raise ValueError(
+            f"{path} does not hold a plain state dict (names and tensors): {shown} is something else. Ask its author "
+            "for the model's state_dict()."
+        )
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"{path} holds tensors without numbers ({', '.join(empty[:3])}): one part of a model that DeepSpeed (ZeRO "
+            "3) or FSDP divided. Put the parts together first; DeepSpeed writes a zero_to_fp32.py beside them."
+        )
+    return _plain_names(state, str(path))
+
+
+_OUTER = re.compile(r"(?:(?:module|_orig_mod)\.)*")  # what DDP and torch.compile put before every name
+_INNER = re.compile(r"(?<=\.)(?:module|_orig_mod)\.")  # and what they put around a part of the model
+_VISUAL = re.compile(r"((?:[^.]+\.)*?)visual\.")  # before it stands what a class around the CLIP puts: "clip."
+
+
+def _plain_names(state: State, where: str) -> dict[str, torch.Tensor]:
+    """`state` without the prefixes that all of its names have. Raises ValueError when only some have them."""
+    first = next(iter(state), "")
+    shared = _OUTER.match(first)[0]
+    plain: dict[str, str] = {}
+    for name in state:
+        short = _INNER.sub("", name.removeprefix(shared))
+        if _OUTER.match(name)[0] != shared or short in plain:
+            raise _mixture(where, plain.get(short, first), name)
+        plain[short] = name
+    clips: dict[str, str] = {}
+    for name in plain:
+        before = _VISUAL.match(name)
+        if before:
+            clips.setdefault(before[1], name)
+    prefix = next(iter(clips), "")
+    others = [*list(clips.values())[1:], *(name for name in plain if not name.startswith(prefix))]
+    if others:
+        raise _mixture(where, plain[clips[prefix]], plain[others[0]])
+    return {name.removeprefix(prefix): state[original] for name, original in plain.items()}
+
+
+def _mixture(where: str, name: str, other: str) -> ValueError:
+    return ValueError(
+        f"{where} holds {name} beside {other}: more than one model, or parts of several. Save the state_dict() of the "
+        "CLIP alone."
+    )
 
 
 def _check_kind(state: State, where: str) -> None:
     """Raises ValueError, saying what the file is, unless it is a ViT-CLIP in OpenAI naming."""
-    if "vision_model.embeddings.patch_embedding.weight" in state:
+    if any(name.endswith("vision_model.embeddings.patch_embedding.weight") for name in state):
         raise ValueError(f"{where} has transformers' names: give the directory it lies in, config.json included.")
+    if "logit_bias" in state:
+        raise ValueError(f"{where} has a logit_bias, as SigLIP's loss trains one; our model has no place for it.")
     others = {
-        "SigLIP": ("logit_bias",),
         "CoCa": ("text_decoder.", "text.cls_emb"),
         "a CLIP with a ResNet": ("visual.layer1.", "visual.attnpool."),
         "a CLIP with a timm image tower": ("visual.trunk.",),
-        "a CLIP with another text tower": ("text.",),
+        "a CLIP with another text tower": ("text.", "bert."),
     }
     for kind, prefixes in others.items():
         if any(name.startswith(prefixes) for name in state):

@@ -68,6 +68,8 @@ def from_openai_names(state: State, where: str = "the checkpoint") -> dict[str, 
                 ours[f"{prefix}.{_IN_BLOCK[inside]}"] = tensor
             else:
                 unknown.append(name)
+        elif name == "logit_scale" and tensor.numel() == 1:
+            ours[name] = tensor.reshape(())  # some codes keep it as a vector of one number
         elif name in _OUTSIDE:
             ours[_OUTSIDE[name]] = tensor
         elif name in _TRANSPOSED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -384,7 +385,11 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path):
     "names, said",
     [
         (["vision_model.embeddings.patch_embedding.weight"], "give the directory it lies in"),
-        (["logit_bias"], "is SigLIP"),
+        (["logit_bias"], "has a logit_bias, as SigLIP's loss trains one"),
+        (["module.logit_bias", "module.visual.trunk.stem.0.weight"], "has a logit_bias"),
+        (["clip.vision_model.embeddings.patch_embedding.weight"], "give the directory it lies in"),
+        (["module.bert.embeddings.weight", "module.visual.conv1.weight"], "with another text tower"),
+        (["model.visual.conv1.weight", "model.visual.layer1.0.conv1.weight"], "is a CLIP with a ResNet"),
         (["text_decoder.ln_final.weight"], "is CoCa"),
         (["visual.layer1.0.conv1.weight"], "is a CLIP with a ResNet"),
         (["visual.trunk.stem.0.weight"], "with a timm image tower"),
@@ -396,6 +401,112 @@ def test_other_checkpoints_are_named(tmp_path, names, said):
     path = save_pt({name: torch.zeros(2) for name in names}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=said):
         load_bundle(path)
+
+
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "clip.", "clip_model.",
+            "model.module.", "module.model._orig_mod.", "_forward_module."]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, inputs, prefix):
+    state = official_state(1)
+    path = save_pt({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "moe.pt")
+    bundle = convert(path, tmp_path / "moe", num_experts_per_tok=2)
+    assert_same(features(bundle, inputs), official_features(state, *inputs))
+
+
+def test_the_names_that_torch_itself_gives_wrapped_models(tmp_path, inputs, monkeypatch):
+    """Data-parallel, compiled, and only a tower or its blocks compiled, in and around each other."""
+    register(monkeypatch, "ViT-Tiny")
+    plain = open_clip_model("ViT-Tiny")
+    expected = open_clip_features(plain, inputs)
+    wraps = {
+        "compiled": lambda model: torch.compile(model),
+        "parallel": lambda model: torch.nn.DataParallel(model),
+        "compiled in parallel": lambda model: torch.nn.DataParallel(torch.compile(model)),
+        "parallel, then compiled": lambda model: torch.compile(torch.nn.DataParallel(model)),
+    }
+    parts = ("visual", "transformer.resblocks.0")
+    for name, wrap in wraps.items():
+        whole, model = wrap(plain).state_dict(), copy.deepcopy(plain)
+        assert not plain.state_dict().keys() & whole.keys(), name
+        for part in parts:
+            parent, _, child = part.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrap(model.get_submodule(part)))
+        for state in (whole, model.state_dict(), wrap(model).state_dict()):
+            bundle = load_open_clip("ViT-Tiny", save_pt(dict(state), tmp_path / "w.pt"), quick_gelu=False)
+            assert_same(features(bundle, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"epoch": 3, "name": "x", "state_dict": state, "optimizer": {"state": {}}, "scaler": {}},
+        lambda state: {"model": state, "step": 5, "best": 0.5},
+        lambda state: {"model": {"state_dict": {f"module.{k}": v for k, v in state.items()}}},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {}},
+        lambda state: {"module": {f"clip.{k}": v for k, v in state.items()}, "buffer_names": []},
+        lambda state: {"model": {"name": "ViT", "layers": 3}, "state_dict": state},
+        lambda state: {"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}},
+    ],
+)
+def test_what_trainers_keep_beside_the_model_is_left_out(tmp_path, inputs, wrap):
+    state = official_state(0)
+    bundle = load_checkpoint(save_pt(wrap(state), tmp_path / "epoch_3.pt"))
+    assert_same(features(bundle, inputs), official_features(state, *inputs))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_logit_scale_with_dimensions(tmp_path, inputs, monkeypatch, shape):
+    state = official_state(1)
+    state["logit_scale"] = torch.full(shape, 3.5)
+    bundle = load_checkpoint(save_pt(state, tmp_path / "moe.pt"), num_experts_per_tok=2)
+    assert bundle.model.logit_scale.shape == () and bundle.model.logit_scale.item() == 3.5
+    assert_same(features(bundle, inputs), official_features(state, *inputs))
+    register(monkeypatch, "ViT-Tiny", nonscalar_logit_scale=True)
+    model = open_clip.create_model("ViT-Tiny", nonscalar_logit_scale=True)
+    assert model.logit_scale.shape == (1,)
+    register(monkeypatch, "ViT-Tiny")
+    save_tensors(tmp_path / "w.safetensors", dict(model.state_dict()))
+    assert load_open_clip("ViT-Tiny", tmp_path / "w.safetensors").model.logit_scale.shape == ()
+    state["logit_scale"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"logit_scale \[2\] instead of \[\].*built otherwise than OpenAI's"):
+        load_checkpoint(save_pt(state, tmp_path / "two.pt"), num_experts_per_tok=2)
+
+
+def test_a_mixture_of_prefixes_is_refused_with_two_names(tmp_path):
+    def refused(names, said):
+        with pytest.raises(ValueError, match=said) as error:
+            load_checkpoint(save_pt(dict(names), tmp_path / "x.pt"), quick_gelu=True)
+        assert str(error.value).endswith("Save the state_dict() of the CLIP alone.")
+
+    state = list(official_state(0).items())
+    for prefix in PREFIXES:
+        half = [(f"{prefix}{name}" if i % 2 else name, tensor) for i, (name, tensor) in enumerate(state)]
+        refused(half, r"x\.pt holds \S+ beside \S+: more than one model, or parts of several")
+        both = [*state, *((f"{prefix}{name}", tensor) for name, tensor in state)]
+        refused(both, r"x\.pt holds \S+ beside \S+: more than one model, or parts of several")
+    copies = [(f"{where}{name}", tensor) for where in ("model.", "ema_model.") for name, tensor in state]
+    refused(copies, r"holds model\.visual\.\S+ beside ema_model\.\S+")
+    averaged = [("n_averaged", torch.tensor(3)), *((f"module.{name}", tensor) for name, tensor in state)]
+    refused(averaged, r"holds n_averaged beside module\.")
+    head = [("head.weight", torch.zeros(2, 2)), *((f"clip.{name}", tensor) for name, tensor in state)]
+    refused(head, r"holds clip\.visual\.\S+ beside head\.weight")
+
+
+def test_what_is_no_whole_state_dict_is_said(tmp_path):
+    state = official_state(0)
+    for stored, said in (
+        (
+            {"student": state, "teacher": state, "epoch": 3},
+            r"student \(dict\), teacher \(dict\), epoch \(int\) is some",
+        ),
+        ({**state, "epoch": 3}, r"epoch \(int\) is something else"),
+        ([1, 2], r"all of it \(list\) is something else"),
+        ({**state, "visual.proj": torch.zeros(0)}, r"tensors without numbers \(visual\.proj\).*DeepSpeed"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_checkpoint(save_pt(stored, tmp_path / "x.pt"))
 
 
 def test_incomplete_or_strange_checkpoints(tmp_path):
