@@ -208,7 +208,7 @@ def test_rows_without_answer_teach_nothing_upstream_as_is_said(dataset_of, capsy
     for version in ("v1", "mpt", "llava_llama_2"):
         dataset = dataset_of([GOOD, row(Q), row(Q, A, T), without_picture(A)], version)
         data.guard(dataset)
-        assert "3 rows do not end with an answer: LLaVA's trainer ignores them whole (the first: row 1 (id x))" in (
+        assert "rows that do not end with an answer, which LLaVA's trainer ignores: 3, first row 1 (id x)." in (
             capsys.readouterr().err
         )
         learnt = [bool((dataset[i]["labels"] != -100).any()) for i in range(4)]
@@ -218,7 +218,7 @@ def test_rows_without_answer_teach_nothing_upstream_as_is_said(dataset_of, capsy
 def test_a_token_without_a_picture_is_said(dataset_of, capsys):
     dataset = dataset_of([GOOD, ROWS["null, with a token"], ROWS["text alone that speaks of the token"]])
     data.guard(dataset)
-    assert "2 rows without a picture have <image> in their text, which is read as plain words (the first: row 1" in (
+    assert "rows without a picture but with <image>, which is read as plain words there: 2, first row 1 (id x)." in (
         capsys.readouterr().err
     )
     dataset = dataset_of([GOOD, ROWS["text alone"], ROWS["gpt first"]])

@@ -79,7 +79,7 @@ def check_rows(rows: Any, style: str) -> None:
             f"{'; ...' if len(faults) > 3 else ''}. Mend these rows or take them out."
         )
     for remark, numbers in remarks.items():
-        print(f"llava-clipmoe: {len(numbers)} rows {remark} (the first: {_name(rows, numbers[0])}).", file=sys.stderr)
+        print(f"llava-clipmoe: rows {remark}: {len(numbers)}, first {_name(rows, numbers[0])}.", file=sys.stderr)
 
 
 def _name(rows: list[Any], number: int) -> str:
@@ -165,9 +165,9 @@ def _remarks(row: dict[str, Any], style: str) -> list[str]:
     """What is worth saying of a row that upstream lets pass."""
     turns, remarks = row["conversations"], []
     if "image" not in row and any(IMAGE_TOKEN in turn["value"] for turn in turns):
-        remarks.append(f"without a picture have {IMAGE_TOKEN} in their text, which is read as plain words")
+        remarks.append(f"without a picture but with {IMAGE_TOKEN}, which is read as plain words there")
     if style not in ("plain", "v0") and (turns[-1]["from"] == "human" or len(turns) == 1):
-        remarks.append("do not end with an answer: LLaVA's trainer ignores them whole")
+        remarks.append("that do not end with an answer, which LLaVA's trainer ignores")
     return remarks
 
 
