@@ -36,6 +36,7 @@ from .tokenizer import open_clip_tokenizer
 
 CLIP_VOCABULARY = 49408
 HEAD_WIDTH = 64  # of every OpenAI ViT and of the official CLIP-MoE; open_clip's config says its own
+LARGEST = 1024  # the image tower of OpenAI's ViT-L; open_clip's ViT-H of 1280 has heads of 80, and the same tensors
 
 
 def to_openai_state(bundle: ClipBundle) -> dict[str, torch.Tensor]:
@@ -102,8 +103,12 @@ def load_checkpoint(
             )
         quick_gelu = True
     widths = [state["visual.conv1.weight"].shape[0], state["ln_final.weight"].shape[0]]
-    if any(width % HEAD_WIDTH for width in widths):
-        raise ValueError(f"{path}: tower widths {widths} are not multiples of {HEAD_WIDTH}, so its heads are unknown.")
+    if any(width % HEAD_WIDTH for width in widths) or widths[0] > LARGEST:
+        raise ValueError(
+            f"{path} has towers {widths[0]} and {widths[1]} wide, and does not say how many heads they have: only "
+            f"OpenAI's ViTs (up to {LARGEST}) are known to have them of {HEAD_WIDTH}. If it is open_clip's, give its "
+            "name (--open-clip-name, for instance ViT-H-14)."
+        )
     config = _config_from_shapes(state, quick_gelu, experts, num_experts_per_tok)
     advice = "The file is incomplete (copy or download it again), or its CLIP is built otherwise than OpenAI's."
     return _bundle(config, state, str(path), Path(path).stem, advice)

@@ -547,3 +547,11 @@ def test_the_command(tmp_path, capsys, inputs):
     assert load_bundle(tmp_path / "dense").model.config.vision_config.hidden_act == "gelu"
     with pytest.raises(ValueError, match="is the input itself"):
         main([str(tmp_path / "moe"), str(tmp_path / "moe")])
+
+
+def test_towers_of_open_clips_larger_models_are_not_given_openais_heads(tmp_path):
+    """ViT-H-14 is 1280 wide: 16 heads of 80, though 20 of 64 would fit its tensors and give other features."""
+    state = official_state(0)
+    state["visual.conv1.weight"] = torch.zeros(1280, 3, PATCH, PATCH)
+    with pytest.raises(ValueError, match=r"towers 1280 and 64 wide.*how many heads.*--open-clip-name.*ViT-H-14"):
+        load_checkpoint(save_pt(state, tmp_path / "h.pt"), quick_gelu=False)
