@@ -451,6 +451,111 @@ def test_golden_mmvet_json_of_llava_15(shared_data, tmp_path):
         assert results["upload"].endswith("llava-v1.5-13b.json") and "mm-vet_evaluator" in results["next_step"]
 
 
+# --- text as editors and models leave it -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A folder NAME for each benchmark: its data, and answers.jsonl with an answer to every question."""
+    yes_no, what = ["Is it one?", "Is it two?"], ["What is it?", "Where is it?"]
+    image = base64.b64encode(PICTURE).decode()
+    for name in BENCHMARKS:
+        folder = tmp_path / name
+        folder.mkdir()
+        texts = {"pope": yes_no, "mme": [f"{text}\n{SHORT_PROMPT}" for text in yes_no]}.get(name, what)
+        ids = {"mme": ["count/1.jpg"] * 2, "textvqa": ["i", "i"], "textvqa_no_ocr": ["i", "i"],
+               "mmbench": [0, 1_000_000], "mmbench_cn": [0, 1_000_000]}.get(name, [0, 1])  # fmt: skip
+        asked = [{"question_id": i, "image": f"{i}", "text": text, "category": "random"} for i, text in
+                 zip(ids, texts, strict=True)]  # fmt: skip
+        write_jsonl(folder / "answers.jsonl", [{"question_id": row["question_id"], "prompt": row["text"],
+                                                "text": "A" if name.startswith("mm") and name != "mme" else "Yes"}
+                                               for row in asked])  # fmt: skip
+        file = folder / BENCHMARKS[name].needs[0].paths[-1]
+        if name.startswith("mmbench"):
+            table(file, [_row(i, ["red", "blue"], "A") for i in ids])
+        elif name == "mmstar":
+            table(folder / "MMStar.tsv", [{"index": i, "question": "q", "image": image, "answer": "A", "category": "c"}
+                                          for i in range(2)])  # fmt: skip
+        elif name == "ocrbench":
+            rows = [{"index": i, "question": "q", "image": image, "answers": ["yes"], "type": "t"} for i in range(2)]
+            (folder / "OCRBench.json").write_text(json.dumps(rows))
+        elif name == "mmvp":
+            rows = [f"{i},Open?,(a) Yes (b) No,(a)\n" for i in range(2)]
+            file.write_text("Index,Question,Options,Correct Answer\n" + "".join(rows))
+            (folder / "MMVP Images").mkdir()
+        else:
+            write_jsonl(file, asked)
+    (tmp_path / "pope/coco").mkdir()
+    write_jsonl(tmp_path / "pope/coco/coco_pope_random.json", [{"image": str(i), "label": "yes"} for i in range(2)])
+    place = tmp_path / "mme/MME_Benchmark_release_version/count"
+    place.mkdir(parents=True)
+    (place / "1.txt").write_text("".join(f"{text} Please answer yes or no.\tYes\n" for text in yes_no))
+    for name in ("textvqa", "textvqa_no_ocr"):
+        people = [{"image_id": "i", "question": text, "answers": ["yes"] * 10} for text in what]
+        (tmp_path / name / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": people}))
+    (tmp_path / "gqa/data").mkdir()
+    truth = {str(i): {"answer": "yes", "types": {"structural": "verify"}} for i in range(2)}
+    (tmp_path / "gqa/data/testdev_balanced_questions.json").write_text(json.dumps(truth))
+    write_jsonl(tmp_path / "vqav2/llava_vqav2_mscoco_test2015.jsonl", [{"question_id": i} for i in range(2)])
+    return tmp_path
+
+
+def scored(folder: Path, out: Path) -> tuple[dict, bytes | None]:
+    """The metrics of one of `small`'s folders, and the file to upload where it is one and always the same."""
+    evaluate(folder.name, "--answers", folder / "answers.jsonl", "--data", folder, "--output-dir", out)
+    results = json.loads((out / "results.json").read_text())
+    upload = Path(results.get("upload", out))
+    return results["metrics"], upload.read_bytes() if upload.suffix == ".json" else None
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_byte_order_marks_change_nothing(name, small, tmp_path):
+    """Windows' editors put one before each text that they save: answers, questions, labels, truth."""
+    before = scored(small / name, tmp_path / "plain")
+    marked = [file for file in (small / name).rglob("*.*") if file.is_file()]
+    for file in marked:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert scored(small / name, tmp_path / "marked") == before and len(marked) >= 2
+    assert before[1] or before[0][BENCHMARKS[name].headline] > 0
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_half_an_emoji_in_an_answer_is_written_as_a_replacement(name, small, tmp_path):
+    """As a model leaves it whose answer was cut between the two escapes."""
+    file = small / name / "answers.jsonl"
+    text = file.read_text()
+    file.write_text(text.replace('"text": "', r'"text": "\ud83d ', 1))
+    _, upload = scored(small / name, tmp_path / "cut")
+    if upload:
+        assert "\ufffd" in str(json.loads(upload))
+    file.write_text(text.replace('"text": "', '"text": "\ufffd ', 1), encoding="utf-8")
+    assert scored(small / name, tmp_path / "written")[1] == upload
+
+
+def test_half_an_emoji_in_a_question_is_the_same_in_its_answer_and_truth(small, tmp_path):
+    for file in (small / "textvqa").iterdir():
+        file.write_text(file.read_text().replace("What is it?", r"What is \uD83D it?"))
+    assert scored(small / "textvqa", tmp_path / "out")[0] == {"accuracy": 100}
+
+
+def test_mme_truth_may_hold_any_character_in_a_line(small, tmp_path):
+    """str.splitlines would split at them."""
+    odd = "Is it\u2028\x0b\x85 one?"
+    for file in (small / "mme").rglob("*.*"):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            text = text.replace("Is it one?", odd if file.suffix == ".txt" else json.dumps(odd)[1:-1])
+            file.write_text(text.replace("\n", "\r\n") if file.suffix == ".txt" else text, encoding="utf-8")
+    assert scored(small / "mme", tmp_path / "out")[0]["perception"] == 200
+
+
+def test_text_in_another_encoding_is_named(small, tmp_path):
+    for name, file in (("pope", "coco/coco_pope_random.json"), ("mme", "MME_Benchmark_release_version/count/1.txt")):
+        (small / name / file).write_bytes("Größe\tYes\n".encode("utf-16"))
+        with pytest.raises(EvalError, match=rf"{file} is not UTF-8 text"):
+            scored(small / name, tmp_path / "out")
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 GOOD = ['{"question_id": 0, "text": "Yes"}', '{"question_id": 1, "text": "No"}', '{"question_id": 2, "text": "No"}']

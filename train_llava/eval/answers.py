@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_clipmoe.files import write_text
+from llava_clipmoe.files import parse_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,32 +26,50 @@ class EvalError(ValueError):
     """Data, answers or settings that cannot be evaluated; the message says what to do."""
 
 
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """A UTF-8 text, with or without a byte order mark. Split it at line feeds: str.splitlines would split at characters
+    that people's texts may hold.
+
+    Raises EvalError for another encoding; FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, or download it again.") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file of others. Raises EvalError; FileNotFoundError."""
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise EvalError(f"{path} is not valid JSON: {error}. Download it again.") from error
+
+
 def read_jsonl(path: str | Path, *, fields: Sequence[str] = (), cut_end: bool = False) -> list[Row]:
     """The objects of a JSON-lines file. With `cut_end` a last line that was cut (its writer was killed) is left out.
 
     Raises EvalError with file and line for a line that is no object or lacks one of `fields`, and for an empty file;
     FileNotFoundError.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace" if cut_end else "strict").split("\n")
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path} is not UTF-8 text: {error}. It must be a JSON-lines file.") from error
+    lines = read_text(path, "replace" if cut_end else "strict").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             if cut_end and number == len(lines):
                 logger.warning("%s: its last line was cut when its writer was stopped; it is left out", path)
                 break
             raise EvalError(
-                f"{path}, line {number} is not valid JSON ({error.msg}): {line[:60]!r}. The file was cut or damaged; "
-                "remove that line and answer the question again, or make the file anew."
+                f"{path}, line {number} is not valid JSON ({getattr(error, 'msg', error)}): {line[:60]!r}. The file was "
+                "cut or damaged; remove that line and answer the question again, or make the file anew."
             ) from error
         missing = [field for field in fields if not isinstance(row, dict) or field not in row]
         if missing:

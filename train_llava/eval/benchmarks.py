@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_clipmoe.files import read_json
-
 from . import converters, questions, scorers
-from .answers import EvalError, Row, read_jsonl
+from .answers import EvalError, Row, read_json, read_jsonl, read_text
 from .scorers import Choice, Metrics
 
 EVAL_ZIP = "eval.zip of LLaVA-1.5 (linked in docs/Evaluation.md of github.com/haotian-liu/LLaVA)"
@@ -117,7 +115,7 @@ def _mme_rows(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> lis
             file = next((place for place in places if place.is_file()), None)
             if file is None:
                 raise EvalError(f"MME has no answers for {question['image']}: looked for {places[0]} and {places[1]}.")
-            lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.split("\t") for line in read_text(file).split("\n") if line.strip()]
             if any(len(line) != 2 for line in lines):
                 raise EvalError(f"{file} must have lines of a question, a tab and Yes or No. Download it again.")
             truths[task, name] = {_mme_stem(text): (text, truth) for text, truth in lines}

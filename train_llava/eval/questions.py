@@ -10,7 +10,6 @@ import ast
 import base64
 import binascii
 import csv
-import json
 import re
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 
 from llava_clipmoe.files import atomic_file
 
-from .answers import EvalError, Row, read_jsonl
+from .answers import EvalError, Row, read_json, read_jsonl
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 LETTER_PROMPT_CN = "请直接回答选项字母。"
@@ -89,10 +88,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _json_list(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EvalError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EvalError(f"{path} must be a list of objects.")
     return rows
