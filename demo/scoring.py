@@ -7,7 +7,6 @@ one answer twice, and scores nothing on the pair. (MMVP: Tong et al. 2024, "Eyes
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from llava_clipmoe.files import write_json
+from llava_clipmoe.files import read_json, write_json
 from train_llava.quickstart import says_rather
 
 from .html import same_answer
@@ -150,6 +149,6 @@ def verdict(scores: Scores) -> str:
 def read(path: Path) -> dict[str, Any] | None:
     """The last finished scores, or None."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return read_json(path)
+    except (FileNotFoundError, ValueError):
         return None

@@ -28,7 +28,7 @@ def load_tokenizer(directory: str | Path, context_length: int) -> Any:
         raise FileNotFoundError(f"{directory} holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json).")
     if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         vocab = read_json(directory / "vocab.json")
-        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = (directory / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     else:
         vocab, merges = _from_tokenizer_json(directory / "tokenizer.json")

@@ -172,6 +172,14 @@ def test_flickr30k_in_its_three_layouts_takes_every_image(tmp_path):
         (folder / file).write_text(content)
         source = retrieval.flickr30k(folder)
         assert [source.captions(i) for i in range(2)] == [[f"{n} says {k} , end ." for k in range(5)] for n in names]
+        # a byte order mark, half an emoji, a blank line, lines that end as Windows' do
+        if file.endswith(".json"):
+            content, expected = content.replace("1.jpg says", r"1.jpg\ud83d says"), "1.jpg\ufffd says 0 , end ."
+        else:
+            content, expected = content.replace("\n", "\n\n").replace("\n", "\r\n"), "1.jpg says 0 , end ."
+        (folder / file).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        edited = retrieval.flickr30k(folder)
+        assert edited.captions(0)[0] == expected and edited.captions(1) == source.captions(1) and len(edited) == 2
 
 
 @pytest.mark.parametrize("preset", ["coco-5k", "flickr30k"])

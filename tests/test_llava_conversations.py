@@ -63,6 +63,12 @@ def test_what_is_in_doubt_is_not_asked(every):
     assert c.skin_tone(couple) is None
 
 
+def test_rows_with_any_path_are_read_back(tmp_path):
+    rows = [{"image": f"a folder\u2028\x85of {i}/1.png"} for i in range(2)]
+    c._write_rows(tmp_path / "rows.jsonl", rows)
+    assert c.read_rows(tmp_path / "rows.jsonl") == rows
+
+
 def test_every_answer_is_one_that_its_question_allows(built):
     for row in c.read_rows(built / "heldout.jsonl"):
         assert row["answer"] in row["answers"]

@@ -396,6 +396,14 @@ def test_without_open_clip_the_extra_is_named(monkeypatch):
         open_clip_tokenizer()
 
 
+def test_byte_order_marks_in_a_vocabulary_change_nothing(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "tokenizer"
+    (folder / "merges.txt").write_text("\n".join((folder / "merges.txt").read_text().split("\n")[1:]))  # no #version
+    for file in (folder / "merges.txt", folder / "vocab.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_tokenizer(folder, 16)("the cat 5").input_ids == tiny_tokenizer("the cat 5").input_ids
+
+
 def test_a_directory_with_only_tokenizer_json_is_read(tmp_path, tiny_tokenizer):
     tiny_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     edit = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -382,4 +382,5 @@ def _write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file of the folder."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines: the name of a picture's folder may hold a character at which that splits
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

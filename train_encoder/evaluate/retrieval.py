@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_clipmoe.files import read_json
+from llava_clipmoe.files import read_json, replace_surrogates
 from llava_clipmoe.model_directory import ClipBundle
 
 from ..config import DataConfig, digest
@@ -177,7 +177,7 @@ def coco_5k(folder: str | Path) -> ImageList:
         content = read_json(official)
         captions: dict[int, list[str]] = {row["id"]: [] for row in content["images"]}
         for row in content["annotations"]:  # in the file's order, as pycocotools gives them
-            captions[row["image_id"]].append(row["caption"].strip())
+            captions[row["image_id"]].append(_caption(row["caption"]))
         rows = [(folder / "val2017" / row["file_name"], captions[row["id"]]) for row in content["images"]]
         return _benchmark("coco-5k", rows)
     if (folder / "dataset_coco.json").exists():
@@ -233,10 +233,14 @@ def _benchmark(name: str, rows: list[tuple[Path, list[str]]]) -> ImageList:
     return ImageList(name, [(path, captions[:CAPTIONS_PER_IMAGE]) for path, captions in rows])
 
 
+def _caption(text: str) -> str:
+    return replace_surrogates(text).strip()  # half an emoji: no tokenizer takes it
+
+
 def _karpathy(file: Path, images: Path, splits: set[str] | None) -> list[tuple[Path, list[str]]]:
     """Rows of one of Karpathy's files: `images` of {"filepath"?, "filename", "split", "sentences": [{"raw"}]}."""
     return [
-        (images / row.get("filepath", "") / row["filename"], [sentence["raw"].strip() for sentence in row["sentences"]])
+        (images / row.get("filepath", "") / row["filename"], [_caption(sentence["raw"]) for sentence in row["sentences"]])
         for row in read_json(file)["images"]
         if splits is None or row["split"] in splits
     ]
@@ -245,7 +249,9 @@ def _karpathy(file: Path, images: Path, splits: set[str] | None) -> list[tuple[P
 def _flickr_tokens(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
     """Lines `1000092795.jpg#0<tab>caption`."""
     captions: dict[str, list[str]] = {}
-    for line in file.read_text(encoding="utf-8").strip().split("\n"):
+    for line in file.read_text(encoding="utf-8-sig").split("\n"):
+        if not line.strip():
+            continue
         image, _, caption = line.partition("\t")
         captions.setdefault(image.rpartition("#")[0], []).append(caption.strip())
     return [(images / name, texts) for name, texts in captions.items()]
@@ -254,11 +260,11 @@ def _flickr_tokens(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
 def _flickr_csv(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
     """Lines `1000092795.jpg| 0| caption` under a header. One known line lacks its second bar."""
     captions: dict[str, list[str]] = {}
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
         next(reader, None)
-        for row in reader:
-            number, _, rest = row[1].strip().partition(" ")
+        for row in filter(None, reader):
+            number, _, rest = row[1].strip().partition(" ") if len(row) > 1 else ("", "", "")
             caption = (row[2] if len(row) > 2 else rest).strip()
             if not number.isdigit() or not caption:
                 raise ValueError(f"{file}, line {reader.line_num}: not `image| number| caption`: {'|'.join(row)[:80]}")
