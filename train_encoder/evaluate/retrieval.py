@@ -240,7 +240,7 @@ def _caption(text: str) -> str:
 def _karpathy(file: Path, images: Path, splits: set[str] | None) -> list[tuple[Path, list[str]]]:
     """Rows of one of Karpathy's files: `images` of {"filepath"?, "filename", "split", "sentences": [{"raw"}]}."""
     return [
-        (images / row.get("filepath", "") / row["filename"], [_caption(sentence["raw"]) for sentence in row["sentences"]])
+        (images / row.get("filepath", "") / row["filename"], [_caption(said["raw"]) for said in row["sentences"]])
         for row in read_json(file)["images"]
         if splits is None or row["split"] in splits
     ]

@@ -68,8 +68,8 @@ def read_jsonl(path: str | Path, *, fields: Sequence[str] = (), cut_end: bool = 
                 logger.warning("%s: its last line was cut when its writer was stopped; it is left out", path)
                 break
             raise EvalError(
-                f"{path}, line {number} is not valid JSON ({getattr(error, 'msg', error)}): {line[:60]!r}. The file was "
-                "cut or damaged; remove that line and answer the question again, or make the file anew."
+                f"{path}, line {number} is not valid JSON ({getattr(error, 'msg', error)}): {line[:60]!r}. The file "
+                "was cut or damaged; remove that line and answer the question again, or make the file anew."
             ) from error
         missing = [field for field in fields if not isinstance(row, dict) or field not in row]
         if missing:
