@@ -19,7 +19,7 @@ from train_llava.eval import converters, questions, scorers
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, merge, read_answers, write_jsonl
 from train_llava.eval.benchmarks import BENCHMARKS, SHORT_PROMPT
-from train_llava.eval.runners import _readable_by_pandas, _split
+from train_llava.eval.runners import Run, _readable_by_pandas, _split, _write_tsv
 from train_llava.eval.scorers import letter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -293,6 +293,7 @@ def test_ocrbench_reads_all_its_forms_and_scores(tmp_path):
     for name in ("test.parquet", "OCRBench.tsv"):
         other = questions.ocrbench_questions(tmp_path / name)
         assert [(q["category"], q["answers"]) for q in other] == [(q["category"], q["answers"]) for q in asked]
+        questions.repeat_images(other, tmp_path / name)
         questions.extract_images(other, tmp_path / name[:4])
         assert {(tmp_path / name[:4] / q["image"]).read_bytes() for q in other} == {PICTURE}
     rows = [(q["category"], text, q["answers"]) for q, text in zip(asked, ("it says STOP.", "X^2"), strict=True)]
@@ -415,6 +416,89 @@ def test_a_small_table_gets_a_row_that_keeps_pandas_from_making_numbers():
     rows = [_row(1, ["1", "2"], "A"), _row(2, ["True", "8"], "A"), _row(3, ["one", "x"], "A")]
     assert _readable_by_pandas(rows, [0]) == [0, 2]
     assert _readable_by_pandas(rows, [1]) == [1, 2] and _readable_by_pandas(rows, [2]) == [2]
+
+
+def _with_images(file: Path, cells: dict[int, object]) -> Path:
+    return table(file, [{**_row(index, ["red", "blue"], "A"), "image": cell} for index, cell in cells.items()])
+
+
+ONE, TWO = (base64.b64encode(PICTURE + number).decode() for number in (b"1", b"2"))
+
+
+def test_a_row_may_repeat_the_picture_of_another_through_any_number_of_rows(tmp_path):
+    file = _with_images(tmp_path / "t.tsv", {1_000_001: 2_000_001, 2_000_001: 1, 1: ONE, 2: TWO, 1_000_002: 2})
+    for rounds in (False, True):
+        asked = questions.mmbench_questions(file, all_rounds=rounds)
+        questions.repeat_images(asked, file)
+        found = {question["question_id"]: questions.image_bytes(question) for question in asked}
+        assert found == {1: PICTURE + b"1", 2: PICTURE + b"2", 1_000_001: PICTURE + b"1", 2_000_001: PICTURE + b"1",
+                         1_000_002: PICTURE + b"2"}  # fmt: skip
+    mmstar = [{"index": i, "question": "q", "image": cell, "answer": "A", "category": "c"} for i, cell in
+              enumerate((ONE, "0"))]  # fmt: skip
+    for name, rows in (("m.tsv", mmstar), ("m.json", [{**row, "image": ONE if i == 0 else 0} for i, row in
+                                                     enumerate(mmstar)])):  # fmt: skip
+        table(tmp_path / name, rows) if name == "m.tsv" else (tmp_path / name).write_text(json.dumps(rows))
+        asked = questions.mmstar_questions(tmp_path / name)
+        questions.repeat_images(asked, tmp_path / name)
+        assert [questions.image_bytes(question) for question in asked] == [PICTURE + b"1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({1: ONE, 1_000_001: 7}, r"row with index 1000001 repeats .* index 7, which is not there"),
+        ({1: ONE, 2: 3, 3: 9}, r"row with index 3 repeats .* index 9, which is not there"),
+        ({1: 1}, r"row with index 1 repeats .* index 1, and that leads back to it"),
+        ({1: 2, 2: 3, 3: 2}, r"row with index 3 repeats .* index 2, and that leads back to it"),
+    ],
+)
+def test_a_row_that_repeats_no_picture_is_named_before_a_model_is_asked(tmp_path, cells, message):
+    file = _with_images(tmp_path / "t.tsv", cells)
+    words = ("mmbench", "--model-path", "llava", "--data", file, "--output-dir", tmp_path / "out", "--limit", "1")
+    for more in ((), ("--batch-size", "2")):
+        with pytest.raises(EvalError, match=rf"t\.tsv: the {message}"):
+            evaluate(*words, *more)
+    assert not (tmp_path / "out").exists()
+    answers = [{"question_id": index, "text": "A"} for index in cells]
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    evaluate("mmbench", "--answers", tmp_path / "a.jsonl", "--data", file, "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("cell", ["", "None", "not base64", "größer"])
+def test_a_row_without_a_picture_is_named_before_a_model_is_asked(tmp_path, cell):
+    file = _with_images(tmp_path / "t.tsv", {1: ONE, 2: cell})
+    for more in ((), ("--batch-size", "2")):
+        words = ("mmbench", "--model-path", "llava", "--data", file, "--output-dir", tmp_path / "out", *more)
+        with pytest.raises(EvalError, match=r"question 2 (has no picture|is no base64)"):
+            evaluate(*words)
+
+
+def test_pictures_of_rows_with_one_index_or_of_another_table_are_not_mixed_up(tmp_path):
+    for image in (b"1", b"2"):
+        asked = [{"question_id": i, "image_data": PICTURE + image + tail} for i, tail in
+                 (("a/../b", b""), ("*", b"x"), ("*", b"y"), ("1", b"z"), ("1.5", b"z"))]  # fmt: skip
+        expected = [question["image_data"] for question in asked]
+        questions.extract_images(asked, tmp_path / "images")
+        assert [(tmp_path / "images" / question["image"]).read_bytes() for question in asked] == expected
+    assert len(list((tmp_path / "images").iterdir())) == 8 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_upstreams_runner_gets_the_rows_as_they_are_with_their_own_pictures(tmp_path):
+    """A share of the rows, whose pictures stand in others; cells with what a table may hold."""
+    pandas = pytest.importorskip("pandas")
+    rows = [{**_row(index, ["red", "blue"], "A", hint="a\rb"), "image": cell, "question": f'{index} "?"\n\u2028\t'}
+            for index, cell in ((1, ONE), (2, TWO), (1_000_001, "1"), (1_000_002, "2"))]  # fmt: skip
+    file = tmp_path / "t.tsv"
+    pandas.DataFrame(rows).to_csv(file, sep="\t", index=False, quoting=1)
+    asked = questions.mmbench_questions(file)
+    questions.repeat_images(asked, file)
+    run = Run(benchmark=BENCHMARKS["mmbench"], questions=asked, limit=None, image_folder=None, table=file,
+              folder=tmp_path, model_path="", model_base=None, conv_mode="", batch_size=1, gpus=("",))  # fmt: skip
+    _write_tsv(run, asked[2:], tmp_path / "share.tsv")
+    share = pandas.read_table(tmp_path / "share.tsv", keep_default_na=False)
+    assert list(share["image"]) == [ONE, TWO]
+    expected = pandas.DataFrame(rows[2:]).drop(columns="image")
+    pandas.testing.assert_frame_equal(share.drop(columns="image"), expected)
 
 
 def test_golden_mmbench_xlsx_of_llava_15(shared_data, tmp_path, capsys):

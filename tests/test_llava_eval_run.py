@@ -146,6 +146,35 @@ def test_mmbench_goes_through_upstreams_runner(tiny_llava, tmp_path, monkeypatch
     assert rounds[0]["text"] and upstream["text"].startswith(rounds[0]["text"])
 
 
+def test_rows_that_repeat_a_picture_are_answered_like_those_that_hold_it(tiny_llava, tmp_path, monkeypatch):
+    """By both runners; with the picture in another process's share, behind the limit, and after a stop."""
+    pictures = []
+    for spread in (20, 200):
+        picture = io.BytesIO()
+        Image.effect_noise((30, 20), spread).convert("RGB").save(picture, "PNG")
+        pictures.append(base64.b64encode(picture.getvalue()).decode())
+    head = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
+    indexes, repeats = (1_000_001, 1_000_002, 1, 2), (1, 2, *pictures)
+    rows = [[i, "Which colour is it?", "", "red", "blue", "it", "no", "A", "colour"] for i in indexes]
+    for file, cells in (("repeats.tsv", repeats), ("whole.tsv", pictures * 2)):
+        with (tmp_path / file).open("w", newline="") as out:
+            writer = csv.writer(out, delimiter="\t")
+            writer.writerows([head, *([*row, cell] for row, cell in zip(rows, cells, strict=True))])
+    monkeypatch.setitem(BENCHMARKS, "mmbench", replace(BENCHMARKS["mmbench"], max_new_tokens=16))
+    answers = {}
+    for file in ("repeats.tsv", "whole.tsv"):
+        _evaluate("mmbench", tiny_llava, tmp_path / file, tmp_path / f"batched-{file}", "--batch-size", "2")
+        answers[file] = [row["text"] for row in read_answers(tmp_path / f"batched-{file}/answers.jsonl")]
+    one, two, again, second = answers["whole.tsv"]
+    assert answers["repeats.tsv"] == answers["whole.tsv"] and (one, two) == (again, second)
+    assert one != two, "a model that does not look proves nothing"
+    for flags in (("--limit", "1"), ("--num-gpus", "2")):
+        _evaluate("mmbench", tiny_llava, tmp_path / "repeats.tsv", tmp_path / "upstream", *flags)
+    found = read_answers(tmp_path / "upstream/answers.jsonl")
+    assert [row["question_id"] for row in found] == list(indexes)
+    assert all(row["text"].startswith(text) for row, text in zip(found, answers["whole.tsv"], strict=True))
+
+
 def test_answers_of_another_model_are_not_continued(pope, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

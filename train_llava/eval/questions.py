@@ -1,19 +1,21 @@
 """Question files of every benchmark -> one list of questions, without torch.
 
 A question is a dict with `question_id`, `text` (the prompt that LLaVA gets) and the picture: `image`, a path inside the
-image folder, or `image_data`, its bytes or base64. What a scorer needs later (category, answer, options) lies beside.
+image folder, or `image_data`, its bytes or base64 or (until `repeat_images`) the index of the row that has it. What a
+scorer needs later (category, answer, options) lies beside.
 """
 
 from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import csv
+import hashlib
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -225,35 +227,56 @@ def mmvp_questions(path: Path) -> list[Row]:
 # --- pictures inside tables -----------------------------------------------------------------------------------------
 
 
-def extract_images(questions: Sequence[Row], folder: Path) -> None:
-    """Write the pictures that came inside a table to `folder`, once, and name them in `image`.
+def repeat_images(questions: Sequence[Row], table: Path) -> None:
+    """Put the picture into `image_data` where it holds the index of the row whose picture is meant: MMBench's turned
+    copies of a question are written so.
 
-    A cell is bytes, {"bytes": ...}, base64, or the index of the row whose picture it repeats.
+    Takes the questions of the whole table, for the other row may not be among those that are asked. Raises EvalError.
     """
-    by_id = {str(question["question_id"]): question for question in questions}
+    cells = {str(question["question_id"]): question.get("image_data") for question in questions}
+
+    def repeats(cell: Any) -> bool:
+        return isinstance(cell, int) or (isinstance(cell, str) and (cell in cells or cell.strip().isdecimal()))
+
+    for question in questions:
+        cell, passed = question.get("image_data"), [str(question["question_id"])]
+        while repeats(cell):
+            name = str(cell).strip()
+            if name not in cells or name in passed:
+                fault = "which is not there" if name not in cells else "and that leads back to it"
+                raise EvalError(f"{table}: the row with index {passed[-1]} repeats the picture of the row with index "
+                                f"{name}, {fault}. The file was cut or damaged; download it again.")  # fmt: skip
+            passed.append(name)
+            cell = cells[name]
+        if len(passed) > 1:
+            question["image_data"] = cell
+
+
+def extract_images(questions: Sequence[Row], folder: Path) -> None:
+    """Write the pictures that came inside a table to `folder` and name them in `image`.
+
+    A file is named by its content: ids may be any text, and another version of the table has other pictures.
+    """
     for question in questions:
         if "image" in question:
             continue
-        cell = question["image_data"]
-        if isinstance(cell, str) and cell in by_id:
-            cell = by_id[cell]["image_data"]
-        stem = str(question["question_id"])
-        done = next(folder.glob(f"{stem}.*"), None)
-        if done is None:
-            data = _bytes(cell, stem)
-            done = folder / f"{stem}.{'png' if data.startswith(b'PNG', 1) else 'jpg'}"
-            with atomic_file(done) as temporary:
+        data = image_bytes(question)
+        file = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.{'png' if data.startswith(b'PNG', 1) else 'jpg'}"
+        if not file.exists():
+            with atomic_file(file) as temporary:
                 temporary.write_bytes(data)
-        question["image"] = done.name
+        question["image"] = file.name
 
 
-def _bytes(cell: Any, name: str) -> bytes:
+def image_bytes(question: Row) -> bytes:
+    """The picture that came inside a table, in a cell of bytes, {"bytes": ...} or base64. Raises EvalError."""
+    cell, name = question["image_data"], question["question_id"]
     if isinstance(cell, dict):
         cell = cell.get("bytes")
-    if isinstance(cell, str):
+    if isinstance(cell, str) and not is_missing(cell):
         try:
-            cell = base64.b64decode(cell, validate=True)
-        except binascii.Error as error:
+            cell = base64.b64decode("".join(cell.split()), validate=True)
+        except ValueError as error:
             raise EvalError(f"the picture of question {name} is no base64 ({error}). Download the data again.") \
                 from error  # fmt: skip
     if not isinstance(cell, bytes) or not cell:

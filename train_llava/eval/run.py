@@ -23,7 +23,7 @@ from llava_clipmoe.files import read_json, remove_leftovers, write_json
 
 from .answers import EvalError, Row, complete, match, read_answers
 from .benchmarks import BENCHMARKS, Benchmark, Found
-from .questions import check_images, extract_images
+from .questions import check_images, extract_images, repeat_images
 from .runners import Run, answer_all
 from .scorers import Metrics
 
@@ -125,6 +125,7 @@ def _from_file(settings: EvalLlava, benchmark: Benchmark) -> tuple[Found, list[R
 def _from_model(settings: EvalLlava, benchmark: Benchmark) -> tuple[Found, list[Row], list[Row]]:
     found = benchmark.find(settings.data, {"questions", "images", "truth", "split"})
     questions = _load(benchmark, found, settings.all_rounds)
+    repeat_images(questions, found["questions"])
     folder = settings.folder
     remove_leftovers(folder)
     _same_settings(settings)

@@ -7,6 +7,7 @@ left, and what it wrote is merged into `answers.jsonl` when it ends, is stopped,
 
 from __future__ import annotations
 
+import base64
 import csv
 import os
 import signal
@@ -21,7 +22,7 @@ from llava_clipmoe.files import atomic_file
 
 from .answers import EvalError, Row, match, merge, read_answers, write_jsonl
 from .benchmarks import Benchmark
-from .questions import is_missing, read_table
+from .questions import image_bytes, is_missing, read_table
 
 TEXT_COLUMNS = ("hint", "question", "A", "B", "C", "D")
 PARTS = "parts"
@@ -139,13 +140,18 @@ def _write_questions(run: Run, share: Sequence[Row], path: Path) -> None:
 
 
 def _write_tsv(run: Run, share: Sequence[Row], path: Path) -> None:
+    """The share's rows of the table, each with its own picture in base64, as upstream's runner reads it."""
     header, rows = read_table(run.table)
+    questions = {question["row"]: question for question in run.questions}
     chosen = sorted({question["row"] for question in share})
     chosen = _readable_by_pandas(rows, chosen)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, delimiter="\t", lineterminator="\n")
+        # all cells in quotes: else csv leaves a carriage return bare, at which pandas begins a row
+        writer = csv.DictWriter(file, header, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
-        writer.writerows(rows[number] for number in chosen)
+        for number in chosen:
+            image = base64.b64encode(image_bytes(questions[number])).decode()
+            writer.writerow({**rows[number], "image": image})
 
 
 def _readable_by_pandas(rows: Sequence[Row], chosen: list[int]) -> list[int]:
