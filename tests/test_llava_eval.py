@@ -404,11 +404,11 @@ def test_mmbench_xlsx_is_upstreams_table(tmp_path):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("openpyxl")
     table(tmp_path / "t.tsv", [_row(1, ["red", "7"], "A"), _row(2, ["None", "y"], "B")])
-    answers = [{"question_id": 1, "text": "=A1\x07"}, {"question_id": 2, "text": "B"}]
+    answers = [{"question_id": 1, "text": "=A1\x07\uffff"}, {"question_id": 2, "text": "B"}]
     converters.mmbench_xlsx(tmp_path / "ours.xlsx", answers, tmp_path / "t.tsv")
     ours = pandas.read_excel(tmp_path / "ours.xlsx")
     assert list(ours.columns) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
-    assert list(ours["prediction"]) == ["=A1", "B"], "no formula, no control characters"
+    assert list(ours["prediction"]) == ["=A1\ufffd", "B"], "no formula, no control characters, none that XML forbids"
     assert list(ours["index"]) == [1, 2] and pandas.isna(ours["A"][1]), "'None' is empty, as in upstream's table"
 
 
@@ -651,7 +651,11 @@ GOOD = ['{"question_id": 0, "text": "Yes"}', '{"question_id": 1, "text": "No"}',
         ([], r"a\.jsonl is empty"),
         ([*GOOD[:2], GOOD[2][:20]], r"a\.jsonl, line 3 is not valid JSON.*cut or damaged"),
         ([*GOOD[:2], '{"question_id": 2}'], r"line 3 has no 'text'"),
-        ([*GOOD[:2], '{"question_id": 2, "text": null}'], r"the answer to question 2 is no text: None"),
+        ([*GOOD[:2], "[" * 100_000], r"line 3 is not valid JSON"),
+        ([*GOOD[:2], '{"question_id": ' + "1" * 5000 + ', "text": "No"}'], r"line 3 is not valid JSON"),
+        ([*GOOD[:2], '{"question_id": [2], "text": "No"}'], r"line 3: 'question_id' must be a text, and is \[2\]"),
+        ([*GOOD[:2], '{"question_id": 2, "text": "No", "round_id": {}}'], r"round_id of question 2 is no number"),
+        ([*GOOD[:2], '{"question_id": 2, "text": null}'], r"line 3: 'text' must be a text, and is None"),
         ([*GOOD, '{"question_id": 9, "text": "No"}'], r"1 questions that are not in the benchmark, e\.g\. id 9"),
         ([*GOOD, GOOD[0]], r"answers 1 questions twice, e\.g\. id 0"),
         (GOOD[:2], r"answers to 2 of 3 questions; 1 are missing, e\.g\. id 2.*--limit"),
@@ -702,6 +706,68 @@ def test_missing_data_is_listed_with_its_place_and_origin(name, tmp_path):
 def test_contradicting_settings(words, message):
     with pytest.raises(EvalError, match=message):
         evaluate(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"),
+    [
+        ("pope", "coco/coco_pope_random.json", '"label": "yes"', '"label": true', "line 1: 'label' must be a text"),
+        ("pope", "llava_pope_test.jsonl", '"category": "random"', '"category": []', "line 1: 'category' must be"),
+        ("mme", "llava_mme.jsonl", '"image": "count/1.jpg"', '"image": 1', "line 1: 'image' must be a text"),
+        ("textvqa", "TextVQA_0.5.1_val.json", '"question": "What is it?"', '"question": null', "is not TextVQA's"),
+        ("textvqa", "TextVQA_0.5.1_val.json", '"answers"', '"people"', "is not TextVQA's annotation file.*answers"),
+        ("textvqa", "TextVQA_0.5.1_val.json", '["yes"' + ', "yes"' * 9 + "]", "[]", "has no answers to 'What is it"),
+        ("gqa", "data/testdev_balanced_questions.json", '"answer"', '"said"', "is not GQA's question file.*answer"),
+        ("gqa", "data/testdev_balanced_questions.json", '{"0"', '[{"0"', "is not valid JSON"),
+        ("vqav2", "llava_vqav2_mscoco_test2015.jsonl", "0", '"zero"', r"1 answered questions are not in test2015"),
+        ("mmstar", "MMStar.tsv", "\tA\t", "\t\t", "the answer of row 0 is '', and must be one of A to D"),
+        ("mmstar", "MMStar.tsv", "0\tq", "nan\tq", "the index 'nan' is no number"),
+        ("mmstar", "MMStar.tsv", "category", "index", "more than one column 'index'"),
+        ("mmstar", "MMStar.tsv", "\tc\n", '\t"c\n', "a quote opens a cell in row 1 and is never closed"),
+        ("mmvp", "Questions.csv", "Open?", '"Open?', "a quote opens a cell in row 1 and is never closed"),
+        ("ocrbench", "OCRBench.json", '"index": 0', '"index": []', r"the id of row 0 must be .*, and is \[\]"),
+        ("ocrbench", "OCRBench.json", '["yes"]', "NaN", "row 0 has no answer"),
+        ("ocrbench", "OCRBench.json", '["yes"]', '""', "row 0 has no answer"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_named(small, tmp_path, name, file, old, new, message):
+    text = (small / name / file).read_text()
+    assert old in text
+    (small / name / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(EvalError, match=message):
+        scored(small / name, tmp_path / "out")
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_ids_of_both_kinds_and_a_prompt_that_is_no_text(small, tmp_path):
+    """MME with numbers for ids has no tasks' names; a benchmark whose ids repeat compares prompts."""
+    for file in ("answers.jsonl", "llava_mme.jsonl"):
+        text = (small / "mme" / file).read_text().replace('"question_id": "count/1.jpg"', '"question_id": 1')
+        (small / "mme" / file).write_text(text)
+    with pytest.raises(EvalError, match=r"MME has no answers for count/1\.jpg"):
+        scored(small / "mme", tmp_path / "out")
+    file = small / "textvqa/answers.jsonl"
+    file.write_text(file.read_text().replace('"prompt": "What is it?"', '"prompt": ["What is it?"]'))
+    with pytest.raises(EvalError, match=r"1 questions that are not in the benchmark, e\.g\. id 'i' with this prompt"):
+        scored(small / "textvqa", tmp_path / "out")
+
+
+def test_a_damaged_parquet_file_is_named_and_suffixes_have_any_case(small, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (small / "mmstar/mmstar.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(EvalError, match=r"mmstar\.parquet is damaged or not a parquet file"):
+        scored(small / "mmstar", tmp_path / "out")
+    rows = pyarrow.table([[0], [1.5]], names=["index", "index"])
+    parquet.write_table(rows, small / "mmstar/mmstar.parquet")
+    with pytest.raises(EvalError, match=r"more than one column 'index'"):
+        scored(small / "mmstar", tmp_path / "out")
+    parquet.write_table(pyarrow.table({"index": [1.5], "question": ["q"], "answer": ["A"]}), small / "float.Parquet")
+    with pytest.raises(EvalError, match=r"the index 1\.5 is no whole number"):
+        questions.mmstar_questions(small / "float.Parquet")
+    (small / "mmstar/MMStar.tsv").rename(small / "MMSTAR.TSV")
+    assert len(questions.mmstar_questions(small / "MMSTAR.TSV")) == 2
 
 
 def test_a_table_with_a_cut_row_is_named(tmp_path):

@@ -53,8 +53,8 @@ def read_json(path: str | Path) -> Any:
 def read_jsonl(path: str | Path, *, fields: Sequence[str] = (), cut_end: bool = False) -> list[Row]:
     """The objects of a JSON-lines file. With `cut_end` a last line that was cut (its writer was killed) is left out.
 
-    Raises EvalError with file and line for a line that is no object or lacks one of `fields`, and for an empty file;
-    FileNotFoundError.
+    Raises EvalError with file and line for a line that is no object, or in which one of `fields` is missing or no text
+    (an id may be a number), and for an empty file; FileNotFoundError.
     """
     lines = read_text(path, "replace" if cut_end else "strict").split("\n")
     rows = []
@@ -74,6 +74,9 @@ def read_jsonl(path: str | Path, *, fields: Sequence[str] = (), cut_end: bool = 
         missing = [field for field in fields if not isinstance(row, dict) or field not in row]
         if missing:
             raise EvalError(f"{path}, line {number} has no {' and no '.join(map(repr, missing))}.")
+        for field in fields:
+            if not isinstance(row[field], (str, int, float) if field == "question_id" else str):
+                raise EvalError(f"{path}, line {number}: {field!r} must be a text, and is {row[field]!r}.")
         rows.append(row)
     if not rows and not cut_end:
         raise EvalError(f"{path} is empty.")
@@ -85,11 +88,13 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def read_answers(path: str | Path, *, cut_end: bool = False) -> list[Row]:
-    """An answers file; every row has at least `question_id` and a string `text`. Raises as `read_jsonl`."""
+    """An answers file; every row has at least `question_id` and `text`. Raises as `read_jsonl`."""
     rows = read_jsonl(path, fields=("question_id", "text"), cut_end=cut_end)
     for row in rows:
-        if not isinstance(row["text"], str):
-            raise EvalError(f"{path}: the answer to question {row['question_id']!r} is no text: {row['text']!r}.")
+        if not isinstance(row.get("round_id", 0), int):
+            raise EvalError(
+                f"{path}: the round_id of question {row['question_id']!r} is no number: {row['round_id']!r}."
+            )
     return rows
 
 
@@ -101,7 +106,7 @@ class Key:
         self.by_prompt = any(count > 1 for count in ids.values())
 
     def __call__(self, row: Row) -> Hashable:
-        prompt = row.get("prompt", row.get("text")) if self.by_prompt else None
+        prompt = str(row.get("prompt", row.get("text"))) if self.by_prompt else None
         return row["question_id"], row.get("round_id", 0), prompt
 
 

@@ -109,7 +109,7 @@ def _mme_rows(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> lis
     truths: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     rows = []
     for question, answer in zip(asked, answers, strict=True):
-        task, name = question["question_id"].split("/")[0], Path(question["image"]).stem
+        task, name = str(question["question_id"]).split("/")[0], Path(question["image"]).stem
         if (task, name) not in truths:
             places = (found["truth"] / task / f"{name}.txt", found["truth"] / task / f"questions_answers_YN/{name}.txt")
             file = next((place for place in places if place.is_file()), None)
@@ -138,28 +138,36 @@ def _mme(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
 def _textvqa(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
     try:
         annotations = read_json(found["truth"])["data"]
-        people = {(row["image_id"], row["question"].lower()): row["answers"] for row in annotations}
-    except (KeyError, TypeError) as error:
-        raise EvalError(f"{found['truth']} is not TextVQA's annotation file: it lacks {error}.") from error
+        people = {
+            (row["image_id"], row["question"].lower()): [str(answer) for answer in row["answers"]]
+            for row in annotations
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EvalError(
+            f"{found['truth']} is not TextVQA's annotation file: {type(error).__name__}: {error}."
+        ) from error
     rows = []
     for question, answer in zip(asked, answers, strict=True):
         lines = [line for line in question["text"].split("\n") if not line.startswith(questions.OCR_TOKENS)]
         key = question["question_id"], lines[0].lower()
-        if key not in people:
+        if not people.get(key):
             raise EvalError(f"{found['truth']} has no answers to {lines[0]!r} about image {question['question_id']}.")
         rows.append((answer["text"], people[key]))
     return scorers.textvqa(rows)
 
 
 def _gqa(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
-    truth = read_json(found["truth"])
+    try:
+        truth = {name: (str((row.get("types") or {}).get("structural", "all")), row["answer"]) for name, row in
+                 read_json(found["truth"]).items()}  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EvalError(f"{found['truth']} is not GQA's question file: {type(error).__name__}: {error}.") from error
     unknown = [question["question_id"] for question in asked if str(question["question_id"]) not in truth]
     if unknown:
         raise EvalError(f"{found['truth']} lacks {len(unknown)} of the questions, e.g. id {unknown[0]!r}: it is of "
                         "another split or version.")  # fmt: skip
-    rows = [truth[str(question["question_id"])] for question in asked]
-    return scorers.gqa([(row.get("types", {}).get("structural", "all"), row["answer"], answer["text"]) for row, answer
-                        in zip(rows, answers, strict=True)])  # fmt: skip
+    return scorers.gqa([(*truth[str(question["question_id"])], answer["text"]) for question, answer in
+                        zip(asked, answers, strict=True)])  # fmt: skip
 
 
 def _mmbench(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from .answers import EvalError, Row
 from .questions import LETTERS, is_missing, read_table
 from .scorers import gqa_prediction, normalise
 
+NOT_XML = re.compile(r"[\ud800-\udfff\ufffe\uffff]")
+"""Characters with which openpyxl writes a file that nobody can open."""
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
@@ -42,8 +45,8 @@ def vqav2_json(path: Path, split: Sequence[Row], answers: Sequence[Row]) -> None
     rows = [{"question_id": row["question_id"], "answer": said.get(row["question_id"], "")} for row in split]
     strangers = said.keys() - {row["question_id"] for row in split}
     if strangers:
-        raise EvalError(f"{len(strangers)} answered questions are not in test2015, e.g. id {min(strangers)}: the two "
-                        "question files are of different versions.")  # fmt: skip
+        raise EvalError(f"{len(strangers)} answered questions are not in test2015, e.g. id {next(iter(strangers))!r}: "
+                        "the two question files are of different versions.")  # fmt: skip
     write_text(path, json.dumps(rows))
 
 
@@ -87,7 +90,7 @@ def _row_of_answer(answer: Row) -> Row:
     try:
         options = dict(zip(answer["option_char"], answer["options"], strict=True))
         lines = answer["prompt"].split("\n" + f"{answer['option_char'][0]}. {answer['options'][0]}\n")
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise EvalError(
             f"the answer to question {answer['question_id']!r} lacks the options that upstream's MMBench runner writes "
             f"({error}). Pass --data with the benchmark's tsv."
@@ -102,17 +105,20 @@ def _write_xlsx(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None
     except ModuleNotFoundError as error:
         raise EvalError("writing MMBench's xlsx needs openpyxl: `pip install openpyxl`.") from error
 
+    def text(value: Any) -> str:
+        return NOT_XML.sub("\ufffd", ILLEGAL_CHARACTERS_RE.sub("", str(value)))
+
     def cell(row: Row, name: str) -> Any:
         value = row.get(name)
         if name == "index" or value is None:
             return value
         if name != "prediction" and is_missing(value):
             return None
-        return ILLEGAL_CHARACTERS_RE.sub("", str(value))
+        return text(value)
 
     book = Workbook()
     sheet = book.active
-    sheet.append(list(columns))
+    sheet.append(list(map(text, columns)))
     for line, row in enumerate(rows, start=2):
         for place, name in enumerate(columns, start=1):
             written = sheet.cell(line, place, cell(row, name))

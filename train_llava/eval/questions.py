@@ -25,6 +25,8 @@ from .answers import EvalError, Row, read_json, read_jsonl
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 LETTER_PROMPT_CN = "请直接回答选项字母。"
+END = "\x04"
+"""A line put behind a table's last: where it is not read as a row, a cell before it was never closed."""
 OCR_TOKENS = "Reference OCR token:"
 LETTERS = "ABCD"
 CIRCULAR_STEP = 1_000_000
@@ -61,24 +63,44 @@ def textvqa_without_ocr(path: Path) -> list[Row]:
 
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
     """A .tsv, .csv, .json (list of objects) or .parquet file -> its columns and rows. Raises EvalError."""
-    if path.suffix == ".parquet":
-        rows = _parquet(path)
-    elif path.suffix == ".json":
-        rows = _json_list(path)
-    else:
-        csv.field_size_limit(sys.maxsize)  # a cell may hold a whole picture
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            columns = list(reader.fieldnames or ())
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
-                    raise EvalError(f"{path}, line {reader.line_num}: {len(columns)} cells are needed. The file was "
-                                    "cut or damaged; download it again.")  # fmt: skip
-                rows.append(row)
+    rows = {".parquet": _parquet, ".json": _json_list}.get(path.suffix.lower(), _delimited)(path)
     if not rows:
         raise EvalError(f"{path} has no rows.")
     return list(rows[0]), rows
+
+
+def _delimited(path: Path) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole picture
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(chain(file, [END]), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            columns = _columns(reader.fieldnames or (), path)
+            if columns in ([], [END]):
+                return rows
+            for row in reader:
+                if row[columns[0]] == END:
+                    return rows
+                rows.append(row)
+                if None in row or None in row.values():
+                    if END in "".join(map(str, row.values())):
+                        break
+                    raise EvalError(f"{path}, line {reader.line_num}: {len(columns)} cells are needed. The file was "
+                                    "cut or damaged; download it again.")  # fmt: skip
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, or download it again.") from error
+    except csv.Error as error:
+        raise EvalError(f"{path}, line {reader.line_num}: {error}. Download the file again.") from error
+    raise EvalError(f"{path}: a quote opens a cell in row {len(rows)} and is never closed. The file was cut or "
+                    "damaged; download it again.")  # fmt: skip
+
+
+def _columns(names: Sequence[str], path: Path) -> list[str]:
+    """Raises EvalError where two columns have one name: nobody can tell which of them is meant."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise EvalError(f"{path} has more than one column {', '.join(map(repr, twice))}. Remove or rename one.")
+    return list(names)
 
 
 def _parquet(path: Path) -> list[Row]:
@@ -86,7 +108,12 @@ def _parquet(path: Path) -> list[Row]:
         import pyarrow.parquet as parquet
     except ModuleNotFoundError as error:
         raise EvalError(f"reading {path} needs pyarrow: `pip install pyarrow`, or take the .tsv file.") from error
-    return parquet.ParquetFile(path).read().to_pylist()
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (ValueError, OSError) as error:  # what pyarrow's errors are
+        raise EvalError(f"{path} is damaged or not a parquet file: {error}. Download it again.") from error
+    _columns(table.column_names, path)
+    return table.to_pylist()
 
 
 def _json_list(path: Path) -> list[Row]:
@@ -138,7 +165,8 @@ def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False)
                 "question_id": _number(column(row, "index", path=path), path), "round_id": turn,
                 "text": "\n".join(lines), "suffix": "\n" + (LETTER_PROMPT_CN if lang == "cn" else LETTER_PROMPT),
                 "options": turned, "option_char": letters[turn:] + letters[:turn], "answer": row.get("answer"),
-                "category": row.get("category") or "all", "image_data": row.get("image"), "row": number,
+                "category": "all" if is_missing(row.get("category")) else str(row["category"]),
+                "image_data": row.get("image"), "row": number,
             })  # fmt: skip
     forms = Counter(question["question_id"] % CIRCULAR_STEP for question in questions)
     for question in questions:
@@ -148,9 +176,12 @@ def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False)
 
 def _number(cell: Any, path: Path) -> int:
     try:
-        return int(cell)
-    except ValueError as error:
+        number = int(cell)
+    except (TypeError, ValueError, OverflowError) as error:
         raise EvalError(f"{path}: the index {cell!r} is no number.") from error
+    if isinstance(cell, float) and cell != number:
+        raise EvalError(f"{path}: the index {cell!r} is no whole number.")
+    return number
 
 
 def mmstar_questions(path: Path) -> list[Row]:
@@ -158,13 +189,15 @@ def mmstar_questions(path: Path) -> list[Row]:
     questions = []
     for number, row in enumerate(read_table(path)[1]):
         options = options_of(row)
+        answer = str(column(row, "answer", path=path)).strip().upper()
+        if answer not in tuple(LETTERS):
+            raise EvalError(f"{path}: the answer of row {number} is {row['answer']!r}, and must be one of A to D.")
         lines = [str(column(row, "question", path=path)).strip(), *(f"{name}. {text}" for name, text in
                  options.items()), LETTER_PROMPT]  # fmt: skip
         questions.append({
             "question_id": _number(row.get("index", number), path), "text": "\n".join(lines),
             "image_data": column(row, "image", path=path), "category": str(column(row, "category", path=path)),
-            "answer": str(column(row, "answer", path=path)).strip().upper(),
-            "options": options or inline_options(str(row["question"])),
+            "answer": answer, "options": options or inline_options(str(row["question"])),
         })  # fmt: skip
     return questions
 
@@ -195,11 +228,16 @@ def ocrbench_questions(path: Path) -> list[Row]:
                 answers = ast.literal_eval(answers)
             except (ValueError, SyntaxError) as error:
                 raise EvalError(f"{path}: the answers of row {number} are no list: {answers!r}.") from error
+        name = row.get("id", row.get("index", number))
+        if not isinstance(name, (str, int, float)):
+            raise EvalError(f"{path}: the id of row {number} must be a text or a number, and is {name!r}.")
+        if answers in (None, "", []) or answers != answers:  # none, or NaN; and "" stands in any text
+            raise EvalError(f"{path}: row {number} has no answer. Download it again.")
         maths = row.get("dataset_name", row.get("dataset")) == "HME100k"
         picture = {"image": str(row["image_path"])} if "image_path" in row else \
                   {"image_data": column(row, "image", "image_path", path=path)}  # fmt: skip
         questions.append({
-            "question_id": row.get("id", row.get("index", number)), "text": str(column(row, "question", path=path)),
+            "question_id": name, "text": str(column(row, "question", path=path)),
             "category": "Handwritten Mathematical Expression Recognition" if maths else
                         str(column(row, "type", "question_type", "category", path=path)),
             "answers": [str(answer) for answer in (answers if isinstance(answers, list) else [answers])], **picture,

@@ -163,16 +163,16 @@ def _readable_by_pandas(rows: Sequence[Row], chosen: list[int]) -> list[int]:
     for name in TEXT_COLUMNS:
         cells = [rows[number][name] for number in chosen if not is_missing(rows[number].get(name))]
         if cells and not any(map(_is_text, cells)):
-            spare = next((number for number, row in enumerate(rows) if _is_text(row[name])), None)
+            spare = next((number for number, row in enumerate(rows) if _is_text(row.get(name))), None)
             chosen = chosen if spare is None else [*chosen, spare]
     return chosen
 
 
-def _is_text(cell: str) -> bool:
+def _is_text(cell: object) -> bool:
     try:
-        float(cell)
+        float(str(cell))
     except ValueError:
-        return not is_missing(cell) and cell.lower() not in ("true", "false")
+        return not is_missing(cell) and str(cell).lower() not in ("true", "false")
     return False
 
 
