@@ -10,6 +10,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -351,6 +352,73 @@ def test_the_letter_of_an_answer(text, named):
     assert letter(text, {"A": "a cat", "B": "a dog", "C": "two birds"}) == named
 
 
+COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "yellow"}
+
+
+@pytest.mark.parametrize("text", [
+    "B", "b", "(B)", "[B]", "{B}", "B.", "B!", "B;", "B?", "B...", '"B"', "'B'", "“B”", "B</s>", "<s> B", "B\n",
+    "- B", "### B", "B\n\nThe circle is blue.", "B\n\nA is wrong because the circle is not red.",
+    "B. Option A is wrong.", "B. blue", "B) blue", "b) blue", "B blue", "B: blue", "B - blue", "B (blue)", "B, blue",
+    "B.blue", "B: it has vitamin C", "**B**", "**B.** blue", "*B*", "__B__", "`B`", "**B", "The answer is **B**.",
+    "**Answer: B**", "**Answer:** B", "The correct answer is **B. blue**", "\\boxed{B}", "$\\boxed{B}$",
+    "\\boxed{\\text{B}}", "\\(B\\)", "<answer>B</answer>", "Blue", "blue.", "**blue**", "blue!", "“Blue”",
+    "The answer is blue.", "Answer: blue", "It is blue.", "Answer: B", "Answer:\nB", "Answer B", "Final Answer: (B)",
+    "Option B", "Choice B", "option B is correct.", "ASSISTANT: B", "The answer is B", "The answer is (B) blue.",
+    "the answer is b.", "I think the answer is B.", "I think it is B.", "The answer to the question is B.",
+    "The correct answer is option B: blue.", "The answer is B because it is blue.", "B is correct",
+    "B is the right answer.", "B, because it is blue", "I would choose B.", "I choose option B",
+    "It is round and blue. Therefore, the answer is B.", "It is blue, so the correct option is (B).",
+    "Red is wrong: \\boxed{B}", "A. red\nB. blue\nC. green\nD. yellow\nAnswer: B", "Ｂ", "Ⓑ", "（B）", "【B】",
+    "「B」", "B。", "B、蓝色", "B．蓝色", "B：蓝", "答案是B", "答案：B", "答案：（B）", "【答案】B", "答案为 B",
+    "答案B", "选B", "选项B", "选择B", "应选B", "故选B。", "我选择B", "正确答案是B。", "正确的选项是B", "B选项",
+    "B选项是正确的", "B是正确的", "选B因为它是蓝色",
+])  # fmt: skip
+def test_one_letter_is_read_in_whatever_form_it_is_given(text):
+    assert letter(text, COLOURS) == "B"
+
+
+@pytest.mark.parametrize("text", [
+    "", ".", "**", "Answer:", "The answer is", "none of the above", "A dog", "a dog.", "A cat is here", "I see a cat",
+    "I see a...", "A red car", "B dog", "A is for apple", "I am A fan", "The answer is A dog", "The answer is a dog",
+    "People answer a question", "C is visible.", "A is right behind the tree", "A-frame house", "D'oh!", "A's", "A+",
+    "C#", "C++", "B2", "BB", "A.I. is here", "D.C. is the capital", "E", "(E)", "The answer is E.", "B or E",
+    "Both A and B", "A and B", "A, B", "A,B", "A/B", "A & B", "A; B", "A B", "AB", "ABCD", "(A) (B)", "A\nB",
+    "B or C", "B、C", "B? C?", "A. red\nB. blue", "A. red B. blue", "(A) red (B) blue (C) green (D) yellow",
+    "A: red, B: blue", "A red, a blue", "The answer is B or C.", "The answer is B, C", "The answer is either A or B",
+    "The answer is B. No, the answer is C.", "It is B, not A", "I think it is B, but it could be C",
+    "Between A and C, the answer could be either", "blue or red", "Not B", "B is wrong", "B is not correct",
+    "Option B is incorrect.", "The answer is not B.", "The answer isn't B", "I don't think the answer is B.",
+    "Neither B is correct", "If the answer is B, it is blue", "unlike option C, it is blue", "A和B", "选A和B",
+    "选B或C", "选B还是C", "不选B", "不应选B", "答案不是B", "选项B是错误的", "B选项是错的", "B是错的", "选项A和B都对",
+])  # fmt: skip
+def test_what_names_no_option_or_two_is_unread(text):
+    assert letter(text, COLOURS) is None
+
+
+def test_an_options_own_text_is_no_second_letter():
+    options = {"A": "Washington, D.C.", "B": "Vitamin C", "C": "C", "D": "A and B"}
+    for text, named in (("Washington, D.C.", "A"), ("B. Vitamin C", "B"), ("The answer is B: Vitamin C.", "B"),
+                        ("Vitamin C", "B"), ("A and B", "D"), ("D. A and B", "D"), ("B Vitamin C", "B"),
+                        ("A. D.", None)):  # fmt: skip
+        assert letter(text, options) == named, text
+    assert letter("B. A", {"A": "C", "B": "A", "C": "B"}) == "B", "letters are options of many puzzles"
+    assert letter("A", dict.fromkeys("ABCD", "")) == "A" and letter("A a+(b", {"A": "a+(b"}) == "A"
+
+
+def test_a_long_answer_is_read_in_a_moment():
+    start = time.monotonic()
+    for text in (
+        "*a " * 3000,
+        "final " * 2000,
+        "\n" * 9000,
+        "*" * 9000,
+        "the answer is " * 900,
+        "B" + " " * 9000 + "x",
+    ):
+        assert letter(text, COLOURS) is None
+    assert time.monotonic() - start < 10
+
+
 # --- MMBench --------------------------------------------------------------------------------------------------------
 
 HEAD = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
@@ -620,6 +688,14 @@ def test_half_an_emoji_in_a_question_is_the_same_in_its_answer_and_truth(small, 
     for file in (small / "textvqa").iterdir():
         file.write_text(file.read_text().replace("What is it?", r"What is \uD83D it?"))
     assert scored(small / "textvqa", tmp_path / "out")[0] == {"accuracy": 100}
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn", "mmstar", "mmvp"])
+def test_every_benchmark_of_letters_reads_their_forms(name, small, tmp_path):
+    file = small / name / "answers.jsonl"
+    file.write_text(file.read_text().replace('"text": "A"', '"text": "**答案是A。**"'), encoding="utf-8")
+    metrics, _ = scored(small / name, tmp_path / "out")
+    assert metrics["accuracy"] == 100 and metrics["unread"] == 0
 
 
 def test_mme_truth_may_hold_any_character_in_a_line(small, tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .letters import letter as letter
+
 Metrics = dict[str, Any]
 
 
@@ -191,26 +193,6 @@ def ocrbench(rows: Sequence[tuple[str, str, Sequence[str]]]) -> Metrics:
 
 
 # --- multiple choice ------------------------------------------------------------------------------------------------
-
-_LETTER = re.compile(
-    r"""^\W*(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)?  # The answer is ...
-        \(?([A-Z])(?:[).:,]|\s*$)""",
-    re.IGNORECASE | re.VERBOSE,
-)
-
-
-def letter(text: str, options: dict[str, str]) -> str | None:
-    """The option that an answer names: by its letter ("B", "(b)", "B. a dog", "The answer is B.") or by its whole text.
-
-    None where it names none. "A dog" is no letter: it starts with an article. The official MMStar and MMBench
-    evaluations would count it as A, or ask an LLM.
-    """
-    found = _LETTER.match(text.strip())
-    if found and found.group(1).upper() in options:
-        return found.group(1).upper()
-    said = text.strip().rstrip(".").lower()
-    same = [name for name, option in options.items() if said and option.strip().rstrip(".").lower() == said]
-    return same[0] if len(same) == 1 else None
 
 
 @dataclass(frozen=True)
