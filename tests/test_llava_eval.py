@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import ModuleType
 
 import pytest
 
+from llava_clipmoe.files import read_json
 from train_llava.eval import converters, questions, scorers
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, merge, read_answers, write_jsonl
@@ -682,6 +684,16 @@ def test_half_an_emoji_in_an_answer_is_written_as_a_replacement(name, small, tmp
         assert "\ufffd" in str(json.loads(upload))
     file.write_text(text.replace('"text": "', '"text": "\ufffd ', 1), encoding="utf-8")
     assert scored(small / name, tmp_path / "written")[1] == upload
+
+
+def test_files_whose_names_are_not_utf8_are_evaluated_and_their_names_kept(small, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    (small / "pope").rename(folder)
+    (folder / "answers.jsonl").rename(answers := folder / os.fsdecode(b"r\xe9ponses.jsonl"))
+    evaluate("pope", "--answers", answers, "--data", folder, "--output-dir", folder / "out")
+    results = read_json(folder / "out/results.json")
+    assert results["metrics"]["mean_f1"] == 100 and results["settings"]["answers"] == str(answers)
+    assert "caf\ufffd/out/results.json" in capsys.readouterr().out
 
 
 def test_half_an_emoji_in_a_question_is_the_same_in_its_answer_and_truth(small, tmp_path):

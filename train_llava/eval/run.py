@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llava_clipmoe.files import read_json, remove_leftovers, write_json
+from llava_clipmoe.files import read_json, remove_leftovers, replace_surrogates, write_json
 
 from .answers import EvalError, Row, complete, match, read_answers
 from .benchmarks import BENCHMARKS, Benchmark, Found
@@ -218,8 +218,8 @@ def show(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
     console = Console()
     metrics, paper = results["metrics"], results["paper"]
     subset = ", only the first: --limit" if results["limited"] else ""
-    console.print(f"{benchmark.title}: {results['model']} ({results['n']:,} answers{subset})", markup=False,
-                  highlight=False)  # fmt: skip
+    title = f"{benchmark.title}: {results['model']} ({results['n']:,} answers{subset})"
+    console.print(replace_surrogates(title), markup=False, highlight=False)
     if metrics:
         table = Table(box=box.SIMPLE)
         for name in ("", "here", *(paper or ())):
@@ -238,7 +238,7 @@ def show(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
                       markup=False, highlight=False)  # fmt: skip
     for text in (benchmark.note, results.get("next_step"), f"written to {file}"):
         if text:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print(replace_surrogates(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _flat(metrics: Metrics, prefix: str = "") -> list[tuple[str, float]]:
