@@ -322,7 +322,7 @@ def pair_questions(openmoji: Path) -> list[dict]:
     Which statement comes first is drawn by a hash, so that a habit of answering with the first earns nothing.
     """
     folder = openmoji / "attribute_pairs"
-    with (folder / "Questions.csv").open(encoding="utf-8", newline="") as file:
+    with (folder / "Questions.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     questions = []
     for number, (one, two) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
