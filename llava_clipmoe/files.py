@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import json
 import os
 import re
@@ -15,6 +16,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not delete what is in use
+    fcntl = None
 
 WEIGHTS = "model.safetensors"
 
@@ -27,8 +33,46 @@ class UnsafeFile(ValueError):
     """A foreign file could not be read without running code from it."""
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+@contextlib.contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked while it is worked in and removed at the end; those that killed processes left
+    there for the same `path` go first."""
+    remove_leftovers(path.parent, path.name)
+    with contextlib.ExitStack() as stack:
+        while True:  # until it is locked before another process takes it for a leftover
+            folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            folder.mkdir(parents=True)
+            if stack.enter_context(_locked(folder)):
+                break
+        stack.callback(_remove, folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether `path` is nobody else's while the block lasts. The system unlocks what a killed process held."""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield _flock(descriptor) and path.exists()
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -67,43 +111,35 @@ def _save_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same directory; renamed to `path` when the block ends well, removed otherwise.
+    """Yields a path in a temporary folder beside `path`; renamed to `path` when the block ends well, removed otherwise.
 
+    In a folder of its own, as some writers (safetensors) make further temporary files beside theirs.
     Raises SaveError when the write fails (full disk, quota, permissions); `path` is then what it was.
     """
     path = Path(path)
-    temporary = _temporary(path)
-    with _save_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            flush_to_disk(temporary)
-            os.replace(temporary, path)
-            flush_to_disk(path.parent)
-        finally:
-            _remove(temporary)
+    with _save_errors(path), _workplace(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """The same for a whole directory. An existing `path` is replaced only after the new one is complete."""
     path = Path(path)
-    temporary = _temporary(path)
-    with _save_errors(path):
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    flush_to_disk(file)
-            flush_to_disk(temporary)
-            if not path.exists():
-                os.replace(temporary, path)
-            elif not _exchange(temporary, path):
-                _replace_in_two_steps(temporary, path)
-            flush_to_disk(path.parent)
-        finally:
-            _remove(temporary)  # after an exchange, this is the old one
+    with _save_errors(path), _workplace(path) as temporary:  # after an exchange, what is removed is the old one
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        flush_to_disk(temporary)
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):
+            _replace_in_two_steps(temporary, path)
+        flush_to_disk(path.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -132,17 +168,24 @@ def _replace_in_two_steps(new: Path, path: Path) -> None:
     _remove(old)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files and folders that a killed process left directly in `folder`, and put back a folder
-    that it had moved aside but not yet replaced."""
-    for leftover in Path(folder).glob(".*.tmp"):
-        _remove(leftover)
-    for old in Path(folder).glob(".*.old"):
+def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
+    """Delete the temporary files and folders that killed processes left directly in `folder` (those for `name` alone),
+    and put back a folder that they had moved aside but not yet replaced. What a live process works at stays."""
+    for leftover in leftovers(folder, name):
+        with contextlib.suppress(OSError), _locked(leftover) as abandoned:
+            if abandoned:
+                _remove(leftover)
+    for old in leftovers(folder, name, "old"):
         path = old.with_name(old.name[1:].rsplit(".", 2)[0])
         if path.exists():
             _remove(old)
         else:
             os.replace(old, path)
+
+
+def leftovers(folder: str | Path, name: str | None = None, kind: str = "tmp") -> list[Path]:
+    """The temporary files and folders directly in `folder` (those for `name` alone), in use or not."""
+    return list(Path(folder).glob(f".{'*' if name is None else glob.escape(name)}.{'[0-9a-f]' * 8}.{kind}"))
 
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -200,7 +243,10 @@ def save_tensors(path: str | Path, tensors: dict, metadata: dict[str, str] | Non
     from safetensors.torch import save_file
 
     with atomic_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(temporary), metadata=metadata)
+        temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
 
 
 def load_tensors(path: str | Path, device: str = "cpu", keep: Callable[[str], bool] | None = None) -> dict:

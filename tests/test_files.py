@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from pathlib import Path
 
@@ -223,10 +225,90 @@ def test_a_directory_survives_a_kill_at_any_rename(tmp_path, rename):
 
 
 def test_leftovers_of_others_are_not_touched(tmp_path):
-    (tmp_path / "model.tmp").write_text("somebody's own")
-    (tmp_path / ".hidden").write_text("somebody's own")
+    others = [".hidden", ".thesis.txt.tmp", "model.tmp"]
+    for name in others:
+        (tmp_path / name).write_text("somebody's own")
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".hidden", "model.tmp"]
+    assert names(tmp_path) == others
+
+
+WRITING = """
+    import sys, time
+    from pathlib import Path
+    from llava_clipmoe.files import atomic_directory, atomic_file, save_tensors
+
+    path, kind = Path(sys.argv[1]), sys.argv[2]
+    if kind == "tensors":
+        import torch
+        save_tensors(path, {"weight": torch.zeros(2**29, dtype=torch.uint8)})
+    with (atomic_directory if kind == "directory" else atomic_file)(path) as temporary:
+        (temporary / "a.txt" if kind == "directory" else temporary).write_text("half")
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """`writer(kind)`: a process that has begun to write `tmp_path / "kept"`."""
+    processes = []
+
+    def begin(kind: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", textwrap.dedent(WRITING), str(tmp_path / "kept"), kind]
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        processes.append(process)
+        while not bytes_in(tmp_path):
+            assert process.poll() is None
+            time.sleep(0.001)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def bytes_in(folder: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):  # a file that was renamed meanwhile
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return 0
+
+
+@kinds
+def test_what_a_killed_process_left_goes_when_the_same_path_is_written_again(tmp_path, writer, kind):
+    """A model's output lies in a folder that no command tidies up. Also what safetensors began under its own name."""
+    process = writer(kind)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert bytes_in(tmp_path) and "kept" not in names(tmp_path), "the kill came too late to test anything"
+    save_tensors(tmp_path / "other", {})  # not the business of another path
+    assert bytes_in(tmp_path) > 4
+    if kind == "directory":
+        with atomic_directory(tmp_path / "kept") as temporary:
+            (temporary / "a.txt").write_text("whole")
+    else:
+        write_text(tmp_path / "kept", "whole")
+    assert names(tmp_path) == ["kept", "other"]
+
+
+@pytest.mark.parametrize("kind", ["text", "directory"])
+def test_what_a_live_process_writes_is_no_leftover(tmp_path, writer, kind):
+    """As when `compress` writes into a run's folder while the run is resumed there, or one command is started twice."""
+    process = writer(kind)
+    before = names(tmp_path)
+    remove_leftovers(tmp_path)
+    write_text(tmp_path / "kept", "by another")
+    assert names(tmp_path) == [*before, "kept"]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["kept"]
+
+
+def test_weights_can_be_read_by_whom_other_files_can(tmp_path):
+    save_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(1)})
+    write_text(tmp_path / "config.json", "{}")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 # -------------------------------------------------------------------------------------------------- JSON and tensors

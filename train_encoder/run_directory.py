@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import time
 from pathlib import Path
 
-from llava_clipmoe.files import read_json, remove_leftovers, write_json
+from llava_clipmoe.files import leftovers, read_json, remove_leftovers, write_json
 
 from .config import TrainConfig, differences, to_dict
+
+PATIENCE = 8
+"""Seconds to wait for the lock: a killed process's loader workers hold it until they notice, torch says within 5."""
 
 
 class RunError(ValueError):
@@ -44,6 +48,10 @@ class RunDirectory:
     def checkpoints(self, name: str) -> Path:
         return self.path / "checkpoints" / name
 
+    def trainings(self) -> list[str]:
+        """Names of those whose resume state is there."""
+        return [folder.name for folder in self.checkpoints("").glob("*")]
+
     def claim(self, main_process: bool) -> None:
         """Make the directory this run's. Raises RunError when it holds another run, or is in use by one."""
         if not main_process:
@@ -51,7 +59,7 @@ class RunDirectory:
         config_file = self.path / "config.json"
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; give a directory: --output-dir runs/NAME.")
-        if self.path.exists() and not config_file.exists() and any(p for p in self.path.iterdir() if p.name != ".lock"):
+        if self.path.exists() and not config_file.exists() and not self._is_new():
             raise RunError(f"{self.path} exists and is not a run of this trainer. Use another --output-dir.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_it()
@@ -62,18 +70,27 @@ class RunDirectory:
                     f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                     "Repeat its own command to resume it, or give another --output-dir."
                 )
+        for folder in (self.path, self.cache.parent, self.path / "clusters", self.path / "features"):
+            remove_leftovers(folder)  # before anything is written: they may be what has filled the disk
         write_json(config_file, self.config)
-        for folder in (self.path, self.path / "clusters", self.path / "features"):
-            remove_leftovers(folder)
+
+    def _is_new(self) -> bool:
+        """Empty, or as a process left it that was killed before config.json was there."""
+        return set(self.path.iterdir()) <= {self.path / ".lock", *leftovers(self.path, "config.json")}
 
     def _lock_it(self) -> None:
         self._lock = open(self.path / ".lock", "w")  # held, and released by the system, until exit
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another process is training in {self.path}. Wait for it, stop it, or use another --output-dir."
-            ) from error
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise RunError(
+                        f"another process is training in {self.path}. Wait for it, stop it, or use another "
+                        "--output-dir."
+                    ) from error
+            time.sleep(0.1)
 
     def check_data(self, fingerprint: str, main_process: bool) -> None:
         """Raises RunError when the data is not what this run started with."""
