@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -377,7 +378,7 @@ def _padded(captions: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Scan(Dataset):
-    """Decodes rows one by one; writes them into the memory-mapped file `pixels` where there is one."""
+    """Decodes rows one by one; writes them into the .npy file `pixels` where there is one."""
 
     def __init__(self, source: PairSource, rows: np.ndarray, transform: ImageTransform | None, pixels: Path | None):
         self.source, self.rows, self.transform, self.pixels = source, rows, transform, pixels
@@ -385,16 +386,26 @@ class _Scan(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, slot: int) -> tuple[int, str | None]:
+    def __getitem__(self, slot: int) -> tuple[int, str | OSError | None]:
+        """A row, and why its image is bad or its pixels were not written. Returned, not raised: a loader would wrap the
+        error in a worker's traceback."""
         row = int(self.rows[slot])
         try:
             image = self.source.image(row)
         except BadImage as error:
             return row, str(error)
-        if self.pixels is not None:
-            # Opened for each image: no map survives a fork or has to be pickled, and workers write disjoint slots.
-            np.load(self.pixels, mmap_mode="r+")[slot] = self.transform(image).numpy()
+        try:
+            if self.pixels is not None:
+                self._write(slot, self.transform(image).numpy())
+        except OSError as error:
+            return row, error
         return row, None
+
+    def _write(self, slot: int, values: np.ndarray) -> None:
+        """Written with `write`, not through a memory map: a full disk is then an error and not a dead process."""
+        with open(self.pixels, "r+b") as file:  # for each image: workers write disjoint slots
+            file.seek((slot - len(self)) * values.nbytes, os.SEEK_END)
+            file.write(values.tobytes())
 
 
 def _bad_rows(scan: _Scan, workers: int, progress: Progress | None) -> Iterator[tuple[int, str]]:
@@ -403,7 +414,11 @@ def _bad_rows(scan: _Scan, workers: int, progress: Progress | None) -> Iterator[
     loader = DataLoader(scan, batch_size=32, num_workers=workers, collate_fn=list, generator=torch.Generator())
     done = 0
     for results in loader:
-        yield from ((row, error) for row, error in results if error is not None)
+        for row, error in results:
+            if isinstance(error, OSError):
+                raise error
+            if error is not None:
+                yield row, error
         done += len(results)
         if progress is not None:
             progress(done, len(scan))
@@ -421,13 +436,14 @@ def build_image_cache(
     """Writes the transformed images of `rows` to `path`, a memory-mapped uint8 .npy [len(rows),3,S,S].
 
     `path` appears only when it is complete; beside it `path` + `.index.npz` says which row lies where and of what
-    data. Gives (row, error) of bad images, whose slots stay unused. Raises DataError when the disk has no room.
+    data. Gives (row, error) of bad images, whose slots stay unused. Raises DataError when the disk has no room, and
+    SaveError when others fill it meanwhile.
     """
     rows, path = np.asarray(rows, np.int64), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(rows), 3, transform.size, transform.size)
     need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if need > free:  # a full disk would kill the writers with SIGBUS, without a word
+    if need > free:  # said now, and not hours later
         raise DataError(f"The image cache {path} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Free "
                         "some space, or train without data.cache_images.")  # fmt: skip
     index = _cache_index(path)
@@ -495,10 +511,11 @@ def check_images(
         bad = build_image_cache(source, rows, transform, cache, workers=workers, progress=progress)
     else:
         bad = list(_bad_rows(_Scan(source, rows, None, None), workers, progress))
-    lines = [json.dumps({"row": row, "image": source.name(row), "error": error}) + "\n" for row, error in bad]
-    write_text(skipped_path, "".join(lines))
     bad_rows = np.array([row for row, _ in bad], np.int64)
-    _save_arrays(result, key=key, rows=bad_rows, errors=np.array([error for _, error in bad], str))
+    if stored is None or not skipped_path.exists():  # of several processes, only the one that looked writes
+        lines = [json.dumps({"row": row, "image": source.name(row), "error": error}) + "\n" for row, error in bad]
+        write_text(skipped_path, "".join(lines))
+        _save_arrays(result, key=key, rows=bad_rows, errors=np.array([error for _, error in bad], str))
     _refuse_too_many(source, bad, max_bad_fraction, skipped_path)
     return ~np.isin(rows, bad_rows)
 
