@@ -8,6 +8,7 @@ model is written as a plain transformers CLIP. Weights are read and written by n
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import warnings
@@ -40,6 +41,7 @@ _FIELDS = {
 MODELING_FILES = ("configuration_clipmoe.py", "experts_clipmoe.py", "modeling_clipmoe.py")
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
 
 
@@ -367,6 +369,15 @@ def _save_weights(state: Mapping[str, torch.Tensor], folder: Path, max_shard_byt
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(t.numel() * t.element_size() for t in state.values())
     write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def public_name(source: str) -> str:
+    """What a model card calls a model or data set: a path by its last part, as the directory may be given away; a hub
+    id, or another name, as it is."""
+    path = Path(source).expanduser()
+    if _HUB_NAME.fullmatch(source) and not path.exists():
+        return source
+    return os.path.basename(os.path.abspath(path))
 
 
 def model_card(bundle: ClipBundle, card: Mapping[str, Any]) -> str:

@@ -65,6 +65,8 @@ def test_direct_fine_tuning_changes_the_ffns_and_nothing_else(runs):
     before = state(run / "base")
     assert changed(before, state(run / "clip")) == {name for name in before if is_ffn(name)}
     assert not (run / "clip-moe").exists()
+    card = (run / "clip" / "README.md").read_text()
+    assert "- base: clip\n" in card and "- data: data.jsonl\n" in card
 
 
 def test_direct_fine_tuning_of_everything_changes_attention_and_embeddings_too(runs):

@@ -15,7 +15,7 @@ import transformers
 
 from llava_clipmoe import model_directory
 from llava_clipmoe.files import SaveError, UnsafeFile, load_tensors, save_tensors
-from llava_clipmoe.model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle, load_bundle, save_bundle
+from llava_clipmoe.model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle, load_bundle, public_name, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import END, START, load_tokenizer, open_clip_tokenizer, save_tokenizer
 
@@ -233,6 +233,27 @@ def test_the_same_model_gives_the_same_bytes_without_this_machines_paths(tmp_pat
         "load_bundle",
     ):
         assert word in card
+
+
+def test_a_card_calls_a_path_by_its_last_part_and_a_hub_id_or_name_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    (tmp_path / "org").mkdir()
+    for given, name in {
+        str(tmp_path / "models" / "clip"): "clip",
+        "models/clip": "clip",
+        "models/clip/": "clip",
+        ".": tmp_path.name,
+        str(tmp_path / "was there.csv"): "was there.csv",
+        "~/captions.json": "captions.json",
+        "../shards/{000..099}.tar": "{000..099}.tar",
+        "shards/train-{a,b}.tar": "train-{a,b}.tar",
+        "openai/clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
+        "org/data:subset": "org/data:subset",
+        "ViT-L-14-336-quickgelu": "ViT-L-14-336-quickgelu",
+        "openmoji": "openmoji",
+    }.items():
+        assert public_name(given) == name
 
 
 def test_large_models_are_sharded(tmp_path, moe, batch):

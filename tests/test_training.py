@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,21 +19,45 @@ import tiny_run
 
 from llava_clipmoe.files import load_tensors
 
-# Kills the trainer itself at the N-th rename of a file under checkpoints/: in the middle of writing a checkpoint.
-KILLED_IN_A_CHECKPOINT = """
-import os, signal, sys
-real, count, at = os.replace, 0, int(sys.argv.pop(1))
-def replace(source, target):
-    global count
-    if "checkpoints" in str(target):
-        count += 1
+# Runs each [word, N, arguments] in a process of its own, which kills itself at (for a negative N: right after) the N-th
+# rename of what has the word in its path: in the middle of writing a checkpoint, for instance. Without a word it does
+# not. Prints how each ended.
+KILLED_AT_A_RENAME = """
+import json, os, signal, sys
+import train_encoder.final, train_encoder.methods, train_encoder.pipeline  # once for all
+from llava_clipmoe.cli import main
+
+def die_at(word, at):
+    real, count = os.replace, 0
+    def replace(source, target):
+        nonlocal count
+        count += word in str(target)
         if count == at:
             os.kill(os.getpid(), signal.SIGKILL)
-    return real(source, target)
-os.replace = replace
-from llava_clipmoe.cli import main
-sys.exit(main(["train-encoder", *sys.argv[1:]]))
+        real(source, target)
+        if count == -at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+
+ended = []
+for word, at, arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        if word:
+            die_at(word, at)
+        os._exit(main(["train-encoder", *arguments]))
+    ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print("\\n", ended)
 """
+
+
+def run_each(*runs: tuple[str, int, list[str]]) -> None:
+    """Runs one after the other, each of which dies at its rename if it has a word."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_A_RENAME, json.dumps(runs)],
+        env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == [f" {[-9 if word else 0 for word, *_ in runs]}"], done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +131,18 @@ def killed_after(args: list[str], seconds: float) -> bool:
     return alive
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves but for what holds times and its own path."""
+    own = ("config.json", ".lock", "metrics.jsonl", "results.json", "report.html")
+    files = (path for path in folder.rglob("*") if path.parent != folder or path.name not in own)
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in files}
+
+
 def test_five_kills_end_in_the_weights_of_an_undisturbed_run(finished, data, tmp_path):
     folder, rng, killed = tmp_path / "killed", random.Random(0), 0
     args = tiny_run.arguments(data, folder)
     for at in (2, 9):  # renames 1-3 are the files of a checkpoint, 4 the checkpoint's own; 9 lies in the third
-        died = subprocess.run(
-            [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, str(at), *args],
-            env=tiny_run.environment(), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+        run_each(("checkpoints", at, args))
         killed += 1
     for _ in range(3):
         killed += killed_after(args, rng.uniform(0, 0.3))
@@ -123,6 +151,26 @@ def test_five_kills_end_in_the_weights_of_an_undisturbed_run(finished, data, tmp
     assert tiny_run.weights(folder) == tiny_run.weights(finished)
     assert curve(folder) == curve(finished)  # no step twice, none missing
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_run_killed_at_its_weakest_moments_leaves_exactly_what_an_undisturbed_one_does(finished, data, tmp_path):
+    """Before a new directory's first file is there, before the image cache is, and when a stage is saved but its resume
+    state not yet gone. The base is one of this machine: the model cards name neither its path nor the run's copy."""
+    source = shutil.copytree(finished / "base", tmp_path / "somewhere" / "some-clip")
+    killed, whole = (
+        tiny_run.arguments(data, tmp_path / name, "--base.source", str(source)) for name in ("killed", "whole")
+    )
+    moments = ("config.json", 1), ("images.npy", 1), ("killed/stage1", -1), ("", 0)
+    run_each(*((*moment, killed) for moment in moments), ("", 0, whole))
+    left, wanted = everything(tmp_path / "killed"), everything(tmp_path / "whole")
+    assert left.keys() == wanted.keys()
+    assert [name for name in wanted if left[name] != wanted[name]] == []
+    for model in ("base", "clip-moe"):
+        assert "# some-clip\n" in left[f"{model}/README.md"].decode()
+        assert "- base: some-clip\n" in left[f"{model}/README.md"].decode()
+    assert "- data: data.jsonl\n" in left["clip-moe/README.md"].decode()
+    given_away = [name for name in left if name.startswith(("base/", "clip-moe/"))]
+    assert not [name for name in given_away for path in (data.parent, tmp_path) if str(path).encode() in left[name]]
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
+from llava_clipmoe.model_directory import ClipBundle, load_bundle, public_name, save_bundle
 from llava_clipmoe.upcycling import with_text_positions
 
 from .allocator import keep_freed_memory
@@ -73,6 +73,8 @@ class Pipeline:
         self.read_data()
         self.base = self.make_base()
         self.result = self.make_result()
+        for name in self.folder.trainings():  # left by a process that was killed after it had saved the result
+            self.discard(name)
         if self.accelerator.is_main_process:
             from .final import evaluate_run  # the page and the table, once everything is trained
 
@@ -130,7 +132,8 @@ class Pipeline:
         if base.source == "scratch":
             source = open_source(dataclasses.replace(self.config.data, caption_columns=base.scratch.caption_columns))
             self.train("base", bundle, lambda name: True, base.scratch.optim, source=source)
-        self.save(lambda: save_bundle(bundle, self.folder.base, card={"role": "the dense base of a CLIP-MoE run"}))
+        card = self.card(role="the dense base of a CLIP-MoE run")
+        self.save(lambda: save_bundle(bundle, self.folder.base, card=card))
         self.discard("base")
         return bundle
 
@@ -170,6 +173,16 @@ class Pipeline:
         with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
             train(stage, self.accelerator, self.config.engine, self.metrics, self.folder.checkpoints(name))
         bundle.model.cpu()
+
+    def card(self, **facts: str) -> dict[str, str]:
+        """`facts` and the base's name for a model card: by the settings alone, so that a resumed run says the same."""
+        base = self.config.base.source
+        name = ClipBundle.name if base == "scratch" else public_name(base)
+        return {"name": name, "base": name, **facts}
+
+    def trained_card(self, recipe: str) -> dict[str, str]:
+        """Lines for the model card of what was trained."""
+        return self.card(recipe=recipe, data=public_name(self.config.data.source))
 
     def save(self, write) -> None:
         """Let process 0 write, and all processes wait until it is there."""

@@ -21,7 +21,7 @@ class DirectFinetuning(Pipeline):
         if not self.folder.result.exists():
             bundle = load_bundle(self.folder.base)
             self.train("finetune", bundle, is_ffn if settings.parts == "ffn" else lambda name: True, settings.optim)
-            card = {"recipe": f"fine-tuned ({settings.parts})", "data": self.config.data.source}
+            card = self.trained_card(f"fine-tuned ({settings.parts})")
             self.save(lambda: save_bundle(bundle, self.folder.result, card=card))
             self.discard("finetune")
         return load_bundle(self.folder.result)

@@ -55,7 +55,7 @@ class Mixture(Pipeline):
         if not self.folder.result.exists():
             bundle = self.untrained_moe()
             self.train("router", bundle, self.learns_last, self.config.moe.optim)
-            card = {"recipe": self.paper, "data": self.config.data.source}
+            card = self.trained_card(self.paper)
             self.save(lambda: save_bundle(bundle, self.folder.result, card=card))
             self.discard("router")
         return load_bundle(self.folder.result)
