@@ -20,6 +20,7 @@ R1, R2 ranks of the differences of fc1 and fc2, padded to a multiple of 16
 
 import contextlib
 import os
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ try:  # not a bare import: transformers would ask everybody who loads the model 
 except ImportError as error:
     raise ImportError("The GPU kernels need triton, which comes with torch for CUDA. Use the loop instead.") from error
 
-from .experts_clipmoe import DeltaExperts, quick_gelu
+from .experts_clipmoe import DeltaExperts, Experts, Router, count_experts, quick_gelu
 
 MAX_EXPERTS = 16
 MAX_RANK = 256
@@ -342,6 +343,13 @@ class _DeltaFFN(torch.autograd.Function):
         ctx.packed = packed
         return torch.mm(_delta_middle(packed, torch.mm(x_ND, packed.first.t()), weights_NE, order_N), packed.second.t())
 
+    @staticmethod
+    def backward(ctx, out_grad):
+        (x_ND, weights_NE, order_N), packed = ctx.saved_tensors, ctx.packed
+        y1, y2_grad = torch.mm(x_ND, packed.first.t()), torch.mm(out_grad, packed.second)  # y1 again: kept by nobody
+        y1_grad, weights_grad_NE = _delta_middle_grad(packed, y1, y2_grad, weights_NE, order_N)
+        return torch.mm(y1_grad, packed.first), weights_grad_NE, None, None
+
 
 def _delta_sizes(packed: PackedDelta) -> dict[str, int]:
     """Constants of the delta kernels, and the tile that fits the rank."""
@@ -367,3 +375,492 @@ def _delta_middle(packed, y1, weights_NE, order_N) -> torch.Tensor:
     if split > 1:
         y2[:, hidden : hidden + e * r2] = parts.sum(0)
     return y2
+
+
+@triton.jit
+def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, WEIGHTS_GRAD, n, hidden, width1, width2,
+                       E: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, QUICK: tl.constexpr, SORTED: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
+    """Gradients G2 of Y2 [mixed h | u | weights] -> gradients G1 of Y1 [base h | z], and of the weights [N,E].
+
+    h_e is computed again from Y1. With g_e = G2's h + down_e^T (G2's u_e), the gradient of w_e h_e:
+    t_e's gradient is w_e g_e act'(t_e), summed over experts it is the base's, times up_e it is z_e's;
+    w_e's is the sum over H of g_e h_e, and what came through the biases of fc2.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    real = row < n
+    token = row.to(tl.int64)
+    if SORTED:
+        token = tl.load(ORDER + row, mask=real, other=0).to(tl.int64)
+    r1 = tl.arange(0, BR1)
+    r2 = tl.arange(0, BR2)
+    dtype = G1.dtype.element_ty
+    seen = 0
+    for e in range(E):
+        weight = tl.load(WEIGHTS + token * E + e, mask=real, other=0.0)
+        chosen = weight != 0
+        used = tl.max(chosen.to(tl.int32), axis=0)
+        z_grad = tl.zeros((BM, BR1), tl.float32)
+        weight_grad = tl.zeros((BM,), tl.float32)
+        if used > 0:
+            z = tl.load(Y1 + token[:, None] * width1 + hidden + e * R1 + r1[None, :],
+                        mask=real[:, None] & (r1[None, :] < R1), other=0.0)  # fmt: skip
+            u_grad = tl.load(G2 + token[:, None] * width2 + hidden + e * R2 + r2[None, :],
+                             mask=real[:, None] & (r2[None, :] < R2), other=0.0)  # fmt: skip
+            for c0 in range(0, hidden, BN):
+                c = c0 + tl.arange(0, BN)
+                here = real[:, None] & (c[None, :] < hidden)
+                up = tl.load(UP + (e * hidden + c[:, None]) * R1 + r1[None, :],
+                             mask=(c[:, None] < hidden) & (r1[None, :] < R1), other=0.0)  # fmt: skip
+                down = tl.load(DOWN + (e * R2 + r2[:, None]) * hidden + c[None, :],
+                               mask=(r2[:, None] < R2) & (c[None, :] < hidden), other=0.0)  # fmt: skip
+                base = tl.load(Y1 + token[:, None] * width1 + c[None, :], mask=here, other=0.0).to(tl.float32)
+                mixed_grad = tl.load(G2 + token[:, None] * width2 + c[None, :], mask=here, other=0.0).to(tl.float32)
+                bias = tl.load(BIAS + e * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
+                t = _dot(z, tl.trans(up), base + bias[None, :])
+                h_grad = _dot(u_grad, down, mixed_grad)
+                weight_grad += tl.sum(tl.where(here, _activate(t, QUICK) * h_grad, 0.0), axis=1)
+                t_grad = tl.where(chosen[:, None], weight[:, None] * h_grad * _activate_slope(t, QUICK), 0.0)
+                z_grad = _dot(t_grad.to(dtype), up, z_grad)
+                place = G1 + token[:, None] * width1 + c[None, :]
+                sum_so_far = tl.load(place, mask=here & (seen > 0), other=0.0).to(tl.float32)
+                tl.store(place, (sum_so_far + t_grad).to(dtype), mask=here)
+            bias_grad = tl.load(G2 + token * width2 + hidden + E * R2 + e, mask=real, other=0.0).to(tl.float32)
+            weight_grad = tl.where(chosen, weight_grad + bias_grad, 0.0)
+        seen += used
+        tl.store(G1 + token[:, None] * width1 + hidden + e * R1 + r1[None, :], z_grad.to(dtype),
+                 mask=real[:, None] & (r1[None, :] < R1))  # fmt: skip
+        tl.store(WEIGHTS_GRAD + token * E + e, weight_grad, mask=real)
+        tl.debug_barrier()
+
+
+def _delta_middle_grad(packed, y1, y2_grad, weights_NE, order_N) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of what stands between the products: [N, H + E R2 + E8] -> [N, H + E R1], and of the weights [N,E]."""
+    sizes, (n, hidden) = _delta_sizes(packed), (len(y1), packed.up.shape[1])
+    tile = _delta_tile(y1.dtype, max(sizes["BR1"], sizes["BR2"]))
+    y1_grad, weights_grad_NE = torch.empty_like(y1), torch.empty_like(weights_NE)
+    _launch(
+        _delta_back_kernel, (triton.cdiv(n, tile.rows),), tile, y1,
+        y1, y2_grad, weights_NE, weights_NE if order_N is None else order_N, packed.up, packed.bias, packed.down,
+        y1_grad, weights_grad_NE, n, hidden, y1.shape[1], y2_grad.shape[1], QUICK=packed.quick,
+        SORTED=order_N is not None, BM=tile.rows, BN=tile.cols, **sizes,
+    )  # fmt: skip
+    return y1_grad, weights_grad_NE
+
+
+# ----------------------------------------------------------------------------------------------------- whole experts
+
+
+class PackedFFN(NamedTuple):
+    """A dense FFN's tensors, or those of E whole experts (then each has E in front)."""
+
+    weight1: torch.Tensor  # [H,D]
+    bias1: torch.Tensor  # [H]
+    weight2: torch.Tensor  # [D,H]
+    bias2: torch.Tensor  # [D]
+    quick: bool  # quick_gelu, else gelu
+
+
+def pack_ffn(ffn: torch.nn.Module, dtype: torch.dtype | None = None) -> PackedFFN:
+    """Of `Experts` or `CLIPMoEMLP`: the same memory where the dtype is the same."""
+    tensors = (ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias)
+    return PackedFFN(*(t.detach().to(dtype or t.dtype).contiguous() for t in tensors), ffn.act is quick_gelu)
+
+
+class _Pairs(NamedTuple):
+    """Token-expert pairs in the order of their experts. Pair number p is token p // K's choice p % K."""
+
+    order_M: torch.Tensor  # int64: which pair stands where
+    ends_E: torch.Tensor  # int32: where each expert's pairs end
+    k: int
+
+
+def _sort_pairs(experts_NK: torch.Tensor, num_experts: int) -> _Pairs:
+    flat = experts_NK.flatten()
+    ends_E = count_experts(flat, num_experts).cumsum(0).to(torch.int32)
+    return _Pairs(flat.to(torch.int8).argsort(stable=True), ends_E, experts_NK.shape[1])  # int8: few passes of a sort
+
+
+@triton.jit
+def _grouped_kernel(A, ORDER, ENDS, W, BIAS, WEIGHTS, OUT, m, cols, inner, step_e, step_col, step_inner,
+                    E: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
+                    HAS_BIAS: tl.constexpr, ACTIVATE: tl.constexpr, QUICK: tl.constexpr, WEIGH: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """One tile [BM,BN] of the products of all experts with their own pairs: OUT = weight * act(A @ W_e^T + bias_e).
+
+    Pairs lie in the order of their experts and no tile spans two of them. How many tiles an expert has is known to the
+    device alone; so the grid has as many as there can be, and each program finds out here which one it is.
+    GATHER: the rows of A are tokens, not sorted pairs. SCATTER: the rows of OUT are unsorted pairs.
+    step_e, step_col, step_inner: strides of W, which may be read transposed.
+    """
+    blocks = tl.cdiv(cols, BN)
+    tile = tl.program_id(0) // blocks  # neighbours share rows
+    c = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+
+    expert = tl.arange(0, _WIDE)
+    ends = tl.load(ENDS + expert, mask=expert < E, other=m)
+    starts = tl.load(ENDS + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    starts = tl.where(expert < E, starts, m)
+    tiles = (ends - starts + BM - 1) // BM
+    tiles_until = tl.cumsum(tiles, 0)
+    e = tl.sum((tiles_until <= tile).to(tl.int32), axis=0)
+    if e < E:
+        mine = expert == e
+        first_tile = tl.sum(tl.where(mine, tiles_until - tiles, 0), axis=0)
+        start = tl.sum(tl.where(mine, starts, 0), axis=0)
+        end = tl.sum(tl.where(mine, ends, 0), axis=0)
+        row = start + (tile - first_tile) * BM + tl.arange(0, BM)
+        real = row < end
+        pair = tl.load(ORDER + row, mask=real, other=0)
+        source = row.to(tl.int64)
+        if GATHER:
+            source = pair // K
+        sums = tl.zeros((BM, BN), tl.float32)
+        for i0 in range(0, inner, BK):
+            i = i0 + tl.arange(0, BK)
+            a = tl.load(A + source[:, None] * inner + i[None, :], mask=real[:, None] & (i[None, :] < inner), other=0.0)
+            w = tl.load(W + e.to(tl.int64) * step_e + i[:, None] * step_inner + c[None, :] * step_col,
+                        mask=(i[:, None] < inner) & (c[None, :] < cols), other=0.0)  # fmt: skip
+            sums = _dot(a, w, sums)
+        if HAS_BIAS:
+            sums += tl.load(BIAS + e * cols + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATE:
+            sums = _activate(sums, QUICK)
+        if WEIGH:
+            sums *= tl.load(WEIGHTS + (pair // K) * E + e, mask=real, other=0.0)[:, None]
+        target = row.to(tl.int64)
+        if SCATTER:
+            target = pair
+        tl.store(OUT + target[:, None] * cols + c[None, :], sums.to(OUT.dtype.element_ty),
+                 mask=real[:, None] & (c[None, :] < cols))  # fmt: skip
+
+
+def _grouped(
+    pairs: _Pairs, a: torch.Tensor, weight: torch.Tensor, bias=None, weights_NE=None, quick=None, gather=False,
+    scatter=False,
+) -> torch.Tensor:  # fmt: skip
+    """[N or M, inner] and weight [E,cols,inner] (of any strides) -> [M,cols]. quick: None for no activation."""
+    (e, cols, inner), m, tile = weight.shape, len(pairs.order_M), _tile("grouped", a.dtype)
+    out = a.new_empty(m, cols)
+    programs = (triton.cdiv(m, tile.rows) + e) * triton.cdiv(cols, tile.cols) if m else 0
+    _launch(
+        _grouped_kernel, (programs,), tile, a,
+        a, pairs.order_M, pairs.ends_E, weight, weight if bias is None else bias,
+        a if weights_NE is None else weights_NE, out, m, cols, inner, *weight.stride(), E=e, K=pairs.k, GATHER=gather,
+        SCATTER=scatter, HAS_BIAS=bias is not None, ACTIVATE=quick is not None, QUICK=bool(quick),
+        WEIGH=weights_NE is not None, BM=tile.rows, BN=tile.cols, BK=tile.inner,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _sum_kernel(Y, OUT, d, K: tl.constexpr, BN: tl.constexpr):
+    """OUT [N,D] = sum over the K results of a token, Y [N*K,D], in fp32."""
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(Y + (token * K + k) * d + c, mask=c < d, other=0.0).to(tl.float32)
+    tl.store(OUT + token * d + c, total.to(OUT.dtype.element_ty), mask=c < d)
+
+
+def _sum_of_pairs(y_MD: torch.Tensor, k: int) -> torch.Tensor:
+    tile, (m, d) = _tile("rows", y_MD.dtype), y_MD.shape
+    out_ND = y_MD.new_empty(m // k, d)
+    _launch(_sum_kernel, (m // k, triton.cdiv(d, tile.cols)), tile, y_MD, y_MD, out_ND, d, K=k, BN=tile.cols)
+    return out_ND
+
+
+def whole_ffn(
+    packed: PackedFFN, x_ND: torch.Tensor, weights_NE: torch.Tensor, experts_NK: torch.Tensor
+) -> torch.Tensor:
+    """`Experts`: [N,D] -> [N,D]. Weights and experts as `route` gives them. Gradients: of x and of the weights, none of
+    any expert."""
+    _refuse_experts(len(packed.weight1))
+    return _call(_WholeFFN, x_ND.to(packed.weight1.dtype), weights_NE, experts_NK, packed)
+
+
+class _WholeFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, weights_NE, experts_NK, packed):
+        x_ND, weights_NE = x_ND.contiguous(), weights_NE.contiguous()
+        pairs = _sort_pairs(experts_NK, len(packed.weight1))
+        ctx.save_for_backward(x_ND, weights_NE, pairs.order_M, pairs.ends_E)
+        ctx.packed, ctx.k = packed, pairs.k
+        h_MH = _grouped(pairs, x_ND, packed.weight1, packed.bias1, quick=packed.quick, gather=True)
+        y_MD = _grouped(pairs, h_MH, packed.weight2, packed.bias2, weights_NE, scatter=True)
+        return _sum_of_pairs(y_MD, pairs.k)
+
+    @staticmethod
+    def backward(ctx, out_grad):
+        x_ND, weights_NE, order_M, ends_E = ctx.saved_tensors
+        packed, pairs, out_grad = ctx.packed, _Pairs(order_M, ends_E, ctx.k), out_grad.contiguous()
+        t_MH = _grouped(pairs, x_ND, packed.weight1, packed.bias1, gather=True)  # again, and kept by nobody
+        h_grad_MH = _grouped(pairs, out_grad, packed.weight2.transpose(1, 2), gather=True)
+        bias_grad_NE = out_grad.float() @ packed.bias2.float().t()
+        weights_grad_NE = _whole_middle_grad(pairs, t_MH, h_grad_MH, weights_NE, bias_grad_NE, packed.quick)
+        x_grad_MD = _grouped(pairs, t_MH, packed.weight1.transpose(1, 2), scatter=True)
+        return _sum_of_pairs(x_grad_MD, pairs.k), weights_grad_NE, None, None
+
+
+@triton.jit
+def _whole_back_kernel(T, H_GRAD, ORDER, ENDS, WEIGHTS, BIAS_GRAD, WEIGHTS_GRAD, hidden, E: tl.constexpr,
+                       K: tl.constexpr, QUICK: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One pair: T becomes its own gradient, and the gradient of the pair's weight is the sum of act(t) times h's."""
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(ORDER + row)
+    expert = tl.arange(0, _WIDE)
+    e = tl.sum(
+        (tl.load(ENDS + expert, mask=expert < E, other=0) <= row).to(tl.int32) * (expert < E).to(tl.int32), axis=0
+    )
+    place = (pair // K) * E + e
+    weight = tl.load(WEIGHTS + place)
+    total = tl.zeros((BN,), tl.float32)
+    for c0 in range(0, hidden, BN):
+        c = c0 + tl.arange(0, BN)
+        t = tl.load(T + row * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
+        h_grad = tl.load(H_GRAD + row * hidden + c, mask=c < hidden, other=0.0).to(tl.float32)
+        total += _activate(t, QUICK) * h_grad
+        t_grad = weight * h_grad * _activate_slope(t, QUICK)
+        tl.store(T + row * hidden + c, t_grad.to(T.dtype.element_ty), mask=c < hidden)
+    tl.store(WEIGHTS_GRAD + place, tl.load(BIAS_GRAD + place) + tl.sum(total, axis=0))
+
+
+def _whole_middle_grad(pairs, t_MH, h_grad_MH, weights_NE, bias_grad_NE, quick) -> torch.Tensor:
+    """Between the products of the backward pass: t_MH becomes its gradient, -> gradient of the weights [N,E]."""
+    (m, hidden), tile = t_MH.shape, _tile("rows", t_MH.dtype)
+    weights_grad_NE = torch.zeros_like(weights_NE)
+    _launch(
+        _whole_back_kernel, (m,), tile, t_MH, t_MH, h_grad_MH, pairs.order_M, pairs.ends_E, weights_NE,
+        bias_grad_NE, weights_grad_NE, hidden, E=weights_NE.shape[1], K=pairs.k, QUICK=quick, BN=tile.cols,
+    )  # fmt: skip
+    return weights_grad_NE
+
+
+# --------------------------------------------------------------------------------------------------------- dense FFN
+
+
+@triton.jit
+def _bias_act_kernel(T, BIAS, hidden, QUICK: tl.constexpr, BN: tl.constexpr):
+    """In place: act(t + bias)."""
+    place = T + tl.program_id(0).to(tl.int64) * hidden
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    t = tl.load(place + c, mask=c < hidden, other=0.0).to(tl.float32)
+    t += tl.load(BIAS + c, mask=c < hidden, other=0.0).to(tl.float32)
+    tl.store(place + c, _activate(t, QUICK).to(T.dtype.element_ty), mask=c < hidden)
+
+
+@triton.jit
+def _bias_act_back_kernel(T, BIAS, H_GRAD, hidden, QUICK: tl.constexpr, BN: tl.constexpr):
+    """In place: T becomes its own gradient, h's gradient times act'(t + bias)."""
+    start = tl.program_id(0).to(tl.int64) * hidden
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    t = tl.load(T + start + c, mask=c < hidden, other=0.0).to(tl.float32)
+    t += tl.load(BIAS + c, mask=c < hidden, other=0.0).to(tl.float32)
+    h_grad = tl.load(H_GRAD + start + c, mask=c < hidden, other=0.0).to(tl.float32)
+    tl.store(T + start + c, (h_grad * _activate_slope(t, QUICK)).to(T.dtype.element_ty), mask=c < hidden)
+
+
+def bias_act_(t_NH: torch.Tensor, bias_H: torch.Tensor, quick: bool) -> torch.Tensor:
+    """act(t + bias) in the place of t, in one pass. Builds no graph."""
+    (n, hidden), tile = t_NH.shape, _tile("rows", t_NH.dtype)
+    grid = (n, triton.cdiv(hidden, tile.cols))
+    _launch(_bias_act_kernel, grid, tile, t_NH, t_NH, bias_H, hidden, QUICK=quick, BN=tile.cols)
+    return t_NH
+
+
+def dense_ffn(packed: PackedFFN, x_ND: torch.Tensor) -> torch.Tensor:
+    """`CLIPMoEMLP`: [N,D] -> [N,D]. Gradient: of x alone."""
+    return _call(_DenseFFN, x_ND.to(packed.weight1.dtype), packed)
+
+
+class _DenseFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, packed):
+        ctx.save_for_backward(x_ND)
+        ctx.packed = packed
+        h_NH = bias_act_(torch.mm(x_ND, packed.weight1.t()), packed.bias1, packed.quick)
+        return torch.addmm(packed.bias2, h_NH, packed.weight2.t())
+
+    @staticmethod
+    def backward(ctx, out_grad):
+        (x_ND,), packed = ctx.saved_tensors, ctx.packed
+        t_NH, h_grad_NH = torch.mm(x_ND, packed.weight1.t()), torch.mm(out_grad, packed.weight2)
+        (n, hidden), tile = t_NH.shape, _tile("rows", t_NH.dtype)
+        _launch(
+            _bias_act_back_kernel, (n, triton.cdiv(hidden, tile.cols)), tile, t_NH,
+            t_NH, packed.bias1, h_grad_NH, hidden, QUICK=packed.quick, BN=tile.cols,
+        )  # fmt: skip
+        return torch.mm(t_NH, packed.weight1), None
+
+
+# ------------------------------------------------------------------------------------------------ CLIP-FMoE's gate
+
+
+@triton.jit
+def _gate_kernel(X, W, BIAS, BASE, Y, OUT, n, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """One tile of OUT = G * BASE + (1 - G) * Y with G = sigmoid(X W^T + bias), all in fp32 until it is stored."""
+    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for i0 in range(0, d, BK):
+        i = i0 + tl.arange(0, BK)
+        x = tl.load(X + token[:, None] * d + i[None, :], mask=(token[:, None] < n) & (i[None, :] < d), other=0.0)
+        w = tl.load(W + c[None, :] * d + i[:, None], mask=(c[None, :] < d) & (i[:, None] < d), other=0.0)
+        if x.dtype != w.dtype:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        sums = _dot(x, w, sums)
+    gate = tl.sigmoid(sums + tl.load(BIAS + c, mask=c < d, other=0.0).to(tl.float32)[None, :])
+    place = token[:, None] * d + c[None, :]
+    here = (token[:, None] < n) & (c[None, :] < d)
+    base = tl.load(BASE + place, mask=here, other=0.0).to(tl.float32)
+    y = tl.load(Y + place, mask=here, other=0.0).to(tl.float32)
+    tl.store(OUT + place, (gate * base + (1.0 - gate) * y).to(OUT.dtype.element_ty), mask=here)
+
+
+def fuse(
+    x_ND: torch.Tensor, weight_DD: torch.Tensor, bias_D: torch.Tensor, base_ND: torch.Tensor, y_ND: torch.Tensor
+) -> torch.Tensor:
+    """CLIP-FMoE's gate G = sigmoid(x W^T + b) and the mixture G * base + (1 - G) * y, in one kernel. Gradients: of all
+    five, since the gate learns beside the router."""
+    return _call(_Fuse, x_ND, weight_DD, bias_D, base_ND, y_ND)
+
+
+class _Fuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, weight_DD, bias_D, base_ND, y_ND):
+        x_ND, weight_DD, base_ND, y_ND = (t.contiguous() for t in (x_ND, weight_DD, base_ND, y_ND))
+        ctx.save_for_backward(x_ND, weight_DD, bias_D, base_ND, y_ND)
+        # Tokens in half precision and a gate in fp32 are multiplied in fp32, whose tiles are the larger ones.
+        (n, d), tile = x_ND.shape, _tile("gate", torch.promote_types(x_ND.dtype, weight_DD.dtype))
+        out_ND = torch.empty_like(y_ND)
+        _launch(
+            _gate_kernel, (triton.cdiv(n, tile.rows), triton.cdiv(d, tile.cols)), tile, x_ND,
+            x_ND, weight_DD, bias_D, base_ND, y_ND, out_ND, n, d, BM=tile.rows, BN=tile.cols, BK=tile.inner,
+        )  # fmt: skip
+        return out_ND
+
+    @staticmethod
+    def backward(ctx, out_grad):
+        x_ND, weight_DD, bias_D, base_ND, y_ND = ctx.saved_tensors
+        out_grad, x_float, weight_float = out_grad.float(), x_ND.float(), weight_DD.float()
+        gate_ND = F.linear(x_float, weight_float, bias_D.float()).sigmoid()
+        slope_ND = out_grad * (base_ND.float() - y_ND.float()) * gate_ND * (1 - gate_ND)
+        gradients = (
+            lambda: slope_ND @ weight_float, lambda: slope_ND.t() @ x_float, lambda: slope_ND.sum(0),
+            lambda: gate_ND * out_grad, lambda: (1 - gate_ND) * out_grad,
+        )  # fmt: skip
+        return tuple(
+            gradient().to(tensor.dtype) if wanted else None
+            for gradient, tensor, wanted in zip(gradients, ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        )
+
+
+# --------------------------------------------------------------------------------------------- residual + layer norm
+
+
+@triton.jit
+def _add_norm_kernel(X, Y, WEIGHT, BIAS, SUM, OUT, d, eps, BD: tl.constexpr):
+    """One token: SUM = X + Y, OUT = layer norm of SUM as it was stored, statistics in fp32."""
+    start = tl.program_id(0).to(tl.int64) * d
+    c = tl.arange(0, BD)
+    mask = c < d
+    x = tl.load(X + start + c, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(Y + start + c, mask=mask, other=0.0).to(tl.float32)
+    rounded = (x + y).to(SUM.dtype.element_ty)
+    tl.store(SUM + start + c, rounded, mask=mask)
+    total = rounded.to(tl.float32)
+    centred = tl.where(mask, total - tl.sum(total, axis=0) / d, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / d + eps)
+    weight = tl.load(WEIGHT + c, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(BIAS + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(OUT + start + c, (centred * scale * weight + bias).to(OUT.dtype.element_ty), mask=mask)
+
+
+def add_layer_norm(
+    x_ND: torch.Tensor, y_ND: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> x + y, and its layer norm, in one pass. Builds no graph."""
+    x_ND, y_ND = x_ND.contiguous(), y_ND.contiguous()
+    sum_ND, out_ND, (n, d) = torch.empty_like(x_ND), torch.empty_like(x_ND), x_ND.shape
+    _launch(
+        _add_norm_kernel, (n,), _tile("rows", x_ND.dtype), x_ND,
+        x_ND, y_ND, weight_D, bias_D, sum_ND, out_ND, d, eps, BD=triton.next_power_of_2(d),
+    )  # fmt: skip
+    return sum_ND, out_ND
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest error over the largest entry."""
+
+
+def check(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Run every kernel once on this device, on small random inputs: why they must not be used, or None.
+
+    To be asked once before the kernels are trusted: a card or a Triton that nobody has tried then falls back to the
+    loop instead of giving wrong features. Compiles the kernels (some seconds, cached by Triton), and waits for the
+    device. `TRITON_INTERPRET=1` is needed where the device is a CPU.
+    """
+    if dtype not in TOLERANCE:
+        return f"there are no kernels for {dtype}"
+    try:
+        with torch.no_grad():
+            for name, found, expected in _comparisons(torch.device(device), dtype):
+                error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
+                if not error <= TOLERANCE[dtype]:  # also when it is no number
+                    return f"{name} is off by {error:.1e} of its largest entry on {device} in {dtype}"
+    except Exception as error:  # whatever a compiler or a driver may raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        return f"{type(error).__name__} on {device} in {dtype}: {first_line}"
+    return None
+
+
+def _comparisons(device: torch.device, dtype: torch.dtype):
+    """Yields (what, result of a kernel, the same by the loop on the CPU in fp64)."""
+    n, d, h, e, k, generator = 150, 80, 144, 4, 2, torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (0.3 * torch.randn(*shape, generator=generator)).to(dtype).double()
+
+    def drawn(module: torch.nn.Module) -> torch.nn.Module:
+        module.double()
+        for parameter in module.parameters():
+            parameter.copy_(draw(*parameter.shape))
+        return module
+
+    def given(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype)
+
+    x = 4 * draw(n, d)  # times a power of two: no rounding
+    for hidden_act in ("quick_gelu", "gelu"):
+        config = SimpleNamespace(
+            num_experts=e, num_experts_per_tok=k, hidden_size=d, intermediate_size=h, num_hidden_layers=2,
+            hidden_act=hidden_act, expert_dropout=0.0, experts_implementation="loop", router_jitter_noise=0.0,
+            router_initializer_range=0.02,
+        )  # fmt: skip
+        router, whole, delta = (drawn(m) for m in (Router(config), Experts(config), DeltaExperts(config, 16, 64)))
+        routing = route(given(x), given(router.weight), k)
+        logits = x @ router.weight.t()
+        yield "the router's logits", routing.logits, logits
+        chosen = routing.experts.cpu()  # from here on the kernel's own choice: rounding may decide a near tie
+        weights = logits.gather(1, chosen).softmax(-1)
+        yield "the router's choice", logits.gather(1, chosen), logits.topk(k).values
+        yield "the router's weights", routing.weights, torch.zeros(n, e).double().scatter(1, chosen, weights)
+
+        expected, packed = delta(x, weights, chosen), pack_delta(delta.to(device), dtype)
+        for order in (None, order_by_set(routing.experts)):
+            yield f"delta experts ({hidden_act})", delta_ffn(packed, given(x), routing.weights, order), expected
+        expected, packed = whole(x, weights, chosen), pack_ffn(whole.to(device), dtype)
+        yield f"whole experts ({hidden_act})", whole_ffn(packed, given(x), *routing[1:]), expected
+        one = PackedFFN(*(tensor[0] for tensor in packed[:4]), packed.quick)
+        yield f"the dense FFN ({hidden_act})", dense_ffn(one, given(x)), whole.cpu().single(x, 0)
+
+    gate, bias, base, y = draw(d, d), draw(d), draw(n, d), draw(n, d)
+    share = F.linear(x, gate, bias).sigmoid()
+    yield "the fusion gate", fuse(*map(given, (x, gate, bias, base, y))), share * base + (1 - share) * y
+    both, norm = add_layer_norm(given(x), given(y), given(gate[0]), given(bias), 1e-5)
+    yield "the residual", both, x + y
+    yield "the layer norm", norm, F.layer_norm(both.double().cpu(), (d,), gate[0], bias, 1e-5)

@@ -12,8 +12,21 @@ import pytest
 import torch
 
 from llava_clipmoe import kernels_clipmoe as kernels
-from llava_clipmoe.experts_clipmoe import DeltaExperts, Router
-from llava_clipmoe.kernels_clipmoe import Tile, delta_ffn, order_by_set, pack_delta, route
+from llava_clipmoe.experts_clipmoe import DeltaExperts, Experts, Router
+from llava_clipmoe.kernels_clipmoe import (
+    PackedFFN,
+    Tile,
+    add_layer_norm,
+    delta_ffn,
+    dense_ffn,
+    fuse,
+    order_by_set,
+    pack_delta,
+    pack_ffn,
+    route,
+    whole_ffn,
+)
+from llava_clipmoe.modeling_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -223,3 +236,187 @@ def test_more_than_the_kernels_can_is_refused():
         pack_delta(make_delta(torch.float32, 17, 1))
     with pytest.raises(ValueError, match="16 experts"):
         route(torch.zeros(2, D), torch.zeros(17, D), 1)
+
+
+def gradients(give, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Of the sum of give(*inputs) times fixed random numbers, with respect to the inputs."""
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = give(*inputs)
+    direction = draw(*out.shape, dtype=torch.bfloat16, seed=4)
+    return torch.autograd.grad((out * direction.to(out)).sum(), inputs)
+
+
+def near_gradients(found, expected, tolerance: float, names=("x", "weights")) -> None:
+    for name, a, b in zip(names, found, expected, strict=True):
+        near(a, b, tolerance, f"gradient of {name}")
+
+
+def spread(weights_NK: torch.Tensor, chosen_NK: torch.Tensor, e: int) -> torch.Tensor:
+    return weights_NK.new_zeros(len(weights_NK), e).scatter(1, chosen_NK, weights_NK)
+
+
+@dtypes
+@pytest.mark.parametrize(("act", "e", "k", "sort"), [("quick_gelu", 4, 2, True), ("gelu", 5, 3, False)])
+def test_delta_backward(small_tiles, dtype, act, e, k, sort):
+    experts, x = make_delta(dtype, e, k, (24, 16), act), draw(N, D, dtype=dtype)
+    _, weights, chosen = routing(N, e, k, "unused")
+    packed, there = pack_delta(experts, dtype), on_device(chosen)
+    packed = packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
+    order = order_by_set(there) if sort else None
+    found = gradients(
+        lambda x, w: delta_ffn(packed, x, spread(w, there, e), order), on_device(x, dtype), on_device(weights)
+    )
+    expected = gradients(lambda x, w: experts(x, w, chosen), x, weights.double())
+    near_gradients(found, expected, 2 * TOLERANCE[dtype])
+
+
+# ----------------------------------------------------------------------------------------------------- whole experts
+
+
+def make_whole(dtype, e: int, k: int, act: str = "quick_gelu") -> tuple[Experts, PackedFFN]:
+    experts = drawn(Experts(make_config(e, k, act)), dtype)
+    packed = pack_ffn(experts, dtype)
+    return experts, packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
+
+
+@dtypes
+@choices
+@activations
+def test_whole(small_tiles, dtype, act, e, k):
+    (experts, packed), x = make_whole(dtype, e, k, act), draw(N, D, dtype=dtype)
+    weights_NE, weights, chosen = routing(N, e, k)
+    found = whole_ffn(packed, on_device(x, dtype), on_device(weights_NE), on_device(chosen))
+    assert found.dtype == dtype
+    near(found, of_loop(experts, x, weights, chosen), TOLERANCE[dtype])
+
+
+@tokens
+@pytest.mark.parametrize("kind", ["mixed", "unused"])
+@pytest.mark.parametrize("small", [True, False])
+def test_whole_of_any_number_of_tokens(request, n, kind, small):
+    if small:
+        request.getfixturevalue("small_tiles")
+    (experts, packed), x = make_whole(torch.float32, 4, 2), draw(n, D, dtype=torch.float32)
+    weights_NE, weights, chosen = routing(n, 4, 2, kind)
+    found = whole_ffn(packed, on_device(x, torch.float32), on_device(weights_NE), on_device(chosen))
+    near(found, of_loop(experts, x, weights, chosen), 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize(("act", "e", "k"), [("quick_gelu", 4, 2), ("gelu", 5, 3)])
+def test_whole_backward(small_tiles, dtype, act, e, k):
+    (experts, packed), x = make_whole(dtype, e, k, act), draw(N, D, dtype=dtype)
+    _, weights, chosen = routing(N, e, k, "unused")
+    there = on_device(chosen)
+    found = gradients(
+        lambda x, w: whole_ffn(packed, x, spread(w, there, e), there), on_device(x, dtype), on_device(weights)
+    )
+    near_gradients(found, gradients(lambda x, w: experts(x, w, chosen), x, weights.double()), 2 * TOLERANCE[dtype])
+
+
+# -------------------------------------------------------------------------------- dense FFN, gate, residual and norm
+
+
+@dtypes
+@activations
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_dense(small_tiles, dtype, act, n):
+    mlp, x = drawn(CLIPMoEMLP(make_config(1, 1, act)), dtype), draw(n, D, dtype=dtype)
+    packed = pack_ffn(mlp, dtype)
+    packed = packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
+    near(dense_ffn(packed, on_device(x, dtype)), mlp(x)[0].detach(), TOLERANCE[dtype])
+    found = gradients(lambda x: dense_ffn(packed, x), on_device(x, dtype))
+    near_gradients(found, gradients(lambda x: mlp(x)[0], x), 2 * TOLERANCE[dtype], ["x"])
+
+
+def gated(e: int, k: int, dtype) -> CLIPMoESparseMLP:
+    config = make_config(e, k)
+    config.fusion_gate, config.fusion_gate_init, config.delta_ranks = True, 0.5, None
+    return drawn(CLIPMoESparseMLP(config), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_gate(small_tiles, dtype, n):
+    block = gated(4, 2, dtype)
+    x, y, gate = draw(n, D, dtype=dtype), draw(n, D, dtype=dtype, seed=5), block.fusion_gate
+    base = block.base(x)[0].detach().to(dtype).double()
+
+    def loop(x, weight, bias, base, y):
+        share = torch.nn.functional.linear(x, weight, bias).sigmoid()
+        return share * base + (1 - share) * y
+
+    inputs = (x, gate.weight, gate.bias, base, y)
+    near(fuse(*(on_device(t, dtype) for t in inputs)), loop(*inputs).detach(), TOLERANCE[dtype])
+    found = gradients(fuse, *(on_device(t, dtype) for t in inputs))
+    names = ["x", "weight", "bias", "base", "y"]
+    near_gradients(found, gradients(loop, *inputs), 2 * TOLERANCE[dtype], names)
+
+
+@dtypes
+@pytest.mark.parametrize(("e", "k"), [(4, 2), (1, 1)])
+def test_a_whole_block_with_a_gate(small_tiles, dtype, e, k):
+    """CLIP-FMoE's FFN from its four pieces; and one expert alone has weight 1."""
+    block, x = gated(e, k, dtype), draw(N, D, dtype=dtype)
+    with torch.no_grad():
+        expected, _ = block.float()(x[None].float())
+    x, (weight, bias) = on_device(x, dtype), (on_device(t, dtype) for t in block.fusion_gate.parameters())
+    said = route(x, on_device(block.router.weight, dtype), k)
+    base, whole = (pack_ffn(part.to(DEVICE), dtype) for part in (block.base, block.experts))
+    found = fuse(x, weight, bias, dense_ffn(base, x), whole_ffn(whole, x, said.weights, said.experts))
+    near(found, expected[0], TOLERANCE[dtype])
+    assert e > 1 or said.weights.eq(1).all()
+
+
+@dtypes
+@pytest.mark.parametrize("n", [0, 1, N])
+@pytest.mark.parametrize("d", [D, 33])
+def test_residual_and_layer_norm(dtype, n, d):
+    x, y = 5 + 3 * draw(n, d, dtype=dtype), draw(n, d, dtype=dtype, seed=5)
+    weight, bias = draw(d, dtype=dtype, seed=6), draw(d, dtype=dtype, seed=7)
+    given = [on_device(t, dtype) for t in (x, y, weight, bias)]
+    both, norm = add_layer_norm(*given, 1e-3)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts what does not fit, a GPU rounds
+        near(both, x + y, 2**-7)
+    else:
+        assert torch.equal(both, given[0] + given[1])
+    expected = torch.nn.functional.layer_norm(both.double().cpu(), (d,), weight, bias, 1e-3)
+    near(norm, expected, TOLERANCE[dtype])
+
+
+# ------------------------------------------------------------------------------------------------ what goes for all
+
+
+@dtypes
+def test_check_is_content(dtype):
+    assert kernels.check(DEVICE, dtype) is None
+
+
+def test_check_says_what_is_wrong(monkeypatch):
+    assert "float64" in kernels.check(DEVICE, torch.float64)
+    monkeypatch.setattr(kernels, "fuse", lambda x, weight, bias, base, y: base)
+    assert "fusion gate" in kernels.check(DEVICE, torch.float32)
+
+    def broken(*_):
+        raise RuntimeError("out of resource\nand a long story")
+
+    monkeypatch.setattr(kernels, "whole_ffn", broken)
+    said = kernels.check(DEVICE, torch.float32)
+    assert said.startswith("RuntimeError") and said.endswith("out of resource")
+
+
+def test_no_gradient_of_any_expert_is_computed():
+    """Experts are frozen in the router step, and their tensors are packed without a graph."""
+    experts, x = make_delta(torch.float32, 4, 2), draw(5, D, dtype=torch.float32).float().to(DEVICE)
+    weights_NE = on_device(routing(5, 4, 2)[0]).requires_grad_()
+    delta_ffn(pack_delta(experts.to(DEVICE), torch.float32), x, weights_NE).sum().backward()
+    assert weights_NE.grad is not None and all(p.grad is None for p in experts.parameters())
+
+
+def test_autocast_changes_nothing():
+    """The products run in the dtype of the packed tensors."""
+    (_, packed), x = make_whole(torch.float32, 4, 2), draw(9, D, dtype=torch.float32).float().to(DEVICE)
+    one = PackedFFN(*(tensor[0] for tensor in packed[:4]), True)
+    expected = dense_ffn(one, x)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(dense_ffn(one, x), expected)
