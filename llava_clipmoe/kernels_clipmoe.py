@@ -820,7 +820,7 @@ def check(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
 def _comparisons(device: torch.device, dtype: torch.dtype):
     """Yields (what, result of a kernel, the same by the loop on the CPU in fp64)."""
-    n, d, h, e, k, generator = 150, 80, 144, 4, 2, torch.Generator().manual_seed(0)
+    n, d, h, e, k, generator = 70, 40, 72, 4, 2, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return (0.3 * torch.randn(*shape, generator=generator)).to(dtype).double()

@@ -33,11 +33,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 D, H, N = 24, 40, 37
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
-activations = pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-# E, K: the usual, one expert a token, all of them, the most, a number that is no power of two
-CHOICES = [(4, 2), (2, 1), (3, 3), (16, 3)]
-choices = pytest.mark.parametrize(("e", "k"), CHOICES, ids=[f"e{e}k{k}" for e, k in CHOICES])
-tokens = pytest.mark.parametrize("n", [0, 1, 16, 37])
+# E and K: the usual, one expert a token, all of them, the most; every dtype and activation, not every combination.
+CASES = [
+    (torch.float32, "quick_gelu", 4, 2), (torch.float16, "quick_gelu", 4, 2), (torch.bfloat16, "quick_gelu", 4, 2),
+    (torch.float32, "gelu", 4, 2), (torch.float16, "gelu", 3, 3), (torch.bfloat16, "gelu", 2, 1),
+    (torch.float32, "gelu", 2, 1), (torch.float32, "quick_gelu", 3, 3), (torch.float32, "quick_gelu", 16, 3),
+]  # fmt: skip
+cases = pytest.mark.parametrize(
+    ("dtype", "act", "e", "k"), CASES, ids=[f"{dtype}"[6:] + f"-{act}-e{e}k{k}" for dtype, act, e, k in CASES]
+)
+tokens = pytest.mark.parametrize("n", [0, 1, 37])
 
 
 @pytest.fixture
@@ -92,10 +97,9 @@ def on_device(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.T
 # ------------------------------------------------------------------------------------------------------------ router
 
 
-@dtypes
 @tokens
-@choices
-def test_router(small_tiles, dtype, n, e, k):
+@cases
+def test_router(small_tiles, dtype, act, n, e, k):
     router, x = drawn(Router(make_config(e, k)), dtype), draw(n, D, dtype=dtype)
     logits, weights, experts = router(x.float())
     found = route(on_device(x, dtype), on_device(router.weight, dtype), k)
@@ -108,12 +112,12 @@ def test_router(small_tiles, dtype, n, e, k):
 @pytest.mark.parametrize(("e", "k"), [(2, 1), (4, 2), (7, 3), (16, 5), (16, 16)])
 def test_ties_go_to_the_smaller_number(e, k):
     """And what the router says is what it does: weights stand where the experts are."""
-    logits = torch.randint(0, 3, (200, e), generator=torch.Generator().manual_seed(0)).float()
+    logits = torch.randint(0, 3, (60, e), generator=torch.Generator().manual_seed(0)).float()
     found = route(on_device(logits), torch.eye(e, device=DEVICE), k)
     assert torch.equal(found.logits.cpu(), logits)
     expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(found.experts.cpu(), expected)
-    share = torch.zeros(200, e).scatter(1, expected, logits.gather(1, expected).softmax(-1))
+    share = torch.zeros(60, e).scatter(1, expected, logits.gather(1, expected).softmax(-1))
     near(found.weights, share, 1e-6)
 
 
@@ -134,7 +138,7 @@ def test_what_is_no_number_stays_in_its_token_and_in_bounds(poison):
     assert len(found.experts[3].unique()) == 3
 
 
-@choices
+@pytest.mark.parametrize(("e", "k"), [(4, 2), (3, 3), (2, 1)])
 def test_router_backward(small_tiles, e, k):
     router, x = drawn(Router(make_config(e, k)), torch.float32), draw(N, D, dtype=torch.float32)
     direction = draw(2, N, e, dtype=torch.float32, seed=4).float()
@@ -177,9 +181,7 @@ def delta_on_device(experts: DeltaExperts, dtype, x, weights, order=None) -> tor
     return out
 
 
-@dtypes
-@choices
-@activations
+@cases
 def test_delta(small_tiles, dtype, act, e, k):
     experts, x = make_delta(dtype, e, k, act=act), draw(N, D, dtype=dtype)
     weights_NE, weights, chosen = routing(N, e, k)
@@ -187,9 +189,7 @@ def test_delta(small_tiles, dtype, act, e, k):
 
 
 @tokens
-@pytest.mark.parametrize("sort", [False, True])
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("kind", ["mixed", "unused"])
+@pytest.mark.parametrize(("kind", "split", "sort"), [("mixed", 3, False), ("unused", 1, True), ("unused", 3, True)])
 def test_delta_of_any_number_of_tokens(small_tiles, monkeypatch, n, sort, split, kind):
     monkeypatch.setattr(kernels, "_delta_split", lambda *_: split)
     experts, x = make_delta(torch.float32, 4, 2), draw(n, D, dtype=torch.float32)
@@ -198,7 +198,7 @@ def test_delta_of_any_number_of_tokens(small_tiles, monkeypatch, n, sort, split,
     near(found, of_loop(experts, x, weights, chosen), 1e-5)
 
 
-@pytest.mark.parametrize("ranks", [(8, 8), (16, 64), (40, 24), (100, 136), (256, 256)], ids=str)
+@pytest.mark.parametrize("ranks", [(8, 64), (40, 24), (136, 100), (256, 256)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_delta_of_any_rank(ranks, dtype):
     experts, x = make_delta(dtype, 4, 2, ranks), draw(70, D, dtype=dtype)
@@ -255,8 +255,15 @@ def spread(weights_NK: torch.Tensor, chosen_NK: torch.Tensor, e: int) -> torch.T
     return weights_NK.new_zeros(len(weights_NK), e).scatter(1, chosen_NK, weights_NK)
 
 
-@dtypes
-@pytest.mark.parametrize(("act", "e", "k", "sort"), [("quick_gelu", 4, 2, True), ("gelu", 5, 3, False)])
+BACKWARD = [
+    (torch.float32, "quick_gelu", 4, 2), (torch.float32, "gelu", 5, 3), (torch.float16, "gelu", 4, 2),
+    (torch.bfloat16, "quick_gelu", 3, 3),
+]  # fmt: skip
+backward = pytest.mark.parametrize(("dtype", "act", "e", "k"), BACKWARD, ids=["fp32", "fp32-e5k3", "fp16", "bf16-e3k3"])
+
+
+@backward
+@pytest.mark.parametrize("sort", [False, True])
 def test_delta_backward(small_tiles, dtype, act, e, k, sort):
     experts, x = make_delta(dtype, e, k, (24, 16), act), draw(N, D, dtype=dtype)
     _, weights, chosen = routing(N, e, k, "unused")
@@ -279,9 +286,7 @@ def make_whole(dtype, e: int, k: int, act: str = "quick_gelu") -> tuple[Experts,
     return experts, packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
 
 
-@dtypes
-@choices
-@activations
+@cases
 def test_whole(small_tiles, dtype, act, e, k):
     (experts, packed), x = make_whole(dtype, e, k, act), draw(N, D, dtype=dtype)
     weights_NE, weights, chosen = routing(N, e, k)
@@ -291,8 +296,7 @@ def test_whole(small_tiles, dtype, act, e, k):
 
 
 @tokens
-@pytest.mark.parametrize("kind", ["mixed", "unused"])
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(("kind", "small"), [("mixed", False), ("unused", True)])
 def test_whole_of_any_number_of_tokens(request, n, kind, small):
     if small:
         request.getfixturevalue("small_tiles")
@@ -302,8 +306,7 @@ def test_whole_of_any_number_of_tokens(request, n, kind, small):
     near(found, of_loop(experts, x, weights, chosen), 1e-5)
 
 
-@dtypes
-@pytest.mark.parametrize(("act", "e", "k"), [("quick_gelu", 4, 2), ("gelu", 5, 3)])
+@backward
 def test_whole_backward(small_tiles, dtype, act, e, k):
     (experts, packed), x = make_whole(dtype, e, k, act), draw(N, D, dtype=dtype)
     _, weights, chosen = routing(N, e, k, "unused")
@@ -318,8 +321,7 @@ def test_whole_backward(small_tiles, dtype, act, e, k):
 
 
 @dtypes
-@activations
-@pytest.mark.parametrize("n", [0, 1, N])
+@pytest.mark.parametrize(("act", "n"), [("quick_gelu", 0), ("quick_gelu", N), ("gelu", 1)])
 def test_dense(small_tiles, dtype, act, n):
     mlp, x = drawn(CLIPMoEMLP(make_config(1, 1, act)), dtype), draw(n, D, dtype=dtype)
     packed = pack_ffn(mlp, dtype)
@@ -336,7 +338,7 @@ def gated(e: int, k: int, dtype) -> CLIPMoESparseMLP:
 
 
 @dtypes
-@pytest.mark.parametrize("n", [0, 1, N])
+@pytest.mark.parametrize("n", [1, N])
 def test_gate(small_tiles, dtype, n):
     block = gated(4, 2, dtype)
     x, y, gate = draw(n, D, dtype=dtype), draw(n, D, dtype=dtype, seed=5), block.fusion_gate
@@ -353,8 +355,7 @@ def test_gate(small_tiles, dtype, n):
     near_gradients(found, gradients(loop, *inputs), 2 * TOLERANCE[dtype], names)
 
 
-@dtypes
-@pytest.mark.parametrize(("e", "k"), [(4, 2), (1, 1)])
+@pytest.mark.parametrize(("dtype", "e", "k"), [(torch.float32, 1, 1), (torch.float16, 4, 2)], ids=["e1k1", "e4k2"])
 def test_a_whole_block_with_a_gate(small_tiles, dtype, e, k):
     """CLIP-FMoE's FFN from its four pieces; and one expert alone has weight 1."""
     block, x = gated(e, k, dtype), draw(N, D, dtype=dtype)
@@ -369,8 +370,7 @@ def test_a_whole_block_with_a_gate(small_tiles, dtype, e, k):
 
 
 @dtypes
-@pytest.mark.parametrize("n", [0, 1, N])
-@pytest.mark.parametrize("d", [D, 33])
+@pytest.mark.parametrize(("n", "d"), [(0, D), (1, 33), (9, D)])
 def test_residual_and_layer_norm(dtype, n, d):
     x, y = 5 + 3 * draw(n, d, dtype=dtype), draw(n, d, dtype=dtype, seed=5)
     weight, bias = draw(d, dtype=dtype, seed=6), draw(d, dtype=dtype, seed=7)
