@@ -287,6 +287,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
         weight = tl.load(WEIGHTS + token * E + e, mask=real, other=0.0)
         chosen = weight != 0  # true for what is not a number: it must be seen in the result
         used = tl.max(chosen.to(tl.int32), axis=0)
+        used = tl.where((e == E - 1) & (seen == 0), 1, used)  # tokens without any expert: their zeros must be written
         u = tl.zeros((BM, BR2), tl.float32)
         if used > 0:
             z = tl.load(Y1 + token[:, None] * width1 + hidden + e * R1 + r1[None, :],
@@ -400,6 +401,7 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, WEIGHTS_GRAD,
         weight = tl.load(WEIGHTS + token * E + e, mask=real, other=0.0)
         chosen = weight != 0
         used = tl.max(chosen.to(tl.int32), axis=0)
+        used = tl.where((e == E - 1) & (seen == 0), 1, used)  # tokens without any expert: their zeros must be written
         z_grad = tl.zeros((BM, BR1), tl.float32)
         weight_grad = tl.zeros((BM,), tl.float32)
         if used > 0:

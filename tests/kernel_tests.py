@@ -219,6 +219,19 @@ def test_an_expert_that_a_token_did_not_choose_cannot_spoil_it():
     assert not found[~clean].isfinite().any()
 
 
+def test_tokens_without_any_expert_get_zeros(small_tiles):
+    """A tile of them too: nothing is left as the memory was."""
+    experts, x = make_delta(torch.float32, 4, 2), on_device(draw(N, D, dtype=torch.float32), torch.float32)
+    packed = pack_delta(experts.to(DEVICE), torch.float32)
+    weights = on_device(routing(N, 4, 2)[0])
+    weights[10:36] = 0.0
+    x.requires_grad_()
+    found = delta_ffn(packed, x, weights)
+    (x_grad,) = torch.autograd.grad(found.sum(), x)
+    for tensor in (found, x_grad):
+        assert not tensor[10:36].any() and tensor[:10].all() and tensor.isfinite().all()
+
+
 def test_a_token_that_is_no_number_shows(small_tiles):
     experts, x = make_delta(torch.float32, 4, 2), draw(N, D, dtype=torch.float32)
     weights_NE, *_ = routing(N, 4, 2)
