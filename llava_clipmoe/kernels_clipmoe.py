@@ -52,7 +52,8 @@ class Tile(NamedTuple):
     stages: int  # steps whose operands are fetched ahead
 
 
-# By kernel and by bytes of a number (2: fp16, bf16; 4: fp32). Chosen by count of registers and shared memory.
+# By kernel and by bytes of a number (2: fp16, bf16; 4: fp32). Counted from registers and shared memory, not measured,
+# as are the numbers below.
 TILES = {
     ("route", 2): Tile(16, 16, 128, 4, 2),
     ("route", 4): Tile(16, 16, 64, 4, 2),
@@ -67,7 +68,7 @@ TILES = {
 }
 SHARED_BYTES = 64 * 1024  # of the operands of `delta`; a 4090 has 99 KiB for one program
 ENOUGH_PROGRAMS = 256  # fewer do not fill a card: then `delta` splits H
-SORT_FROM = 4096  # tokens from which `delta` pays for sorting them by their set of experts
+SORT_FROM = 4096  # tokens from which sorting them by their set of experts should pay
 
 
 def _tile(kind: str, dtype: torch.dtype) -> Tile:
@@ -328,11 +329,16 @@ def order_by_set(experts_NK: torch.Tensor) -> torch.Tensor:
     return (1 << experts_NK).sum(-1, dtype=torch.int32).argsort(stable=True)
 
 
+def order_if_it_pays(experts_NK: torch.Tensor) -> torch.Tensor | None:
+    """`order_by_set` of many tokens; None of few, which `delta_ffn` then takes as they come."""
+    return order_by_set(experts_NK) if len(experts_NK) >= SORT_FROM else None
+
+
 def delta_ffn(
     packed: PackedDelta, x_ND: torch.Tensor, weights_NE: torch.Tensor, order_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`DeltaExperts` as product -> kernel -> product: [N,D] -> [N,D]. `weights_NE` as `route` gives them. `order_N`,
-    of `order_by_set`, changes the speed alone. Gradients: of x and of the weights, none of any expert."""
+    of `order_if_it_pays`, changes the speed alone. Gradients: of x and of the weights, none of any expert."""
     return _call(_DeltaFFN, x_ND.to(packed.first.dtype), weights_NE, packed, order_N)
 
 

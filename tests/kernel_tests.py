@@ -219,6 +219,13 @@ def test_an_expert_that_a_token_did_not_choose_cannot_spoil_it():
     assert not found[~clean].isfinite().any()
 
 
+def test_few_tokens_are_not_sorted(monkeypatch):
+    chosen = torch.tensor([[2, 0], [1, 3], [0, 2], [3, 1], [0, 1]])
+    assert kernels.order_if_it_pays(chosen) is None
+    monkeypatch.setattr(kernels, "SORT_FROM", 5)
+    assert kernels.order_if_it_pays(chosen).tolist() == [4, 0, 2, 1, 3]
+
+
 def test_tokens_without_any_expert_get_zeros(small_tiles):
     """A tile of them too: nothing is left as the memory was."""
     experts, x = make_delta(torch.float32, 4, 2), on_device(draw(N, D, dtype=torch.float32), torch.float32)
