@@ -30,7 +30,7 @@ TESTS = Path(__file__).with_name("kernel_tests.py")
 @needs_triton
 def test_kernels_equal_the_loop(tmp_path):
     environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'kernels'}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'kernels'}"]
     done = subprocess.run([*command, str(TESTS)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
     assert " passed" in done.stdout
