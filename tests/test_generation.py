@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-import transformers
 from tiny_llava import make_language_model, make_towers, upstream_in_this_process, upstream_is_installed
 
 from llava_clipmoe import run
@@ -101,14 +100,14 @@ def break_generation(llava, monkeypatch) -> None:
 
 def test_a_failure_under_an_untested_version_names_the_version(llava, monkeypatch):
     break_generation(llava, monkeypatch)
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.99.0")
     with pytest.raises(versions.NewerTransformers, match=r"'novelty'.*transformers 5\.99\.0 is newer.*pip install"):
         ask(llava, picture(1))
 
 
 def test_under_a_tested_version_it_stays_as_it_is(llava, monkeypatch):
     break_generation(llava, monkeypatch)
-    monkeypatch.setattr(transformers, "__version__", str(versions.TESTED))
+    monkeypatch.setattr(versions.transformers, "__version__", str(versions.TESTED))
     with pytest.raises(TypeError, match="novelty"):
         ask(llava, picture(1))
 
@@ -116,7 +115,7 @@ def test_under_a_tested_version_it_stays_as_it_is(llava, monkeypatch):
 def test_the_launcher_names_the_version_before_the_trace_of_an_unforeseen_error(tmp_path, monkeypatch, capsys):
     script = tmp_path / "fails.py"
     script.write_text("raise AttributeError('no attribute that once was there')")
-    monkeypatch.setattr(transformers, "__version__", "6.0.0")
+    monkeypatch.setattr(versions.transformers, "__version__", "6.0.0")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(AttributeError, match="once was there"):
         run.main([str(script)])

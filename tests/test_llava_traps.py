@@ -17,13 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from conftest import shake
 from tiny_llava import make_language_model, make_towers, save_tower, upstream_is_installed
 from torch import nn
 
 from llava_clipmoe import llava_hook, run
-from llava_clipmoe.compat import loading
+from llava_clipmoe.compat import loading, versions
 from llava_clipmoe.compat.trainer import rename_flags
 from llava_clipmoe.compat.versions import BrokenTransformers, check_transformers
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
@@ -321,7 +320,7 @@ def test_9_a_launchers_rank_is_handed_on(tmp_path, monkeypatch, capsys):
 def test_a_transformers_that_breaks_upstream_is_refused_everywhere(
     upstream, llava_directory, monkeypatch, capsys, version
 ):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions.transformers, "__version__", version)
     for act in (lambda: upstream.llava_arch.build_vision_tower(model_args()), lambda: load(upstream, llava_directory)):
         with pytest.raises(BrokenTransformers, match=r"pip install transformers==4\.37\.2"):
             act()
@@ -335,7 +334,7 @@ def test_a_transformers_that_breaks_upstream_is_refused_everywhere(
 
 @pytest.mark.parametrize("version", ["4.37.2", "4.39.3", "5.0.0", "5.23.0"])
 def test_versions_that_work_are_let_through(monkeypatch, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions.transformers, "__version__", version)
     check_transformers()
 
 
