@@ -99,7 +99,12 @@ def test_lists_of_several_images_are_named_and_lists_of_paths_counted(tmp_path):
     assert content(source) == [(["b"], colour(1))] and (source.dropped_imageless, source.dropped_several) == (1, 1)
 
 
-@pytest.mark.parametrize("cells", [[1, 2], [1.5, 2.5], [True, False], [{"x": 1}, {"x": 2}], [[1], [2]], [None, None]])
+STRUCTS = [{"bytes": 5, "path": 7}] * 2
+
+
+@pytest.mark.parametrize(
+    "cells", [[1, 2], [1.5, 2.5], [True, False], [{"x": 1}, {"x": 2}], [[1], [2]], [None, None], STRUCTS]
+)
 def test_a_column_that_can_hold_no_image_is_refused_with_its_type(tmp_path, cells):
     pq.write_table(pa.table({"image": pa.array(cells), "caption": ["a", "b"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: the column 'image' holds .*data\.image_column"):

@@ -146,6 +146,11 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, form)(kind) for form in forms if hasattr(pa.types, form))
 
 
+def _is_binary(kind: pa.DataType) -> bool:
+    forms = ("is_binary", "is_large_binary", "is_binary_view")
+    return any(getattr(pa.types, form)(kind) for form in forms if hasattr(pa.types, form))
+
+
 def _names_files(kind: pa.DataType, column: str, source: str) -> bool:
     """Whether an image column holds paths, in whatever form of text; else it holds the images themselves.
 
@@ -154,10 +159,10 @@ def _names_files(kind: pa.DataType, column: str, source: str) -> bool:
     item = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     if _is_text(item):
         return True
-    views = getattr(pa.types, "is_binary_view", lambda _: False)
-    binary = pa.types.is_binary(item) or pa.types.is_large_binary(item) or views(item)
-    fields = {item.field(i).name for i in range(item.num_fields)} if pa.types.is_struct(item) else set()
-    if not binary and not fields & {"bytes", "path"}:
+    fields = [item.field(i) for i in range(item.num_fields)] if pa.types.is_struct(item) else []
+    parts = [part.type for part in fields if part.name in ("bytes", "path")]  # as `datasets` stores images
+    inside = all(_is_binary(part) or _is_text(part) or pa.types.is_null(part) for part in parts)
+    if not (_is_binary(item) or (parts and inside)):
         raise DataError(f"{source}: the column {column!r} holds {kind}, where paths or bytes of images should be. Name "
                         "the right one with data.image_column.")  # fmt: skip
     return False
