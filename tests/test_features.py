@@ -210,9 +210,11 @@ def test_progress_names_a_chunk_only_after_its_rows_are_on_disk(tmp_path, monkey
 def test_finished_features_are_read_and_not_made_again(tmp_path):
     bundle, log = make_bundle(), tmp_path / "log"
     first = np.array(encode_source(bundle, Counted(8, log), tmp_path / "f", **SETTINGS).image)
+    (tmp_path / "f" / "progress-0.json").write_text("{}")  # as when killed just before it would have gone
     again = encode_source(bundle, Counted(8, log), tmp_path / "f", **{**SETTINGS, "batch_size": 5})
     assert Counted(8, log).read() == list(range(8))
     assert (first == again.image).all()
+    assert not list((tmp_path / "f").glob("progress-*"))
 
 
 @pytest.mark.parametrize(

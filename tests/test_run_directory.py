@@ -110,8 +110,9 @@ def test_the_workers_of_a_killed_process_are_waited_for(tmp_path):
 def test_leftovers_go_before_anything_is_written(tmp_path, monkeypatch):
     """They may be what has filled the disk."""
     directory(tmp_path).claim(main_process=True)
-    (tmp_path / "cache" / ".images.npy.0123abcd.tmp").mkdir(parents=True)
+    for place in (".base", "cache/.images.npy", "clusters/.stage0.npz", "features/stage1/.features.json"):
+        (tmp_path / f"{place}.0123abcd.tmp").mkdir(parents=True)
     seen = []
-    monkeypatch.setattr("train_encoder.run_directory.write_json", lambda *_: seen.append(names(tmp_path / "cache")))
+    monkeypatch.setattr("train_encoder.run_directory.write_json", lambda *_: seen.append(list(tmp_path.rglob("*.tmp"))))
     directory(tmp_path).claim(main_process=True)
     assert seen == [[]]

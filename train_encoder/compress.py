@@ -31,7 +31,7 @@ from rich.console import Console
 from llava_clipmoe.compression import Decomposed, Moments, compress, second_moments
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import write_json, write_text
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
+from llava_clipmoe.model_directory import ClipBundle, load_bundle, public_name, save_bundle
 from llava_clipmoe.modeling_clipmoe import active_parameters
 from llava_clipmoe.upcycling import moe_config
 
@@ -86,7 +86,7 @@ class Settings:
     def open(self, text: str) -> tuple[str, PairSource]:
         """`[NAME=]SOURCE[:SPLIT]` -> a name without any path, and the source. Raises DataError."""
         name, data = parse_source(text, DataConfig())
-        name = name if "=" in text else f"{Path(data.source).name}, {data.split}"
+        name = name if "=" in text else f"{public_name(data.source)}, {data.split}"
         return name, open_source(dataclasses.replace(
             data, image_root=self.image_root, image_column=self.image_column, caption_columns=self.caption_columns,
             max_bad_fraction=self.max_bad_fraction,

@@ -254,6 +254,9 @@ class _Folder:
     def finish(self, facts: dict[str, Any]) -> None:
         """The mark that it is whole, then the progress files go. Process 0 only."""
         write_json(self.path / DONE, {"key": self.key, **facts})
+        self.drop_progress()
+
+    def drop_progress(self) -> None:
         for path in self.path.glob("progress-*.json"):
             path.unlink()
 
@@ -395,6 +398,8 @@ def encode_source(
     files = _Folder(Path(folder), key, shapes, dtype, rank)
     complete = files.complete
     wait()  # nobody changes the folder before all have looked at it
+    if complete and rank == 0:
+        files.drop_progress()  # of a process that was killed before it had done so
     if not complete:
         if rank == 0:
             files.prepare(work.text_image, work.rows)

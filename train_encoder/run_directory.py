@@ -70,8 +70,9 @@ class RunDirectory:
                     f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                     "Repeat its own command to resume it, or give another --output-dir."
                 )
-        for folder in (self.path, self.cache.parent, self.path / "clusters", self.path / "features"):
-            remove_leftovers(folder)  # before anything is written: they may be what has filled the disk
+        # Before anything is written: they may be what has filled the disk.
+        for folder in (self.path, self.cache.parent, self.path / "clusters", *self.features("").glob("*")):
+            remove_leftovers(folder)
         write_json(config_file, self.config)
 
     def _is_new(self) -> bool:
