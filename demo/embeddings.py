@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from demo.images import Pictures, looks
-from llava_clipmoe.files import SaveError, read_json, write_json
+from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_json
 from llava_clipmoe.model_directory import load_bundle, local_directory, read_config
 from llava_clipmoe.modeling_clipmoe import only_expert
 from train_encoder.config import digest
@@ -279,6 +279,7 @@ def encode_pictures(
     kept).
     """
     cache.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(cache)
     count, known = len(pictures), (FORMAT, pictures.fingerprint, pictures.max_pixels)
     seen = Store(cache, "looks", digest(*known), count, "uint8")
     stores = {
