@@ -64,7 +64,7 @@ class _Rows:
         self.text_rows: list[np.ndarray] = []
         self.count = self.several = 0
         self.true_names: dict[str, str] = {}
-        self._source = source
+        self.origin = source
 
     def add(self, names: pa.Array, caption_columns: Sequence[pa.Array], folder: str = "") -> None:
         """Adds rows: names [rows], and caption columns [rows] of text, lists, or conversations.
@@ -72,10 +72,10 @@ class _Rows:
         `folder`: where relative names start, below the store's root.
         """
         for column in caption_columns:
-            texts, rows = _flat_captions(column, self._source)
+            texts, rows = _flat_captions(column, self.origin)
             self.texts.append(texts)
             self.text_rows.append(rows + self.count)
-        names = _strings(names, self._source)
+        names = _strings(names, self.origin)
         blank = pc.equal(pc.utf8_trim_whitespace(names), "")
         names = pc.if_else(blank, pa.scalar(None, pa.string()), names)
         if folder:
@@ -177,9 +177,9 @@ def _collect(rows: _Rows, tables: Iterable[pa.Table], columns: Columns, by_name:
         elif pa.types.is_nested(table[name_column].type):
             names = rows.named(map(image_name, table[name_column].to_pylist()))
         else:
-            names = _strings(table[name_column].combine_chunks(), str(name_column))
+            names = _strings(table[name_column].combine_chunks(), rows.origin)
         if not by_name and columns.status:
-            status = _strings(table[columns.status].combine_chunks(), columns.status)
+            status = _strings(table[columns.status].combine_chunks(), rows.origin)
             failed = pc.not_equal(status, "success").fill_null(False)
             names = pc.if_else(failed, pa.scalar(None, pa.string()), names)
         rows.add(names, [table[name].combine_chunks() for name in columns.captions], folder)
