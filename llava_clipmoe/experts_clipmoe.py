@@ -8,8 +8,12 @@ r rank of a difference   G tokens of one group
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +61,16 @@ class Router(nn.Module):
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> logits [N,E] fp32, weights [N,K] fp32 (sum 1), chosen experts [N,K] int64."""
         with torch.autocast(x_ND.device.type, enabled=False):  # autocast would cast the product back to bf16
-            x_ND = x_ND.float()
-            if self.training and self.jitter:
-                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits_NE = F.linear(x_ND, self.weight.float())
+            logits_NE = F.linear(self.jittered(x_ND).float(), self.weight.float())
             weights_NK, experts_NK = logits_NE.softmax(-1).topk(self.num_experts_per_tok, dim=-1)
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
         return logits_NE, weights_NK, experts_NK
+
+    def jittered(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Tokens times noise around 1 (in fp32) while it trains, where the config asks for it; else as they are."""
+        if not (self.training and self.jitter):
+            return x_ND
+        return x_ND.float() * torch.empty_like(x_ND, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
 
 
 def make_experts(config, index: int) -> Experts | DeltaExperts:
@@ -108,7 +115,7 @@ class Experts(nn.Module):
         """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
         backend = self.implementation
         if backend == "auto":
-            backend = "grouped_mm" if grouped_mm_pays(x_ND) or compiles(x_ND) else "loop"
+            backend = "grouped_mm" if grouped_mm_pays(x_ND) else "loop"
         return getattr(self, f"_{backend}")(x_ND, weights_NK, experts_NK)
 
     def _loop(self, x_ND, weights_NK, experts_NK):
@@ -156,6 +163,62 @@ class Experts(nn.Module):
         return _combine(y_MD + self.fc2.bias.to(dtype)[expert_M], order_M, weights_NK)
 
 
+# --------------------------------------------------------------------------------------------- the kernels of a GPU
+
+FAST = "LLAVA_CLIPMOE_FAST"
+"""Environment variable: 0, no kernels; 1, in fp32 too, where nobody has measured that they pay."""
+
+
+def kernels_for(x: torch.Tensor) -> ModuleType | None:
+    """`fast_clipmoe`, where the kernels run for `x`: on a GPU, with products in half precision. Else None."""
+    wanted = os.environ.get(FAST, "")
+    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or wanted == "0":  # (the interpreter: for tests)
+        return None
+    dtype = working_dtype(x)
+    if dtype.itemsize != 2 and wanted != "1" or _is_compiling():
+        return None
+    module = _import_kernels()
+    return module if module is not None and module.runs_on(x.device, dtype) else None
+
+
+@functools.cache
+def _import_kernels() -> ModuleType | None:
+    """None, and one line that says why, where there is no triton."""
+    try:
+        from .fast_clipmoe import this_module
+    except ImportError as error:
+        logging.getLogger("llava_clipmoe").warning("llava-clipmoe: the GPU kernels are not used: %s", error)
+        return None
+    return this_module()
+
+
+def _is_compiling() -> bool:
+    """True while torch.compile traces: it has kernels of its own."""
+    compiler = getattr(torch, "compiler", None)
+    return bool(getattr(compiler, "is_compiling", bool)())
+
+
+class Prepared(nn.Module):
+    """A module that keeps what the fast path made of its weights (`prepared`), until they move or it trains."""
+
+    prepared: Any = None
+
+    def _apply(self, *args: Any, **kwargs: Any):  # what `.to()`, `.cpu()` and `.half()` call
+        super()._apply(*args, **kwargs)
+        if self.prepared is not None and not self.prepared.in_place():
+            self.prepared = None
+        return self
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.prepared = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a module make their own."""
+        return {**self.__dict__, "prepared": None}
+
+
 # --------------------------------------------------------------------------------------------- experts as differences
 
 
@@ -177,7 +240,7 @@ class DeltaLinear(nn.Module):
         return self.base + self.up[expert] @ self.down[expert]
 
 
-class DeltaExperts(nn.Module):
+class DeltaExperts(Prepared):
     """E FFNs as one base FFN and low-rank differences to it: the base's products run once a token, whatever K is.
 
         h_e = act(W1_0 x + B1_e A1_e x + b1_e)
@@ -207,8 +270,7 @@ class DeltaExperts(nn.Module):
         """Weighted sum over each token's experts (eq. 4): [N,D] -> [N,D]."""
         backend = self.implementation
         if backend == "auto":
-            fast = grouped_mm_pays(x_ND) or compiles(x_ND)
-            backend = "grouped_mm" if fast else "by_set" if only_reads(self) else "loop"
+            backend = "grouped_mm" if grouped_mm_pays(x_ND) else "by_set" if only_reads(self) else "loop"
         return getattr(self, f"_{backend}")(x_ND, weights_NK, experts_NK)
 
     def _loop(self, x_ND, weights_NK, experts_NK):
@@ -365,17 +427,6 @@ def _combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor
     """Undo the sort and sum over K. Gather + sum, not index_add_: that one is not deterministic on CUDA."""
     y_NKD = y_MD[_inverse(order_M)].view(*weights_NK.shape, -1)
     return (y_NKD * weights_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
-
-
-TRACES_GROUPED_MM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
-"""Seen: torch 2.15 traces grouped_mm in every dtype, 2.13 in bf16 alone."""
-
-
-def compiles(x: torch.Tensor) -> bool:
-    """True while torch.compile traces and can trace grouped_mm: the other ways ask the device for sizes and loop over
-    experts in Python, which breaks the graph."""
-    traced = hasattr(F, "grouped_mm") and (TRACES_GROUPED_MM or working_dtype(x) == torch.bfloat16)
-    return traced and torch.compiler.is_compiling()
 
 
 def few_sizes_pay(x: torch.Tensor) -> bool:

@@ -38,7 +38,9 @@ _FIELDS = {
     ),
     "vision_config": (*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"),
 }  # fmt: skip
-MODELING_FILES = ("configuration_clipmoe.py", "experts_clipmoe.py", "modeling_clipmoe.py")
+MODELING_FILES = (
+    "configuration_clipmoe.py", "experts_clipmoe.py", "fast_clipmoe.py", "kernels_clipmoe.py", "modeling_clipmoe.py"
+)  # fmt: skip
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")

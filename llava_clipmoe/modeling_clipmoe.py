@@ -27,9 +27,11 @@ from transformers.utils import ModelOutput
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
 from .experts_clipmoe import (
     DeltaLinear,
+    Prepared,
     Router,
     activation,
     count_experts,
+    kernels_for,
     make_experts,
     only_reads,
     quick_gelu,
@@ -53,6 +55,9 @@ class CLIPMoEMLP(nn.Module):
         set_ffn_init(self, config)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        drops = self.dropout and self.training
+        if not drops and (kernels := kernels_for(x)) is not None and kernels.can_feed(self):
+            return kernels.feed_forward(self, x), None
         act = quick_gelu_ if self.act is quick_gelu and only_reads(self) else self.act
         return self.fc2(F.dropout(act(self.fc1(x)), self.dropout, self.training)), None
 
@@ -101,6 +106,9 @@ class CLIPMoESparseMLP(nn.Module):
         if self.only_expert is not None:
             return self._fuse(x_BTD, self.experts.single(x_BTD, self.only_expert)), None
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        if (kernels := kernels_for(x_BTD)) is not None and kernels.can_mix(self):
+            y_ND, logits_NE = kernels.mixture(self, x_ND)
+            return y_ND.view(x_BTD.shape), logits_NE.view(*x_BTD.shape[:-1], -1)
         logits_NE, weights_NK, experts_NK = self.router(x_ND)
         y_ND = self.experts(x_ND, weights_NK, experts_NK)
         return self._fuse(x_BTD, y_ND.view_as(x_BTD)), logits_NE.view(*x_BTD.shape[:-1], -1)
@@ -190,7 +198,7 @@ class CLIPMoEEncoderLayer(nn.Module):
         return x_BTD + y_BTD, router_logits
 
 
-class CLIPMoEEncoder(nn.Module):
+class CLIPMoEEncoder(Prepared):
     """The blocks of one tower."""
 
     def __init__(self, config):
@@ -203,6 +211,8 @@ class CLIPMoEEncoder(nn.Module):
 
         only_B: of the last block, one token a sequence, at this position (its part of the results is [B,1,...]).
         """
+        if (fast := self._fast(x_BTD)) is not None:
+            return fast(x_BTD, mask, causal, output_hidden_states, only_B)
         hidden_states, router_logits = [x_BTD], []
         for number, layer in enumerate(self.layers, start=1):
             arguments = (x_BTD, mask, causal, only_B if number == len(self.layers) else None)
@@ -215,6 +225,14 @@ class CLIPMoEEncoder(nn.Module):
             if logits is not None:
                 router_logits.append(logits)
         return x_BTD, tuple(hidden_states) if output_hidden_states else None, tuple(router_logits)
+
+    def _fast(self, x_BTD: torch.Tensor):
+        """The same on a GPU where nothing is to be learnt (`fast_clipmoe.FastEncoder`), or None."""
+        if torch.is_grad_enabled() or self.training or (kernels := kernels_for(x_BTD)) is None:
+            return None
+        if self.prepared is None or not self.prepared.fits(x_BTD):
+            self.prepared = kernels.FastEncoder(self, x_BTD)
+        return self.prepared if self.prepared.usable() else None
 
 
 # ------------------------------------------------------------------------------------------------------------- towers

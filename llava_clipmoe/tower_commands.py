@@ -28,8 +28,6 @@ class Register:
     """Look at the picture on several scales (S2); the projector must be trained with it."""
     s2_scales: Annotated[list[int], tyro.conf.arg(metavar="PIXELS ...")] = field(default_factory=list)
     """Image sides for --s2, ascending, each a multiple of the first. Default: 1, 2 and 3 times the model's."""
-    compile: bool = False
-    """Run the tower through torch.compile: the first picture takes a minute, later ones less time."""
     remove: bool = False
     """Forget the name instead. The model stays where it is."""
 
@@ -52,7 +50,7 @@ def register_main(argv: list[str]) -> int:
     if args.source is None:
         raise ValueError(f"where is the model? llava-clipmoe register {args.name} DIR_OR_HUB_ID")
     s2 = args.s2 or bool(args.s2_scales)
-    tower = towers.register(Tower(args.name, args.source, s2, args.s2_scales, args.compile))
+    tower = towers.register(Tower(args.name, args.source, s2, args.s2_scales))
     print(f"{tower.name} -> {tower.source} (in {towers.registry_file()}). In LLaVA: --vision_tower {tower.name}")
     return 0
 

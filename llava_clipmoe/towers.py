@@ -42,8 +42,6 @@ class Tower:
     """Scaling on scales (CLIPMoEVisionTowerS2) instead of the plain tower."""
     s2_scales: list[int] = field(default_factory=list)
     """Image sides in pixels, ascending; empty: one, two and three times the model's."""
-    compile: bool = False
-    """Run through torch.compile: the first picture takes a minute, later ones less time."""
 
 
 # ----------------------------------------------------------------------------------------------------------- look-up
@@ -73,7 +71,7 @@ def registered() -> dict[str, Tower]:
     """Every registered tower by name, the environment's last. Raises ValueError for a damaged file or variable."""
     towers = {}
     for name, entry in _entries().items():
-        known = {key: entry[key] for key in ("source", "s2", "s2_scales", "compile") if key in entry}
+        known = {key: entry[key] for key in ("source", "s2", "s2_scales") if key in entry}
         towers[name] = Tower(name, **known)
     for part in filter(None, (part.strip() for part in os.environ.get(OVERRIDE, "").split(","))):
         name, equals, source = part.partition("=")

@@ -38,11 +38,10 @@ class CLIPMoEVisionTower(nn.Module):
     args: has `mm_vision_select_layer` (an index into hidden states: -2 is the output of the last block but one) and
     perhaps `mm_vision_select_feature` ("patch", or "cls_patch" for [B,N+1,C]).
     delay_load: read only the config now; `load_model()` reads the weights.
-    compile: run through torch.compile, also asked for by a registration (`llava-clipmoe register --compile`).
     Raises UnknownTower for a name that is not ours, ValueError for a layer that does not exist.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, compile: bool = False):
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False):
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = vision_tower
@@ -51,7 +50,6 @@ class CLIPMoEVisionTower(nn.Module):
             raise UnknownTower(f"{vision_tower!r} is upstream LLaVA's own tower, not a CLIP-MoE.")
         self.source = tower
         self.directory = local_directory(tower.source)
-        self.compile_asked = compile or tower.compile
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         if self.select_feature not in ("patch", "cls_patch"):
@@ -73,9 +71,6 @@ class CLIPMoEVisionTower(nn.Module):
         self.image_processor = self._image_processor()
         model = _load_blocks(self.directory, self.cfg_only, self.num_blocks)
         self.vision_tower = _place(model, device_map).requires_grad_(False).eval()
-        # The method: a compiled module would be a second child with the same weights under other names.
-        encoder = self.vision_tower.vision_model.encoder
-        self._compiled = torch.compile(encoder.forward, dynamic=True) if self.compile_asked else None
         self.is_loaded = True
 
     def _image_processor(self) -> CLIPImageProcessor:
@@ -107,16 +102,8 @@ class CLIPMoEVisionTower(nn.Module):
     def _features(self, pixels_B3RR: torch.Tensor) -> torch.Tensor:
         """-> [B,N,C] (or [B,N+1,C]) in the tower's dtype. The last block that is loaded gives the asked layer."""
         pixels_B3RR = pixels_B3RR.to(device=self.device, dtype=self.dtype)
-        x_BTC = self._run_compiled(pixels_B3RR) if self._compiled else self.vision_tower(pixels_B3RR).last_hidden_state
+        x_BTC = self.vision_tower(pixels_B3RR).last_hidden_state
         return x_BTC[:, 1:] if self.select_feature == "patch" else x_BTC
-
-    def _run_compiled(self, pixels_B3RR: torch.Tensor) -> torch.Tensor:
-        """The blocks compiled, once for all batches: torch.compile makes a picture alone a case of its own unless told
-        that the batch can be anything, which its convolutions (the patches) cannot be told."""
-        model = self.vision_tower.vision_model
-        x_BTC = model.pre_layrnorm(model.embeddings(pixels_B3RR))
-        torch._dynamo.decorators.mark_unbacked(x_BTC, 0)
-        return self._compiled(x_BTC)[0]
 
     # ---------------------------------------------------------------------------------------- what LLaVA asks it for
 
@@ -162,8 +149,8 @@ class CLIPMoEVisionTowerS2(CLIPMoEVisionTower):
     `s2wrapper`.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, compile: bool = False):
-        super().__init__(vision_tower, args, delay_load=True, compile=compile)
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False):
+        super().__init__(vision_tower, args, delay_load=True)
         asked = getattr(args, "s2_scales", None) or self.source.s2_scales
         if isinstance(asked, str):  # upstream's form: "336,672,1008"
             asked = [int(part) for part in asked.split(",")]

@@ -1,0 +1,425 @@
+"""A tower's blocks on a GPU: the kernels in the place of the modules, and, without gradients, CUDA graphs.
+
+Copied beside the weights of a saved model, and imported only on a GPU (see `kernels_for` in `experts_clipmoe`). The
+modules in `modeling_clipmoe` are what this must equal:
+
+- `mixture` and `feed_forward` are one block's router and experts, and its dense FFN. With gradients too.
+- `FastEncoder` is all blocks of a tower without gradients: q, k and v as one product, residual and layer norm as one
+  pass, and for the small batches that come again a CUDA graph, which starts a few hundred kernels at once where Python
+  would need milliseconds to start them one by one.
+
+What is packed here is no second copy: the modules' parameters become views of it.
+
+Shape suffixes:  B batch   T tokens   N = B*T   D width   E experts
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .experts_clipmoe import DeltaExperts, working_dtype
+from .kernels_clipmoe import (
+    MAX_EXPERTS,
+    MAX_RANK,
+    add_layer_norm,
+    check,
+    delta_ffn,
+    dense_ffn,
+    ffn,
+    fuse,
+    order_if_it_pays,
+    PackedDelta,
+    pack_delta,
+    pack_ffn,
+    route,
+    share_delta,
+    whole_ffn,
+)
+
+GRAPH_TOKENS = 10_000
+"""Up to so many tokens (17 pictures of 336 px) a graph pays: beyond, the card works longer than Python needs."""
+MAX_GRAPHS = 8
+"""A graph keeps the memory of its input and results."""
+
+log = logging.getLogger("llava_clipmoe")
+
+
+def this_module() -> ModuleType:
+    return sys.modules[__name__]
+
+
+@functools.cache
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where the kernels give the loop's results on this device. Otherwise one line says why, once a process."""
+    why_not = check(device, dtype)
+    if why_not is not None:
+        say_once(f"the GPU kernels are not used, the slower loop is: {why_not}")
+    return why_not is None
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    log.warning("llava-clipmoe: %s", line)
+
+
+# --------------------------------------------------------------------------------------------------------- one block
+
+
+def can_feed(mlp: nn.Module) -> bool:
+    """True where `feed_forward` gives what `mlp` (a CLIPMoEMLP) would: nothing has replaced its layers (LoRA, 8 bits),
+    listens to them or has sharded their weights."""
+    return all(
+        type(fc) is nn.Linear and fc.weight.numel() and not (fc._forward_hooks or fc._forward_pre_hooks)
+        for fc in (mlp.fc1, mlp.fc2)
+    )
+
+
+def can_mix(block: nn.Module) -> bool:
+    """True where `mixture` gives what `block` (a CLIPMoESparseMLP) would: its experts are frozen or nobody asks for a
+    gradient, nothing is dropped, and there are not more of them than the kernels take."""
+    experts = block.experts
+    if experts.num_experts > MAX_EXPERTS or (experts.dropout and experts.training):
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (block.router, experts)) or not experts.fc1.bias.numel():
+        return False  # somebody listens to them, or has sharded their weights
+    if isinstance(experts, DeltaExperts) and max(_ranks(experts)) > MAX_RANK:
+        return False
+    return not torch.is_grad_enabled() or not any(p.requires_grad for p in _weights_without_gradient(block))
+
+
+def _ranks(experts: DeltaExperts) -> tuple[int, int]:
+    return experts.fc1.up.shape[-1], experts.fc2.up.shape[-1]
+
+
+def _weights_without_gradient(block: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that the kernels give no gradient for."""
+    yield from block.experts.parameters()
+    if block.base is not None:
+        yield from block.base.parameters()
+
+
+def mixture(block: nn.Module, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`CLIPMoESparseMLP` of tokens: -> output [N,D] in the dtype of the products, router logits [N,E] fp32.
+
+    Gradients: of x, of the router's weight and of the fusion gate.
+    """
+    router, experts, dtype = block.router, block.experts, working_dtype(x_ND)
+    routing = route(router.jittered(x_ND), router.weight, router.num_experts_per_tok)
+    if isinstance(experts, DeltaExperts):
+        y_ND = delta_ffn(_packed_delta(experts, dtype), x_ND, routing.weights, order_if_it_pays(routing.experts))
+    else:
+        y_ND = whole_ffn(pack_ffn(experts, dtype), x_ND, routing.weights, routing.experts)
+    if block.fusion_gate is not None:
+        base_ND, gate = dense_ffn(pack_ffn(block.base, dtype), x_ND), block.fusion_gate
+        y_ND = fuse(x_ND, gate.weight, gate.bias, base_ND, y_ND)
+    return y_ND, routing.logits
+
+
+class SharedDelta:
+    """Delta experts' tensors as the kernels want them. The parameters become views of these, so they need no memory,
+    unless another dtype is asked for (fp32 weights under autocast)."""
+
+    def __init__(self, experts: DeltaExperts, dtype: torch.dtype):
+        self.experts, self.dtype = experts, dtype
+        with torch.inference_mode(False), torch.no_grad():  # or the parameters could never be trained again
+            same = all(p.dtype == dtype for p in experts.parameters())
+            self.packed = share_delta(experts) if same else pack_delta(experts, dtype)
+        self.layout = layout(experts)
+
+    def in_place(self) -> bool:
+        """False once a weight has moved or changed."""
+        return self.layout == layout(self.experts)
+
+
+def _packed_delta(experts: DeltaExperts, dtype: torch.dtype) -> PackedDelta:
+    found = experts.prepared
+    if found is None or found.dtype != dtype or not found.in_place():
+        experts.prepared = found = SharedDelta(experts, dtype)
+    return found.packed
+
+
+def layout(module: nn.Module) -> list[tuple[int, int]]:
+    """Where every parameter lies, and how often it was changed in place."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()]
+
+
+def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`CLIPMoEMLP` without dropout: [..,D] -> [..,D]. Gradients of all that requires them."""
+    dtype, x_ND = working_dtype(x), x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
+        weights = (t.to(dtype) for t in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
+        packed = pack_ffn(mlp, dtype)
+        y_ND = ffn(x_ND.to(dtype), *weights, packed.quick)
+    else:
+        y_ND = dense_ffn(pack_ffn(mlp, dtype), x_ND)
+    return y_ND.view(*x.shape[:-1], -1)
+
+
+# --------------------------------------------------------------------------------------------------------- all blocks
+
+
+class Norm(NamedTuple):
+    """A layer norm's tensors [D] and its epsilon."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+class Block:
+    """One block's tensors in the dtype of its products, and what is done with them."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.mlp, self.heads = layer.mlp, attention.num_heads
+        self.qkv_weight = share_rows([projection.weight for projection in projections], dtype)  # [3D,D]
+        self.qkv_bias = share_rows([projection.bias for projection in projections], dtype)  # [3D]
+        self.out_weight = attention.out_proj.weight.detach().to(dtype)
+        self.out_bias = attention.out_proj.bias.detach().to(dtype)
+        self.norm1, self.norm2 = (
+            Norm(norm.weight.detach(), norm.bias.detach(), norm.eps) for norm in (layer.layer_norm1, layer.layer_norm2)
+        )
+        if hasattr(layer.mlp, "experts") and isinstance(layer.mlp.experts, DeltaExperts):
+            _packed_delta(layer.mlp.experts, dtype)
+
+    def attend(self, x_BTD: torch.Tensor, mask, causal: bool, only_B) -> torch.Tensor:
+        """Self-attention of what the first norm gave: [B,T,D] -> [B,T,D], or [B,1,D] of one token a sequence."""
+        b, t, d = x_BTD.shape
+        x_ND = x_BTD.view(-1, d)
+        if only_B is None:
+            qkv = torch.addmm(self.qkv_bias, x_ND, self.qkv_weight.t())
+            q, k, v = qkv.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            own_BD = x_BTD[torch.arange(b, device=x_BTD.device), only_B]
+            q = torch.addmm(self.qkv_bias[:d], own_BD, self.qkv_weight[:d].t())
+            q = q.view(b, 1, self.heads, -1).transpose(1, 2)
+            kv = torch.addmm(self.qkv_bias[d:], x_ND, self.qkv_weight[d:].t())
+            k, v = kv.view(b, t, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            mask, causal = _mask_of_one(only_B, mask, causal, t), False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y_ND = y.transpose(1, 2).reshape(-1, d)
+        return torch.addmm(self.out_bias, y_ND, self.out_weight.t()).view(b, -1, d)
+
+    def feed_forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """FFN or experts: -> [B,T,D], router logits [B,T,E] or None."""
+        if not hasattr(self.mlp, "router"):
+            return feed_forward(self.mlp, x_BTD), None
+        y_ND, logits_NE = mixture(self.mlp, x_BTD.view(-1, x_BTD.shape[-1]))
+        return y_ND.view(x_BTD.shape), logits_NE.view(*x_BTD.shape[:-1], -1)
+
+
+def _mask_of_one(only_B: torch.Tensor, mask: torch.Tensor | None, causal: bool, t: int) -> torch.Tensor | None:
+    """Where one query a sequence, at position only_B, may look: [B,1,1,T], or None for everywhere."""
+    if causal:
+        return (torch.arange(t, device=only_B.device) <= only_B[:, None])[:, None, None]
+    if mask is None:
+        return None
+    return mask[torch.arange(len(only_B), device=only_B.device), :, only_B][:, :, None]
+
+
+def share_rows(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> torch.Tensor:
+    """All of them in one tensor, one below the other. Parameters of this dtype become views of it, so that it needs no
+    memory; but not where something else has laid them out (FSDP, a flat buffer)."""
+    if all(p.dtype == dtype for p in parameters) and _lie_together(parameters):
+        first, rows = parameters[0].detach(), sum(len(p) for p in parameters)
+        return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    joined = torch.cat([p.detach().to(dtype) for p in parameters])
+    if all(p.dtype == dtype and p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parameters):
+        for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+            parameter.data = part
+    return joined
+
+
+def _lie_together(parameters: Sequence[nn.Parameter]) -> bool:
+    """True for what `share_rows` has laid out already."""
+    storage, place = parameters[0].untyped_storage().data_ptr(), parameters[0].data_ptr()
+    for parameter in parameters:
+        if parameter.untyped_storage().data_ptr() != storage or parameter.data_ptr() != place:
+            return False
+        place += parameter.numel() * parameter.element_size()
+    return all(parameter.is_contiguous() for parameter in parameters)
+
+
+class FastEncoder:
+    """`CLIPMoEEncoder.forward` without gradients, for one dtype of products and for the weights as they are now."""
+
+    def __init__(self, encoder: nn.Module, x_BTD: torch.Tensor):
+        self.dtype, self.blocks = working_dtype(x_BTD), []
+        self.why_not = _why_not(encoder, x_BTD.device)
+        modules = list(encoder.modules())
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.mixtures = [m for m in modules if hasattr(m, "only_expert")]
+        self.slots = [(m._parameters, name) for m in modules for name in m._parameters]
+        if self.why_not is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.blocks = [Block(layer, self.dtype) for layer in encoder.layers]
+        else:
+            say_once(f"the GPU kernels are not used, the slower loop is: {self.why_not}")
+        self.layout = self._layout()
+        self.graphs = Graphs() if x_BTD.is_cuda else None
+
+    def _layout(self) -> list[tuple[int, int]]:
+        """As `layout`, without the walk over the modules: it is asked for at every picture."""
+        parameters = [own[name] for own, name in self.slots]
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters if p is not None]
+
+    def in_place(self) -> bool:
+        """False once a weight has moved or changed: then a new one must be made."""
+        return self.layout == self._layout()
+
+    def fits(self, x_BTD: torch.Tensor) -> bool:
+        """True while it was made for these weights and this dtype of products."""
+        return self.dtype == working_dtype(x_BTD) and self.in_place()
+
+    def usable(self) -> bool:
+        """False while somebody listens to a module or asks for one expert alone: then the modules must run."""
+        listened_to = any(self.hooks) or any(block.only_expert is not None for block in self.mixtures)
+        return self.why_not is None and not listened_to
+
+    def __call__(self, x_BTD, mask=None, causal=False, output_hidden_states=False, only_B=None):
+        """As `CLIPMoEEncoder.forward`."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            if self.graphs is None or mask is not None or output_hidden_states:
+                return self._run(x_BTD, mask, causal, output_hidden_states, only_B)
+            x_BTD, router_logits = self.graphs.run(self._run_plain, x_BTD, causal, only_B)
+            return x_BTD, None, router_logits
+
+    def _run_plain(self, x_BTD, causal: bool, only_B) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        x_BTD, _, router_logits = self._run(x_BTD, None, causal, False, only_B)
+        return x_BTD, router_logits
+
+    def _run(self, x_BTD, mask, causal, output_hidden_states, only_B):
+        hidden_states, router_logits = [x_BTD], []
+        normed_BTD = self._first_norm(x_BTD)
+        for number, block in enumerate(self.blocks, start=1):
+            last = number == len(self.blocks)
+            y_BTD = block.attend(normed_BTD, mask, causal, only_B if last else None)
+            if last and only_B is not None:
+                x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), only_B][:, None]
+            x_BTD, normed_BTD = self._add_norm(x_BTD, y_BTD, block.norm2)
+            y_BTD, logits = block.feed_forward(normed_BTD)
+            if last:
+                x_BTD = x_BTD + y_BTD
+            else:
+                x_BTD, normed_BTD = self._add_norm(x_BTD, y_BTD, self.blocks[number].norm1)
+            if output_hidden_states:
+                hidden_states.append(x_BTD)
+            if logits is not None:
+                router_logits.append(logits)
+        return x_BTD, tuple(hidden_states) if output_hidden_states else None, tuple(router_logits)
+
+    def _first_norm(self, x_BTD: torch.Tensor) -> torch.Tensor | None:
+        if not self.blocks:
+            return None
+        weight, bias, eps = self.blocks[0].norm1
+        return F.layer_norm(x_BTD, weight.shape, weight.to(x_BTD.dtype), bias.to(x_BTD.dtype), eps).to(self.dtype)
+
+    def _add_norm(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> x + y in x's dtype, and its norm in the products' dtype."""
+        d = x_BTD.shape[-1]
+        sum_ND, normed_ND = add_layer_norm(x_BTD.reshape(-1, d), y_BTD.reshape(-1, d), *norm, dtype=self.dtype)
+        return sum_ND.view(x_BTD.shape), normed_ND.view(x_BTD.shape)
+
+
+def _why_not(encoder: nn.Module, device: torch.device) -> str | None:
+    """Why this encoder's modules must run themselves: something has replaced, sharded or spread them."""
+    for name, module in encoder.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate has spread {name or 'the model'} over devices"
+        if name.endswith("_proj") and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}"
+        if hasattr(module, "router") and not can_mix(module):
+            return f"{name} has more experts, or of a higher rank, than the kernels take"
+    for name, parameter in encoder.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or not parameter.numel():
+            return f"{name} is quantised or sharded"
+        if parameter.device != device:
+            return f"{name} is on {parameter.device}"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+class Graphs:
+    """The graphs of one encoder, by size of input. A size is recorded when it comes for the second time: the first
+    pass has compiled its kernels, and most sizes come once."""
+
+    def __init__(self):
+        self.graphs: dict[tuple, Graph] = {}
+        self.met: set[tuple] = set()
+        self.refused = False
+        self.pool = None  # one for all: a result is copied out before the next graph may write over it
+        self.stream: torch.cuda.Stream | None = None
+        self.lock = threading.Lock()  # a server's threads share the graphs' memory
+
+    def run(self, work, x_BTD: torch.Tensor, causal: bool, only_B: torch.Tensor | None):
+        """`work(x_BTD, causal, only_B)` -> [B,..,D] and router logits; from a graph where there is one."""
+        if torch.cuda.is_current_stream_capturing():  # somebody else's graph: it must hold the kernels themselves
+            return work(x_BTD, causal, only_B)
+        key = (tuple(x_BTD.shape), x_BTD.dtype, causal, only_B is None)
+        with self.lock:
+            graph = self.graphs.get(key) or self._record(key, work, x_BTD, causal, only_B)
+            if graph is not None:
+                self._after_the_last(x_BTD.device)
+                return graph.replay(x_BTD, only_B)
+        return work(x_BTD, causal, only_B)
+
+    def _record(self, key: tuple, work, x_BTD, causal, only_B) -> Graph | None:
+        tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        if self.refused or not 0 < tokens <= GRAPH_TOKENS or len(self.graphs) == MAX_GRAPHS:
+            return None
+        if key not in self.met:
+            self.met.add(key)
+            return None
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            self.graphs[key] = Graph(work, x_BTD, causal, only_B, self.pool)
+        except RuntimeError as error:  # out of memory, a driver without graphs: the same kernels run one by one
+            self.refused = True
+            say_once(f"CUDA graphs are not used: {str(error).splitlines()[0]}")
+        return self.graphs.get(key)
+
+    def _after_the_last(self, device: torch.device) -> None:
+        """Of two threads with streams of their own the second waits for the first one's graph."""
+        stream = torch.cuda.current_stream(device)
+        if self.stream is not None and self.stream != stream:
+            stream.wait_stream(self.stream)
+        self.stream = stream
+
+
+class Graph:
+    """One pass over all blocks for one size of input, recorded: replaying it starts all its kernels at once."""
+
+    def __init__(self, work, x_BTD: torch.Tensor, causal: bool, only_B: torch.Tensor | None, pool):
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x_BTD.device):
+            self.x_BTD = torch.empty_like(x_BTD).copy_(x_BTD)
+            self.only_B = None if only_B is None else torch.empty_like(only_B).copy_(only_B)
+            self.graph = torch.cuda.CUDAGraph()
+            # What other threads do with the card (a data loader's pinned memory) does not disturb.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.y_BTD, logits = work(self.x_BTD, causal, self.only_B)
+                self.logits = torch.cat([part.flatten() for part in logits]) if logits else None
+        self.shapes = [part.shape for part in logits]
+
+    def replay(self, x_BTD: torch.Tensor, only_B: torch.Tensor | None):
+        """-> copies of the results: the next replay writes over them."""
+        self.x_BTD.copy_(x_BTD)
+        if only_B is not None:
+            self.only_B.copy_(only_B)
+        self.graph.replay()
+        if self.logits is None:
+            return self.y_BTD.clone(), ()
+        parts = self.logits.clone().split([shape.numel() for shape in self.shapes])
+        return self.y_BTD.clone(), tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
