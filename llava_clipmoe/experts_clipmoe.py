@@ -175,7 +175,7 @@ def kernels_for(x: torch.Tensor) -> ModuleType | None:
     if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or wanted == "0":  # (the interpreter: for tests)
         return None
     dtype = working_dtype(x)
-    if dtype.itemsize != 2 and wanted != "1" or _is_compiling():
+    if (dtype.itemsize != 2 and wanted != "1") or _is_compiling():
         return None
     module = _import_kernels()
     return module if module is not None and module.runs_on(x.device, dtype) else None

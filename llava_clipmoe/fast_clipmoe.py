@@ -31,6 +31,7 @@ from .experts_clipmoe import DeltaExperts, working_dtype
 from .kernels_clipmoe import (
     MAX_EXPERTS,
     MAX_RANK,
+    PackedDelta,
     add_layer_norm,
     check,
     delta_ffn,
@@ -38,7 +39,6 @@ from .kernels_clipmoe import (
     ffn,
     fuse,
     order_if_it_pays,
-    PackedDelta,
     pack_delta,
     pack_ffn,
     route,
@@ -155,14 +155,14 @@ def layout(module: nn.Module) -> list[tuple[int, int]]:
 
 def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`CLIPMoEMLP` without dropout: [..,D] -> [..,D]. Gradients of all that requires them."""
-    dtype, x_ND = working_dtype(x), x.reshape(-1, x.shape[-1])
+    dtype, x_ND = working_dtype(x), x.flatten(0, -2)
     if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
         weights = (t.to(dtype) for t in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
         packed = pack_ffn(mlp, dtype)
         y_ND = ffn(x_ND.to(dtype), *weights, packed.quick)
     else:
         y_ND = dense_ffn(pack_ffn(mlp, dtype), x_ND)
-    return y_ND.view(*x.shape[:-1], -1)
+    return y_ND.view(*x.shape[:-1], y_ND.shape[-1])
 
 
 # --------------------------------------------------------------------------------------------------------- all blocks
@@ -196,27 +196,27 @@ class Block:
     def attend(self, x_BTD: torch.Tensor, mask, causal: bool, only_B) -> torch.Tensor:
         """Self-attention of what the first norm gave: [B,T,D] -> [B,T,D], or [B,1,D] of one token a sequence."""
         b, t, d = x_BTD.shape
-        x_ND = x_BTD.view(-1, d)
+        x_ND = x_BTD.flatten(0, 1)
         if only_B is None:
             qkv = torch.addmm(self.qkv_bias, x_ND, self.qkv_weight.t())
-            q, k, v = qkv.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         else:
             own_BD = x_BTD[torch.arange(b, device=x_BTD.device), only_B]
             q = torch.addmm(self.qkv_bias[:d], own_BD, self.qkv_weight[:d].t())
-            q = q.view(b, 1, self.heads, -1).transpose(1, 2)
+            q = q.view(b, 1, self.heads, d // self.heads).transpose(1, 2)
             kv = torch.addmm(self.qkv_bias[d:], x_ND, self.qkv_weight[d:].t())
-            k, v = kv.view(b, t, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            k, v = kv.view(b, t, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
             mask, causal = _mask_of_one(only_B, mask, causal, t), False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y_ND = y.transpose(1, 2).reshape(-1, d)
-        return torch.addmm(self.out_bias, y_ND, self.out_weight.t()).view(b, -1, d)
+        y_ND = y.transpose(1, 2).reshape(b * y.shape[2], d)
+        return torch.addmm(self.out_bias, y_ND, self.out_weight.t()).view(b, y.shape[2], d)
 
     def feed_forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """FFN or experts: -> [B,T,D], router logits [B,T,E] or None."""
         if not hasattr(self.mlp, "router"):
             return feed_forward(self.mlp, x_BTD), None
-        y_ND, logits_NE = mixture(self.mlp, x_BTD.view(-1, x_BTD.shape[-1]))
-        return y_ND.view(x_BTD.shape), logits_NE.view(*x_BTD.shape[:-1], -1)
+        y_ND, logits_NE = mixture(self.mlp, x_BTD.flatten(0, 1))
+        return y_ND.view(x_BTD.shape), logits_NE.view(*x_BTD.shape[:-1], logits_NE.shape[-1])
 
 
 def _mask_of_one(only_B: torch.Tensor, mask: torch.Tensor | None, causal: bool, t: int) -> torch.Tensor | None:
@@ -327,8 +327,7 @@ class FastEncoder:
 
     def _add_norm(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
         """-> x + y in x's dtype, and its norm in the products' dtype."""
-        d = x_BTD.shape[-1]
-        sum_ND, normed_ND = add_layer_norm(x_BTD.reshape(-1, d), y_BTD.reshape(-1, d), *norm, dtype=self.dtype)
+        sum_ND, normed_ND = add_layer_norm(x_BTD.flatten(0, 1), y_BTD.flatten(0, 1), *norm, dtype=self.dtype)
         return sum_ND.view(x_BTD.shape), normed_ND.view(x_BTD.shape)
 
 
