@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from .configuration_clipmoe import CLIPMoEConfig
-from .experts_clipmoe import DeltaExperts, Experts
+from .experts_clipmoe import Experts
+from .experts_delta_clipmoe import DeltaExperts
 from .modeling_clipmoe import CLIPMoEModel
 
 LAYERS = ("fc1", "fc2")

@@ -211,3 +211,26 @@ class CLIPMoEConfig(PretrainedConfig):
 
 CLIPMoEConfig.register_for_auto_class()
 CLIPMoEVisionConfig.register_for_auto_class()
+
+
+def active_parameters(config: CLIPMoEConfig) -> dict[str, int]:
+    """Parameter counts from the config alone: `total`, and `active` (those one image-text pair passes through: of a
+    block with a fusion gate also the base's FFN and the gate)."""
+    total = active = 1  # logit_scale
+    for tower in (config.vision_config, config.text_config):
+        d, h = tower.hidden_size, tower.intermediate_size
+        ffn, rest = 2 * d * h + d + h, 4 * d * d + 4 * d + 4 * d
+        moe = len(tower.moe_layers)
+        dense = tower.num_hidden_layers - moe
+        if tower is config.vision_config:
+            ends = d + tower.num_channels * tower.patch_size**2 * d + (tower.num_patches + 1) * d + 4 * d
+        else:
+            ends = (tower.vocab_size + tower.max_position_embeddings) * d + 2 * d
+        fusion = moe * (ffn + d * d + d) if tower.fusion_gate else 0
+        common = ends + d * config.projection_dim + tower.num_hidden_layers * rest + dense * ffn + fusion
+        whole, common = [(ffn, 0)] * moe, common + moe * tower.num_experts * d
+        if tower.delta_ranks is not None:  # (an expert's own, what a block's experts share)
+            whole = [((d + h) * (r1 + r2) + d + h, 2 * d * h) for r1, r2 in tower.delta_ranks]
+        total += common + sum(tower.num_experts * own + shared for own, shared in whole)
+        active += common + sum(tower.num_experts_per_tok * own + shared for own, shared in whole)
+    return {"total": total, "active": active}

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from .configuration_clipmoe import CLIPMoEConfig
+from .configuration_clipmoe import CLIPMoEConfig, active_parameters
 from .files import atomic_file, load_foreign_pt, load_tensors, read_json, save_tensors
 from .model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle, build_model, load_bundle, save_bundle
-from .modeling_clipmoe import active_parameters
 from .openai_names import (
     BLOCK,
     LONG_POSITIONS,

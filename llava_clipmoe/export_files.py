@@ -53,11 +53,15 @@ AUTO_MAP = {
 _REMOTE_SOURCE = '''\
 """transformers' Llava with a CLIP-MoE as its vision model, for `trust_remote_code=True`."""
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
 from .configuration_clipmoe import CLIPMoEVisionConfig
-from .experts_clipmoe import Experts  # noqa: F401  transformers 4 fetches only the files that are named here
 from .modeling_clipmoe import CLIPMoEVisionModel
+
+if TYPE_CHECKING:  # transformers 4 fetches only the files that are named here
+    MODELING_FILES
 
 AutoConfig.register(CLIPMoEVisionConfig.model_type, CLIPMoEVisionConfig, exist_ok=True)
 AutoModel.register(CLIPMoEVisionConfig, CLIPMoEVisionModel, exist_ok=True)
@@ -213,7 +217,8 @@ def write_generation_config(source: Path, folder: Path, config: Mapping[str, Any
 def write_card(folder: Path, config: Mapping[str, Any], clip: CLIPMoEConfig) -> None:
     """README.md, and for a CLIP-MoE the files that `trust_remote_code` needs."""
     if not clip.is_dense:
-        (folder / REMOTE_CODE).write_text(_REMOTE_SOURCE, encoding="utf-8")
+        named = "\n".join(f"    from .{Path(file).stem} import *" for file in MODELING_FILES)
+        (folder / REMOTE_CODE).write_text(_REMOTE_SOURCE.replace("    MODELING_FILES", named), encoding="utf-8")
         for file in MODELING_FILES:
             shutil.copyfile(Path(__file__).with_name(file), folder / file)
     (folder / "README.md").write_text(_card(config, clip), encoding="utf-8")

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experts_clipmoe import DeltaExperts, working_dtype
+from .common_clipmoe import working_dtype
+from .experts_delta_clipmoe import DeltaExperts
 from .kernels_clipmoe import (
     MAX_EXPERTS,
     MAX_RANK,

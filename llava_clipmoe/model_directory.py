@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
+from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig, active_parameters
 from .files import WEIGHTS, atomic_directory, load_foreign_pt, load_tensors, read_json, save_tensors, write_json
-from .modeling_clipmoe import CLIPMoEModel, active_parameters
+from .modeling_clipmoe import CLIPMoEModel
 from .tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer, save_tokenizer
 
 # OpenAI CLIP's pixel statistics (openai/CLIP, clip.py): for directories that do not say their own.
@@ -38,9 +38,8 @@ _FIELDS = {
     ),
     "vision_config": (*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"),
 }  # fmt: skip
-MODELING_FILES = (
-    "configuration_clipmoe.py", "experts_clipmoe.py", "fast_clipmoe.py", "kernels_clipmoe.py", "modeling_clipmoe.py"
-)  # fmt: skip
+MODELING_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_clipmoe.py")))
+"""What a saved model carries, so that it loads without this package."""
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")

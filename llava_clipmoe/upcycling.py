@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
-from .modeling_clipmoe import CLIPMoEModel, FusionGate
+from .modeling_clipmoe import CLIPMoEModel
+from .transformer_clipmoe import FusionGate
 
 TOWERS = ("vision_model", "text_model")
 _FFN = re.compile(r"^(vision_model|text_model)\.encoder\.layers\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)$")

@@ -18,7 +18,8 @@ import torch
 
 from llava_clipmoe.compat.versions import newer_than_tested
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, Router
+from llava_clipmoe.experts_clipmoe import Router
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 
 REPOSITORY = Path(__file__).resolve().parent.parent

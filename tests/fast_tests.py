@@ -17,10 +17,14 @@ import pytest
 import torch
 from conftest import make_tiny_config, shake
 
-from llava_clipmoe import experts_clipmoe, fast_clipmoe
+from llava_clipmoe import fast_clipmoe
+from llava_clipmoe.common_clipmoe import working_dtype
 from llava_clipmoe.compression import compress
-from llava_clipmoe.experts_clipmoe import FAST, DeltaExperts, Router, working_dtype
-from llava_clipmoe.modeling_clipmoe import CLIPMoEEncoder, CLIPMoEModel, CLIPMoESparseMLP, only_expert
+from llava_clipmoe.experts_clipmoe import Router
+from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
+from llava_clipmoe.gpu_clipmoe import FAST, kernels_for
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
+from llava_clipmoe.transformer_clipmoe import CLIPMoEEncoder, CLIPMoESparseMLP, only_expert
 from llava_clipmoe.upcycling import ffn_state, fuse, moe_config, upcycle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,12 +270,12 @@ def test_one_expert_alone(batch):
 def test_the_environment_switches_it_off_and_half_precision_on(batch, monkeypatch):
     x = given(batch)["pixel_values"]
     monkeypatch.setenv(FAST, "0")
-    assert experts_clipmoe.kernels_for(x.bfloat16()) is None
+    assert kernels_for(x.bfloat16()) is None
     monkeypatch.delenv(FAST)
-    assert experts_clipmoe.kernels_for(x) is None
-    assert experts_clipmoe.kernels_for(x.bfloat16()) is fast_clipmoe
+    assert kernels_for(x) is None
+    assert kernels_for(x.bfloat16()) is fast_clipmoe
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert working_dtype(x) == torch.bfloat16 and experts_clipmoe.kernels_for(x) is fast_clipmoe
+        assert working_dtype(x) == torch.bfloat16 and kernels_for(x) is fast_clipmoe
 
 
 def test_kernels_that_are_wrong_here_are_not_used_and_one_line_says_so(batch, monkeypatch, caplog):

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny_config
 
-from llava_clipmoe import compression, experts_clipmoe
+from llava_clipmoe import compression, cpu_clipmoe
+from llava_clipmoe.common_clipmoe import quick_gelu
 from llava_clipmoe.compression import Directions, compress, expand, second_moments
-from llava_clipmoe.experts_clipmoe import DeltaExperts, _even, _sort_by_set, quick_gelu
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
+from llava_clipmoe.configuration_clipmoe import active_parameters
+from llava_clipmoe.cpu_clipmoe import _even, _sort_by_set
+from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 E, D, H, N, R = 4, 32, 64, 40, 8
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="grouped_mm is public since torch 2.10")
@@ -151,8 +154,8 @@ def test_even_groups_give_the_same(monkeypatch):
 
     with torch.no_grad():
         expected = experts(x, weights, chosen)
-        monkeypatch.setattr(experts_clipmoe, "_even", even)
-        monkeypatch.setattr(experts_clipmoe, "_sort_by_set", lambda *given: _even(*_sort_by_set(*given), 4))
+        monkeypatch.setattr(cpu_clipmoe, "_even", even)
+        monkeypatch.setattr(cpu_clipmoe, "_sort_by_set", lambda *given: _even(*_sort_by_set(*given), 4))
         assert_close(experts(x, weights, chosen), expected, 1e-5)
         assert not calls  # by itself in half precision alone
         experts.bfloat16()(x.bfloat16(), weights, chosen)

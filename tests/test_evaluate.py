@@ -18,7 +18,8 @@ from PIL import Image
 from test_features import Pictures, make_bundle
 
 from llava_clipmoe.model_directory import ClipBundle, save_bundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, only_expert
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
+from llava_clipmoe.transformer_clipmoe import only_expert
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 from train_encoder.evaluate import command, mmvp, retrieval, routing, zero_shot
 from train_encoder.evaluate.retrieval import BenchmarkNotFound, evaluate_retrieval, recalls

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_clipmoe.experts_clipmoe import Experts, _combine, _slices, _sort_by_expert, grouped_mm_pays
+from llava_clipmoe.common_clipmoe import combine, grouped_mm_pays, sort_by_expert
+from llava_clipmoe.cpu_clipmoe import _slices
+from llava_clipmoe.experts_clipmoe import Experts
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 E, D, H, N = 4, 32, 64, 40
@@ -176,11 +178,11 @@ def test_two_runs_are_equal_to_the_bit(implementation):
 
 def test_sorting_and_combining_undo_each_other():
     _, weights, chosen = make_routing("unused", 3)
-    order, counts = _sort_by_expert(chosen, E)
+    order, counts = sort_by_expert(chosen, E)
     assert counts.tolist() == [(chosen == e).sum().item() for e in range(E)] and counts[1] == 0
     assert chosen.flatten()[order].tolist() == sorted(chosen.flatten().tolist())
     pairs = torch.arange(chosen.numel(), dtype=torch.float32).view(-1, 1)  # each pair carries its own number
-    combined = _combine(pairs[order], order, weights)
+    combined = combine(pairs[order], order, weights)
     torch.testing.assert_close(combined, (pairs.view(N, 3) * weights).sum(1, keepdim=True))
 
 

@@ -22,8 +22,9 @@ from PIL import Image
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, only_expert
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
+from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder import features
 from train_encoder.data import BadImage, ImageTransform, normalise
 from train_encoder.features import encode_images, encode_source, encode_texts, open_embeddings

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from llava_clipmoe.modeling_clipmoe import router_losses as whole_router_losses
-from llava_clipmoe.modeling_clipmoe import text_token_mask
+from llava_clipmoe.losses_clipmoe import router_losses as whole_router_losses
+from llava_clipmoe.losses_clipmoe import text_token_mask
 from llava_clipmoe.upcycling import moe_config, upcycle
 from train_encoder.config import OptimConfig
 from train_encoder.data import Batch

@@ -8,22 +8,18 @@ import torch.nn.functional as F
 import transformers
 from conftest import make_tiny_config, shake
 
-from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.modeling_clipmoe import (
-    CLIPMoEMLP,
-    CLIPMoEModel,
-    CLIPMoESparseMLP,
-    CLIPMoEVisionModel,
-    Router,
-    active_parameters,
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
+from llava_clipmoe.experts_clipmoe import Router
+from llava_clipmoe.losses_clipmoe import (
     end_of_text,
     expert_fractions,
     load_balancing_loss,
-    only_expert,
     router_losses,
     router_z_loss,
     text_token_mask,
 )
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+from llava_clipmoe.transformer_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP, only_expert
 from llava_clipmoe.upcycling import (
     ffn_state,
     moe_config,

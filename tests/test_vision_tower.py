@@ -20,7 +20,8 @@ from tiny_llava import make_towers, save_tower, upstream_is_installed
 from torch import nn
 
 from llava_clipmoe.compression import compress
-from llava_clipmoe.experts_clipmoe import TRACES_GROUPED_MM, DeltaExperts
+from llava_clipmoe.experts_clipmoe import TRACES_GROUPED_MM
+from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.files import load_tensors, save_tensors
 from llava_clipmoe.model_directory import load_bundle, read_weights, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
