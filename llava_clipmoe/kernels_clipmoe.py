@@ -32,7 +32,9 @@ try:  # not a bare import: transformers would ask everybody who loads the model 
 except ImportError as error:
     raise ImportError("The GPU kernels need triton, which comes with torch for CUDA. Use the loop instead.") from error
 
-from .experts_clipmoe import DeltaExperts, Experts, Router, count_experts, quick_gelu
+from .common_clipmoe import count_experts, quick_gelu
+from .experts_clipmoe import Experts, Router
+from .experts_delta_clipmoe import DeltaExperts
 
 MAX_EXPERTS = 16
 MAX_RANK = 256
@@ -787,11 +789,11 @@ def _add_norm_kernel(X, Y, WEIGHT, BIAS, SUM, OUT, d, eps, BD: tl.constexpr):
 
 
 def add_layer_norm(
-    x_ND: torch.Tensor, y_ND: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float
+    x_ND: torch.Tensor, y_ND: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float, dtype=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> x + y, and its layer norm, in one pass. Builds no graph."""
     x_ND, y_ND = x_ND.contiguous(), y_ND.contiguous()
-    sum_ND, out_ND, (n, d) = torch.empty_like(x_ND), torch.empty_like(x_ND), x_ND.shape
+    sum_ND, out_ND, (n, d) = torch.empty_like(x_ND), torch.empty_like(x_ND, dtype=dtype), x_ND.shape
     _launch(
         _add_norm_kernel, (n,), _tile("rows", x_ND.dtype), x_ND,
         x_ND, y_ND, weight_D, bias_D, sum_ND, out_ND, d, eps, BD=triton.next_power_of_2(d),
@@ -872,3 +874,12 @@ def _comparisons(device: torch.device, dtype: torch.dtype):
     both, norm = add_layer_norm(given(x), given(y), given(gate[0]), given(bias), 1e-5)
     yield "the residual", both, x + y
     yield "the layer norm", norm, F.layer_norm(both.double().cpu(), (d,), gate[0], bias, 1e-5)
+
+
+def share_delta(experts):
+    return pack_delta(experts)
+
+
+def ffn(x_ND, weight1, bias1, weight2, bias2, quick):
+    t = F.linear(x_ND, weight1, bias1)
+    return F.linear(quick_gelu(t) if quick else F.gelu(t), weight2, bias2)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llava_clipmoe import kernels_clipmoe as kernels
-from llava_clipmoe.experts_clipmoe import DeltaExperts, Experts, Router
+from llava_clipmoe.experts_clipmoe import Experts, Router
+from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.kernels_clipmoe import (
     PackedFFN,
     Tile,
@@ -26,7 +27,7 @@ from llava_clipmoe.kernels_clipmoe import (
     route,
     whole_ffn,
 )
-from llava_clipmoe.modeling_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP
+from llava_clipmoe.transformer_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_clipmoe.experts_clipmoe import DeltaExperts, Experts
+from llava_clipmoe.experts_clipmoe import Experts
+from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (it comes with torch for CUDA)"
