@@ -15,7 +15,7 @@ _HOME = {
     "CLIPMoEVisionConfig": "configuration_clipmoe",
     "CLIPMoEModel": "modeling_clipmoe",
     "CLIPMoEVisionModel": "modeling_clipmoe",
-    "load_bundle": "model_directory",
+    "load_bundle": "load",
     "save_bundle": "model_directory",
     "fuse": "upcycling",
     "upcycle": "upcycling",
@@ -39,7 +39,8 @@ __all__ = [
 
 if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
-    from .model_directory import load_bundle, save_bundle
+    from .load import load_bundle
+    from .model_directory import save_bundle
     from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
     from .upcycling import fuse, sparse_upcycle, upcycle
 

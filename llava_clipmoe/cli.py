@@ -30,7 +30,7 @@ class Command:
 
 COMMANDS = {
     "convert": Command(
-        "llava_clipmoe.conversion:main",
+        "llava_clipmoe.convert_command:main",
         "turn an OpenAI, open_clip or CLIP-MoE checkpoint into a model directory, and back",
         "llava-clipmoe convert CLIP-MoE.pt clip-moe --num-experts-per-tok 2",
     ),

@@ -1,26 +1,18 @@
-"""open_clip, OpenAI-named and official CLIP-MoE checkpoints <-> our model directory.
-
-llava-clipmoe convert CLIP-MoE.pt clip-moe/ --num-experts-per-tok 2
-llava-clipmoe convert open_clip_model.safetensors clip/ --open-clip-name ViT-L-14-336-quickgelu
-llava-clipmoe convert clip-moe/ CLIP-MoE.pt --to openai
-"""
+"""Checkpoints in OpenAI naming, the official CLIP-MoE's among them, <-> our bundles."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .configuration_clipmoe import CLIPMoEConfig, active_parameters
-from .files import atomic_file, load_foreign_pt, load_tensors, read_json, save_tensors
-from .model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle, build_model, load_bundle, save_bundle
+from .bundle import ClipBundle
+from .configuration_clipmoe import CLIPMoEConfig
+from .files import load_foreign_pt, load_tensors
+from .model_directory import build_model
 from .openai_names import (
     BLOCK,
     LONG_POSITIONS,
@@ -83,8 +75,8 @@ def load_checkpoint(
     file, so `num_experts_per_tok` must be given when there are experts.
     Raises ValueError when it is another model, when K is missing, or when the activation cannot be known.
     """
-    state = _read_state(Path(path))
-    _check_kind(state, str(path))
+    state = read_state(Path(path))
+    check_kind(state, str(path))
     experts = _experts_of(state, str(path))
     if experts and num_experts_per_tok is None:
         raise ValueError(
@@ -110,14 +102,14 @@ def load_checkpoint(
         )
     config = _config_from_shapes(state, quick_gelu, experts, num_experts_per_tok)
     advice = "The file is incomplete (copy or download it again), or its CLIP is built otherwise than OpenAI's."
-    return _bundle(config, state, str(path), Path(path).stem, advice)
+    return bundle_of(config, state, str(path), Path(path).stem, advice)
 
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which trainers keep a model's tensors, beside the epoch, the optimizer's state and the like."""
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or foreign .pt file, taken out of what trainers and wrappers put around them."""
     state: Any = load_tensors(path) if path.suffix == ".safetensors" else load_foreign_pt(path)
     while isinstance(state, Mapping):
@@ -177,7 +169,7 @@ def _mixture(where: str, name: str, other: str) -> ValueError:
     )
 
 
-def _check_kind(state: State, where: str) -> None:
+def check_kind(state: State, where: str) -> None:
     """Raises ValueError, saying what the file is, unless it is a ViT-CLIP in OpenAI naming."""
     if any(name.endswith("vision_model.embeddings.patch_embedding.weight") for name in state):
         raise ValueError(f"{where} has transformers' names: give the directory it lies in, config.json included.")
@@ -238,7 +230,7 @@ def _config_from_shapes(
     patch = state["visual.conv1.weight"].shape[-1]
     side = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     towers["vision_model"].update(patch_size=patch, image_size=patch * side)
-    towers["text_model"].update(_text_ids(state["token_embedding.weight"].shape[0]))
+    towers["text_model"].update(text_ids(state["token_embedding.weight"].shape[0]))
     towers["text_model"]["max_position_embeddings"] = state["positional_embedding"].shape[0]
     return CLIPMoEConfig(
         vision_config=towers["vision_model"],
@@ -248,7 +240,7 @@ def _config_from_shapes(
     )
 
 
-def _text_ids(vocab_size: int) -> dict[str, int]:
+def text_ids(vocab_size: int) -> dict[str, int]:
     """Both codes pool at the largest id of a caption, which is the vocabulary's last: the end of text."""
     if vocab_size != CLIP_VOCABULARY:
         raise ValueError(
@@ -258,171 +250,6 @@ def _text_ids(vocab_size: int) -> dict[str, int]:
     return {"vocab_size": vocab_size, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
 
 
-def _bundle(config: CLIPMoEConfig, state: State, where: str, name: str, advice: str) -> ClipBundle:
+def bundle_of(config: CLIPMoEConfig, state: State, where: str, name: str, advice: str) -> ClipBundle:
     model = build_model(config, from_openai_names(state, where), where, advice)
     return ClipBundle(model, open_clip_tokenizer(config.text_config.max_position_embeddings), name=name)
-
-
-# ----------------------------------------------------------------------------------------------------------- open_clip
-
-
-def load_open_clip(name: str, checkpoint: str | Path, quick_gelu: bool | None = None) -> ClipBundle:
-    """An open_clip model by its name and a checkpoint file of it (.safetensors, or a .pt that holds only tensors).
-
-    The activation is the one of open_clip's config (names ending in -quickgelu want quick_gelu), or `quick_gelu`.
-    Raises ValueError for models that are not CLIPs with OpenAI's two transformers.
-    """
-    settings = _open_clip_settings(name)
-    vision, text = settings["vision_cfg"], settings["text_cfg"]
-    act = settings["quick_gelu"] if quick_gelu is None else quick_gelu
-    state = _read_state(Path(checkpoint))
-    _check_kind(state, str(checkpoint))
-    is_openai = "openai" in Path(checkpoint).name.lower() or any(n in state for n in OPENAI_NUMBERS)
-    if quick_gelu is None and not act and is_openai:
-        warnings.warn(
-            f"{checkpoint} looks like OpenAI's weights, which were trained with quick_gelu, but {name} means gelu. "
-            f"Use {name}-quickgelu (or --quick-gelu) unless you know better: the wrong one lowers scores silently.",
-            stacklevel=2,
-        )
-    size = vision["image_size"]
-    config = CLIPMoEConfig(
-        vision_config={
-            **_open_clip_tower(vision, vision["width"] // vision["head_width"], act),
-            "patch_size": vision["patch_size"],
-            "image_size": size[0] if isinstance(size, (list, tuple)) else size,
-        },
-        text_config={
-            **_open_clip_tower(text, text["heads"], act),
-            **_text_ids(text["vocab_size"]),
-            "max_position_embeddings": text["context_length"],
-        },
-        projection_dim=settings["embed_dim"],
-        num_experts=1,
-    )
-    advice = f"Is this the checkpoint of {name}? Give the open_clip name that it was saved as."
-    bundle = _bundle(config, state, f"{checkpoint} as {name}", name, advice)
-    bundle.image_mean, bundle.image_std = _open_clip_statistics(Path(checkpoint))
-    return bundle
-
-
-def _open_clip_tower(tower: Mapping[str, Any], heads: int, quick_gelu: bool) -> dict[str, Any]:
-    return {
-        "hidden_size": tower["width"],
-        "intermediate_size": int(tower["width"] * tower["mlp_ratio"]),
-        "num_hidden_layers": tower["layers"],
-        "num_attention_heads": heads,
-        "hidden_act": "quick_gelu" if quick_gelu else "gelu",
-    }
-
-
-def _open_clip_settings(name: str) -> dict[str, Any]:
-    """open_clip's config of `name` with its defaults filled in; refuses what our towers do not compute."""
-    try:
-        import open_clip
-        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'open_clip models need the package open_clip_torch: pip install "llava-clipmoe[train]".',
-            name=error.name,
-        ) from error
-    settings = open_clip.get_model_config(name)
-    if settings is None and name.endswith("-quickgelu"):
-        settings = open_clip.get_model_config(name.removesuffix("-quickgelu"))
-        settings = None if settings is None else {**settings, "quick_gelu": True}
-    if settings is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
-        raise ValueError(f"open_clip has no model {name!r}; near it: {', '.join(near)}.")
-    strange = [k for k in settings if k not in ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg") and settings[k]]
-    filled: dict[str, Any] = {"embed_dim": settings["embed_dim"], "quick_gelu": bool(settings.get("quick_gelu"))}
-    free = {
-        "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"),
-        "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    }
-    for key, cls in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        given = settings[key]
-        strange += [f"{key}.{k}" for k, v in given.items() if k not in free[key] and v != defaults.get(k)]
-        filled[key] = {**defaults, **given}
-    if not isinstance(filled["vision_cfg"]["layers"], int):
-        strange.append("a ResNet")
-    size = filled["vision_cfg"]["image_size"]
-    if isinstance(size, (list, tuple)) and size[0] != size[1]:
-        strange.append("an image size that is not square")
-    if strange:
-        raise ValueError(
-            f"open_clip's {name} is not a CLIP with OpenAI's two transformers (it has {', '.join(strange[:4])}), so it "
-            "cannot be converted. ResNet, timm, CoCa, SigLIP and custom text towers are out of reach."
-        )
-    return filled
-
-
-def _open_clip_statistics(checkpoint: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Pixel mean and std: from the open_clip_config.json beside the checkpoint (hub models), else OpenAI's."""
-    beside = checkpoint.with_name("open_clip_config.json")
-    given = read_json(beside).get("preprocess_cfg", {}) if beside.exists() else {}
-    return tuple(given.get("mean", OPENAI_MEAN)), tuple(given.get("std", OPENAI_STD))
-
-
-# ------------------------------------------------------------------------------------------------------------- command
-
-
-def convert(
-    source: str | Path,
-    output: str | Path,
-    *,
-    num_experts_per_tok: int | None = None,
-    open_clip_name: str | None = None,
-    quick_gelu: bool | None = None,
-    to: str = "directory",
-) -> ClipBundle:
-    """Read `source` (a directory, hub id or checkpoint file), write `output`, return what was read.
-
-    to: "directory" (ours; a dense model as a transformers CLIP), or "openai": one file in OpenAI naming, `.pt` for the
-    official code or `.safetensors`.
-    """
-    if to not in ("directory", "openai"):
-        raise ValueError(f"to must be 'directory' or 'openai', got {to!r}.")
-    if to == "openai" and Path(output).suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"{output}: with --to openai the output is one file, whose name ends in .pt or .safetensors.")
-    if Path(output).resolve() == Path(source).resolve():
-        raise ValueError(f"{output} is the input itself: give another output.")
-    if open_clip_name is None:
-        bundle = load_bundle(source, quick_gelu=quick_gelu, num_experts_per_tok=num_experts_per_tok)
-    else:
-        if num_experts_per_tok is not None:
-            raise ValueError("open_clip models have no experts: leave --num-experts-per-tok out.")
-        bundle = load_open_clip(open_clip_name, source, quick_gelu=quick_gelu)
-    if to == "directory":
-        save_bundle(bundle, output, card={"base": bundle.name})
-    elif Path(output).suffix == ".safetensors":
-        save_tensors(output, to_openai_state(bundle), {"format": "pt"})
-    else:
-        state = to_openai_state(bundle)
-        with atomic_file(output) as temporary:
-            torch.save(state, temporary)
-    return bundle
-
-
-def main(argv: list[str]) -> int:
-    """The command `llava-clipmoe convert`; -> exit status. Raises what `convert` raises, which cli.py prints.
-
-    argparse, not tyro: a flag that is on, off or unsaid has a plain spelling there (--quick-gelu, --no-quick-gelu).
-    """
-    parser = argparse.ArgumentParser("llava-clipmoe convert", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("input", help="model directory, hub id, or checkpoint file (.pt, .safetensors)")
-    parser.add_argument("output", help="the directory (or, with --to openai, the file) to write")
-    parser.add_argument(
-        "--num-experts-per-tok", type=int, metavar="K", help="experts a token uses; official checkpoints don't say it"
-    )
-    parser.add_argument("--open-clip-name", metavar="NAME", help="the input is a checkpoint of this open_clip model")
-    parser.add_argument(
-        "--quick-gelu", action=argparse.BooleanOptionalAction, help="the activation, if the input does not say it"
-    )
-    parser.add_argument("--to", choices=("directory", "openai"), default="directory", help="layout of the output")
-    options = vars(parser.parse_args(argv))
-    source, output = options.pop("input"), options.pop("output")
-    bundle = convert(source, output, **options)
-    config = bundle.model.config
-    kind = "dense CLIP" if config.is_dense else f"CLIP-MoE with {config.num_experts} experts"
-    print(f"wrote {output}: {kind}, {active_parameters(config)['total'] / 1e6:,.1f}M parameters")
-    return 0

@@ -8,25 +8,21 @@ model is written as a plain transformers CLIP. Weights are read and written by n
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig, active_parameters
+from .bundle import OPENAI_MEAN, OPENAI_STD, ClipBundle
+from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
 from .files import WEIGHTS, atomic_directory, load_foreign_pt, load_tensors, read_json, save_tensors, write_json
+from .model_card import model_card
 from .modeling_clipmoe import CLIPMoEModel
 from .tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer, save_tokenizer
-
-# OpenAI CLIP's pixel statistics (openai/CLIP, clip.py): for directories that do not say their own.
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _TOWER_FIELDS = (
     "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "hidden_act",
@@ -41,79 +37,15 @@ _FIELDS = {
 MODELING_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_clipmoe.py")))
 """What a saved model carries, so that it loads without this package."""
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
-
-
-@dataclass
-class ClipBundle:
-    """A model and what it needs to read images and captions.
-
-    `model` is dense when its config's `is_dense` says so; as loaded it is fp32 and in eval mode. `image_mean` and
-    `image_std` are per RGB channel, for pixels in [0, 1]. `name` says where it came from, without any path.
-    """
-
-    model: CLIPMoEModel
-    tokenizer: Any
-    image_mean: tuple[float, float, float] = OPENAI_MEAN
-    image_std: tuple[float, float, float] = OPENAI_STD
-    name: str = "clip"
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square input in pixels."""
-        return self.model.config.vision_config.image_size
-
-    @property
-    def context_length(self) -> int:
-        """Text positions: the longest caption in tokens, start and end included."""
-        return self.model.config.text_config.max_position_embeddings
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_bundle(
-    source: str | Path,
-    *,
-    checkpoint: str | Path | None = None,
-    quick_gelu: bool | None = None,
-    num_experts_per_tok: int | None = None,
-) -> ClipBundle:
-    """Load a CLIP or CLIP-MoE from whatever `source` names.
-
-    source: a model directory (ours or transformers'), a hub id "org/name", a checkpoint file (official CLIP-MoE or
-    OpenAI naming), or, together with `checkpoint`, the name of an open_clip model. `quick_gelu` overrides the
-    activation that the source's config says; `num_experts_per_tok` overrides K, and must be given for official
-    CLIP-MoE checkpoints, which do not say it.
-    Raises ValueError, FileNotFoundError or UnsafeFile, each saying what to do next.
-    """
-    path = Path(source)
-    if checkpoint is not None:
-        if path.exists():
-            raise ValueError(
-                f"{source} exists, and a checkpoint ({checkpoint}) was given too. A checkpoint goes with the NAME of "
-                "an open_clip model, such as ViT-L-14-336-quickgelu; give one of the two."
-            )
-        from .conversion import load_open_clip
-
-        return load_open_clip(str(source), checkpoint, quick_gelu=quick_gelu)
-    if path.is_dir():
-        return _load_directory(path, path.resolve().name, quick_gelu, num_experts_per_tok)
-    if path.is_file():
-        from .conversion import load_checkpoint
-
-        return load_checkpoint(path, num_experts_per_tok=num_experts_per_tok, quick_gelu=quick_gelu)
-    if isinstance(source, str) and _HUB_ID.match(source):
-        return _load_directory(download(source), source, quick_gelu, num_experts_per_tok)
-    raise FileNotFoundError(
-        f"{source} is not a model directory or checkpoint file on this machine, nor a hub id (org/name). If it is the "
-        "name of an open_clip model, give its checkpoint file as well."
-    )
-
-
-def _load_directory(directory: Path, name: str, quick_gelu: bool | None, num_experts_per_tok: int | None) -> ClipBundle:
+def load_directory(directory: Path, name: str, quick_gelu: bool | None, num_experts_per_tok: int | None) -> ClipBundle:
+    """A bundle from a directory of ours or of transformers; the two options as in `load_bundle`."""
     config = override(read_config(directory), quick_gelu, num_experts_per_tok)
     model = build_model(config, read_weights(directory), str(directory))
     mean, std = pixel_statistics(directory)
@@ -370,51 +302,3 @@ def _save_weights(state: Mapping[str, torch.Tensor], folder: Path, max_shard_byt
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(t.numel() * t.element_size() for t in state.values())
     write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def public_name(source: str) -> str:
-    """What a model card calls a model or data set: a path by its last part, as the directory may be given away; a hub
-    id, or another name, as it is."""
-    path = Path(source).expanduser()
-    if _HUB_NAME.fullmatch(source) and not path.exists():
-        return source
-    return os.path.basename(os.path.abspath(path))
-
-
-def model_card(bundle: ClipBundle, card: Mapping[str, Any]) -> str:
-    """The README.md of a model directory: what it is, where it comes from, how to load it."""
-    name = card.get("name", bundle.name)
-    config = bundle.model.config
-    dense = config.is_dense
-    counts = active_parameters(config)
-    head = ["library_name: transformers", "pipeline_tag: zero-shot-image-classification"]
-    if "license" in card:
-        head.append(f"license: {card['license']}")
-    kind, place, gate = "CLIP-MoE", "in place of", ""
-    if config.fusion_gate:
-        kind, place, gate = "CLIP-FMoE", "beside", ", mixed with it by a fusion gate"
-    head.append("tags: [clip]" if dense else "tags: [clip, clip-moe, mixture-of-experts]")
-    what = (
-        f"A CLIP at {bundle.image_size} px with {bundle.context_length} text positions."
-        if dense
-        else f"A {kind} at {bundle.image_size} px with {bundle.context_length} text positions: "
-        f"{config.num_experts} expert{'s' * (config.num_experts > 1)} {place} an FFN, "
-        f"{config.num_experts_per_tok} per token{gate}, in "
-        f"{len(config.vision_config.moe_layers)} of {config.vision_config.num_hidden_layers} image blocks and "
-        f"{len(config.text_config.moe_layers)} of {config.text_config.num_hidden_layers} text blocks."
-    )
-    facts = [f"- base: {card.get('base', bundle.name)}", f"- parameters: {counts['total']:,}"]
-    if not dense:
-        facts[-1] += f", of which an image-caption pair uses {counts['active']:,}"
-    facts += [f"- {key}: {value}" for key, value in card.items() if key not in ("name", "base", "license")]
-    loading = "CLIPModel.from_pretrained(path)" if dense else "AutoModel.from_pretrained(path, trust_remote_code=True)"
-    imported = "CLIPModel" if dense else "AutoModel"
-    lines = [
-        "---", *head, "---", "", f"# {name}", "", what, "", *facts, "",
-        "The weights derive from the base model and from the data they were trained on; their licences apply.", "",
-        "## Loading", "", "With transformers (4.37 or newer):", "", "```python",
-        f"from transformers import {imported}", "", f"model = {loading}", "```", "",
-        "With llava-clipmoe, tokenizer and pixel statistics included:", "", "```python",
-        "from llava_clipmoe.model_directory import load_bundle", "", "bundle = load_bundle(path)", "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)

@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import make_tiny_config, shake
 
-from llava_clipmoe import fast_clipmoe
+from llava_clipmoe import fast_clipmoe, kernels_clipmoe
 from llava_clipmoe.common_clipmoe import working_dtype
 from llava_clipmoe.compression import compress
 from llava_clipmoe.experts_clipmoe import Router
 from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.gpu_clipmoe import FAST, kernels_for
+from llava_clipmoe.kernels_clipmoe import Tile
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import CLIPMoEEncoder, CLIPMoESparseMLP, only_expert
 from llava_clipmoe.upcycling import ffn_state, fuse, moe_config, upcycle
@@ -38,6 +39,11 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def fast(monkeypatch):
     monkeypatch.setenv(FAST, "1")
     fast_clipmoe.say_once.cache_clear()
+    if DEVICE == "cpu":  # large tiles are few programs, and those are what the interpreter needs its time for
+        tiles = {
+            key: tile if key[0] == "rows" else Tile(64, 64, 64, 4, 1) for key, tile in kernels_clipmoe.TILES.items()
+        }
+        monkeypatch.setattr(kernels_clipmoe, "TILES", kernels_clipmoe.TILES | tiles)
 
 
 @contextlib.contextmanager
@@ -68,8 +74,10 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **fields) -> CLIPMoEMode
 
 
 def given(batch: dict, dtype: torch.dtype = torch.float32) -> dict:
-    moved = {name: tensor[:2].to(DEVICE) for name, tensor in batch.items()}  # the interpreter is slow
-    return moved | {"pixel_values": moved["pixel_values"].to(dtype)}
+    """Two pictures, and two captions of 3 and 5 tokens: the interpreter is slow."""
+    moved = {name: tensor[[0, 3]].to(DEVICE) for name, tensor in batch.items()}
+    short = {name: moved[name][:, :6] for name in ("input_ids", "attention_mask")}
+    return moved | short | {"pixel_values": moved["pixel_values"].to(dtype)}
 
 
 def outputs(model: CLIPMoEModel, batch: dict) -> dict[str, torch.Tensor]:
@@ -92,7 +100,7 @@ def assert_alike(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        error = (found[name].float() - tensor.float()).norm() / tensor.float().norm()
+        error = (found[name].float() - tensor.float()).norm() / (tensor.float().norm() + 1e-2)  # (some are 0)
         assert error <= tolerance, f"{name} is off by {error:.1e}"
 
 
@@ -330,10 +338,9 @@ TRAININGS = {
     [("whole", "router"), ("delta", "router"), ("gate", "router and gate"), ("dense", "ffn"), ("dense", "all"),
      ("whole", "all"), ("whole", "attention"), ("delta", "attention")],
 )  # fmt: skip
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_gradients_are_those_of_the_modules(batch, monkeypatch, kind, training, checkpointing):
+def test_gradients_are_those_of_the_modules(batch, monkeypatch, kind, training):
     model, batch = make(kind), given(batch)
-    model._set_gradient_checkpointing(checkpointing)
+    model._set_gradient_checkpointing(training == "router")
     asked = []
     for can in ("can_mix", "can_feed"):
         answer = getattr(fast_clipmoe, can)
@@ -362,14 +369,15 @@ def test_gradients_under_autocast(batch, kind):
 
 def test_jitter_reaches_the_router_alone(batch):
     model, batch = make("whole", router_jitter_noise=0.3), given(batch)
-    losses = {}
-    for way in ("fast", "slow"):
-        with slow() if way == "slow" else contextlib.nullcontext():
-            torch.manual_seed(3)
-            losses[way] = float(
-                gradients(model, batch, TRAININGS["router"])["vision_model.encoder.layers.0.mlp.router.weight"].sum()
-            )
-    assert losses["fast"] == pytest.approx(losses["slow"], rel=1e-3)
+
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return gradients(model, batch, TRAININGS["router"])
+
+    found, other = drawn(0), drawn(1)
+    assert any((found[name] - other[name]).norm() > 0.01 * found[name].norm() for name in found)
+    with slow():
+        assert_alike(found, drawn(0), 1e-3)
 
 
 def test_dropout_goes_through_the_modules(batch):
