@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from llava_clipmoe import kernels_clipmoe as kernels
+from llava_clipmoe import kernels_delta_clipmoe, kernels_whole_clipmoe
 from llava_clipmoe.experts_clipmoe import DeltaExperts, Experts, Router
+from llava_clipmoe.kernels_base_clipmoe import TILES, Tile, sort_experts
 from llava_clipmoe.kernels_clipmoe import (
     PackedFFN,
-    Tile,
     add_layer_norm,
     delta_ffn,
     dense_ffn,
@@ -47,7 +48,9 @@ tokens = pytest.mark.parametrize("n", [0, 1, 37])
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "TILES", {key: Tile(16, 16, 16, 4, 1) for key in kernels.TILES})
+    for kind, size in TILES:
+        inner = 2 if kind.startswith("delta") else 16
+        monkeypatch.setitem(TILES, (kind, size), {0: Tile(16, 16, inner, 4, 1)})
 
 
 def make_config(e: int, k: int, act: str = "quick_gelu") -> SimpleNamespace:
@@ -191,7 +194,7 @@ def test_delta(small_tiles, dtype, act, e, k):
 @tokens
 @pytest.mark.parametrize(("kind", "split", "sort"), [("mixed", 3, False), ("unused", 1, True), ("unused", 3, True)])
 def test_delta_of_any_number_of_tokens(small_tiles, monkeypatch, n, sort, split, kind):
-    monkeypatch.setattr(kernels, "_delta_split", lambda *_: split)
+    monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
     experts, x = make_delta(torch.float32, 4, 2), draw(n, D, dtype=torch.float32)
     weights_NE, weights, chosen = routing(n, 4, 2, kind)
     found = delta_on_device(experts, torch.float32, x, weights_NE, chosen if sort else None)
@@ -222,7 +225,7 @@ def test_an_expert_that_a_token_did_not_choose_cannot_spoil_it():
 def test_few_tokens_are_not_sorted(monkeypatch):
     chosen = torch.tensor([[2, 0], [1, 3], [0, 2], [3, 1], [0, 1]])
     assert kernels.order_if_it_pays(chosen) is None
-    monkeypatch.setattr(kernels, "SORT_FROM", 5)
+    monkeypatch.setattr(kernels_delta_clipmoe, "SORT_FROM", 5)
     assert kernels.order_if_it_pays(chosen).tolist() == [4, 0, 2, 1, 3]
 
 
