@@ -200,8 +200,8 @@ def _delta_pass(Y1, WEIGHTS, UP, BIAS, DOWN, Y2, U, token, real, e0, e1, earlier
 @triton.jit(do_not_specialize=["earlier"])
 def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part_width, width1, width2, earlier,
                   E: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, QUICK: tl.constexpr, SORTED: tl.constexpr,
-                  BIG: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
+                  BIG: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
     """A tile of tokens and a part of H:  Y1 = [base h | z_0 .. z_E]  ->  Y2 = [sum w_e h_e | u_0 .. u_E | weights].
 
     u_e is a sum over H: with SPLIT parts of H, each goes to PARTS [SPLIT,N,E R2] in fp32. Of the experts that my tokens
@@ -262,21 +262,19 @@ def _sum_parts(parts: torch.Tensor, weights_NE: torch.Tensor, out: torch.Tensor)
     )  # fmt: skip
 
 
-def order_by_set(experts_NK: torch.Tensor) -> torch.Tensor:
-    """Tokens [N] in the order of the sets of experts that they use: a tile of them then uses few experts."""
-    return _order_by_code(experts_NK)
+def order_by_set(experts_NK: torch.Tensor, num_experts: int | None = None) -> torch.Tensor:
+    """Tokens [N] in the order of the sets of experts that they use: a tile of them then uses few experts.
 
-
-def _order_by_code(experts_NK: torch.Tensor, num_experts: int | None = None) -> torch.Tensor:
-    if num_experts is not None and num_experts <= 4:  # at most 16 sets: counted in one kernel
+    `num_experts` (of the model) need not be given, but of 4 or fewer there are at most 16 sets, and one kernel sorts.
+    """
+    if num_experts is not None and num_experts <= 4:
         return sort_experts(experts_NK, 1 << num_experts, sets=True).order
     return (1 << experts_NK).sum(-1, dtype=torch.int32).argsort(stable=True)
 
 
 def order_if_it_pays(experts_NK: torch.Tensor, num_experts: int | None = None) -> torch.Tensor | None:
-    """`order_by_set` of many tokens; None of few, which `delta_ffn` then takes as they come. `num_experts` (of the
-    model) is not needed, but of 4 or fewer the sort takes one kernel."""
-    return _order_by_code(experts_NK, num_experts) if len(experts_NK) >= SORT_FROM else None
+    """`order_by_set` of many tokens; None of few, which `delta_ffn` then takes as they come."""
+    return order_by_set(experts_NK, num_experts) if len(experts_NK) >= SORT_FROM else None
 
 
 def delta_ffn(
@@ -418,7 +416,8 @@ def _delta_back_pass(Y1, G2, WEIGHTS, UP, BIAS, DOWN, G1, Z_GRAD, WEIGHTS_GRAD, 
 def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHTS_GRAD, n, hidden, part_width, width1,
                        width2, earlier, E: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, QUICK: tl.constexpr,
                        SORTED: tl.constexpr, BIG: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
-                       EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
+                       EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR1: tl.constexpr,
+                       BR2: tl.constexpr):  # fmt: skip
     """Gradients G2 of Y2 [mixed h | u | weights] -> gradients G1 of Y1 [base h | z], and of the weights [SPLIT,N,E].
 
     h_e is computed again from Y1. With g_e = G2's h + down_e^T (G2's u_e), the gradient of w_e h_e:
