@@ -32,7 +32,11 @@ if TYPE_CHECKING:  # transformers 4 copies only the files that are named here
     from .cpu_clipmoe import read_whole  # noqa: F401
     from .fast_clipmoe import FastEncoder  # noqa: F401
     from .gpu_clipmoe import kernels_for  # noqa: F401
+    from .kernels_base_clipmoe import Tile  # noqa: F401
     from .kernels_clipmoe import check  # noqa: F401
+    from .kernels_delta_clipmoe import delta_ffn  # noqa: F401
+    from .kernels_dense_clipmoe import dense_ffn  # noqa: F401
+    from .kernels_whole_clipmoe import whole_ffn  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------- towers
 

@@ -12,19 +12,23 @@ import pytest
 import torch
 
 from llava_clipmoe import kernels_clipmoe as kernels
+from llava_clipmoe import kernels_delta_clipmoe, kernels_whole_clipmoe
 from llava_clipmoe.experts_clipmoe import Experts, Router
 from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
+from llava_clipmoe.files import load_tensors, save_tensors
+from llava_clipmoe.kernels_base_clipmoe import TILES, Tile, sort_experts
 from llava_clipmoe.kernels_clipmoe import (
     PackedFFN,
-    Tile,
     add_layer_norm,
     delta_ffn,
     dense_ffn,
+    ffn,
     fuse,
     order_by_set,
     pack_delta,
     pack_ffn,
     route,
+    share_delta,
     whole_ffn,
 )
 from llava_clipmoe.transformer_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP
@@ -48,7 +52,9 @@ tokens = pytest.mark.parametrize("n", [0, 1, 37])
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "TILES", {key: Tile(16, 16, 16, 4, 1) for key in kernels.TILES})
+    for kind, size in TILES:
+        inner = 2 if kind.startswith("delta") else 16
+        monkeypatch.setitem(TILES, (kind, size), {0: Tile(16, 16, inner, 4, 1)})
 
 
 def make_config(e: int, k: int, act: str = "quick_gelu") -> SimpleNamespace:
@@ -161,6 +167,36 @@ def test_router_backward(small_tiles, e, k):
         near(a, b, 1e-5, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
+def test_router_of_a_large_tower_is_exact(weight_dtype):
+    """ViT-L's width: products of half-precision numbers are summed in fp32, and an fp32 weight is not rounded."""
+    x, weight = draw(18, 1024, dtype=torch.float16), draw(4, 1024, dtype=weight_dtype, seed=5)
+    found = route(on_device(x, torch.float16), on_device(weight, weight_dtype), 2)
+    near(found.logits, x @ weight.t(), 1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- sort
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 100])
+@pytest.mark.parametrize(("e", "k"), [(4, 2), (16, 3), (2, 1)])
+def test_pairs_sorted_by_expert(small_tiles, n, e, k):
+    experts = routing(n, e, k)[2] if n else torch.zeros(0, k, dtype=torch.int64)
+    found = sort_experts(on_device(experts), e)
+    expected = experts.flatten().argsort(stable=True)
+    assert torch.equal(found.order.cpu().long(), expected)
+    assert torch.equal(found.places.cpu().long()[expected], torch.arange(n * k))
+    assert found.ends.tolist() == experts.flatten().bincount(minlength=e).cumsum(0).tolist()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_tokens_sorted_by_their_set_of_experts(request, small):
+    if small:
+        request.getfixturevalue("small_tiles")
+    experts = routing(300, 4, 3)[2]
+    assert torch.equal(order_by_set(on_device(experts), 4).cpu(), order_by_set(experts).int())
+
+
 # ----------------------------------------------------------------------------------------------------- delta experts
 
 
@@ -192,7 +228,7 @@ def test_delta(small_tiles, dtype, act, e, k):
 @tokens
 @pytest.mark.parametrize(("kind", "split", "sort"), [("mixed", 3, False), ("unused", 1, True), ("unused", 3, True)])
 def test_delta_of_any_number_of_tokens(small_tiles, monkeypatch, n, sort, split, kind):
-    monkeypatch.setattr(kernels, "_delta_split", lambda *_: split)
+    monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
     experts, x = make_delta(torch.float32, 4, 2), draw(n, D, dtype=torch.float32)
     weights_NE, weights, chosen = routing(n, 4, 2, kind)
     found = delta_on_device(experts, torch.float32, x, weights_NE, chosen if sort else None)
@@ -220,10 +256,31 @@ def test_an_expert_that_a_token_did_not_choose_cannot_spoil_it():
     assert not found[~clean].isfinite().any()
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(("e", "k"), [(5, 5), (3, 1)])
+def test_delta_of_some_experts_at_a_time(monkeypatch, e, k, step, split):
+    """A tile whose tokens use many experts takes several launches, which add to what is there; here H is a multiple of
+    the tile's columns, too."""
+    for kind in ("delta of rank 64", "delta back of rank 64"):
+        monkeypatch.setitem(TILES, (kind, 4), {0: Tile(16, 8, step, 4, 1)})
+    monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
+    experts, x = make_delta(torch.float32, e, k), draw(N, D, dtype=torch.float32)
+    _, weights, chosen = routing(N, e, k)
+    packed = packed_on_device(experts, torch.float32)
+
+    def give(x, w):
+        return delta_ffn(packed, x, spread(w, on_device(chosen), e))
+
+    near(give(on_device(x.float()), on_device(weights)), experts(x, weights, chosen).detach(), 1e-5)
+    found = gradients(give, on_device(x.float()), on_device(weights))
+    near_gradients(found, gradients(lambda x, w: experts(x, w, chosen), x, weights.double()), 2e-5)
+
+
 def test_few_tokens_are_not_sorted(monkeypatch):
     chosen = torch.tensor([[2, 0], [1, 3], [0, 2], [3, 1], [0, 1]])
     assert kernels.order_if_it_pays(chosen) is None
-    monkeypatch.setattr(kernels, "SORT_FROM", 5)
+    monkeypatch.setattr(kernels_delta_clipmoe, "SORT_FROM", 5)
     assert kernels.order_if_it_pays(chosen).tolist() == [4, 0, 2, 1, 3]
 
 
@@ -283,19 +340,70 @@ BACKWARD = [
 backward = pytest.mark.parametrize(("dtype", "act", "e", "k"), BACKWARD, ids=["fp32", "fp32-e5k3", "fp16", "bf16-e3k3"])
 
 
+def packed_on_device(experts: DeltaExperts, dtype) -> kernels.PackedDelta:
+    packed = pack_delta(experts, dtype)
+    return packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
+
+
 @backward
-@pytest.mark.parametrize("sort", [False, True])
-def test_delta_backward(small_tiles, dtype, act, e, k, sort):
+@pytest.mark.parametrize(("sort", "split"), [(False, 1), (True, 1), (True, 2)])
+def test_delta_backward(small_tiles, monkeypatch, dtype, act, e, k, sort, split):
+    monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
     experts, x = make_delta(dtype, e, k, (24, 16), act), draw(N, D, dtype=dtype)
     _, weights, chosen = routing(N, e, k, "unused")
-    packed, there = pack_delta(experts, dtype), on_device(chosen)
-    packed = packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
+    packed, there = packed_on_device(experts, dtype), on_device(chosen)
     order = order_by_set(there) if sort else None
     found = gradients(
         lambda x, w: delta_ffn(packed, x, spread(w, there, e), order), on_device(x, dtype), on_device(weights)
     )
     expected = gradients(lambda x, w: experts(x, w, chosen), x, weights.double())
     near_gradients(found, expected, 2 * TOLERANCE[dtype])
+
+
+def test_few_tokens_split_the_width():
+    split = kernels_delta_clipmoe._delta_split
+    assert split(577, 4096, Tile(64, 32, 2, 4, 3)) == 16
+    assert split(32 * 577, 4096, Tile(64, 32, 2, 4, 3)) == 2
+    assert split(10**6, 4096, Tile(64, 32, 2, 4, 3)) == 1
+    assert split(0, 40, Tile(64, 32, 2, 4, 3)) == 1
+
+
+@pytest.mark.parametrize(("ranks", "e"), [((16, 32), 4), ((8, 24), 3)], ids=["no padding", "padding"])
+def test_weights_are_held_once(ranks, e, tmp_path):
+    """The module's parameters become views of the packed tensors: same values, same output, same files."""
+    experts, x = make_delta(torch.float32, e, 2, ranks).float(), draw(N, D, dtype=torch.float32).float()
+    _, weights, chosen = routing(N, e, 2)
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    said = experts(x, weights, chosen)
+    packed, expected = share_delta(experts), pack_delta(experts)
+    assert all(torch.equal(a, b) for a, b in zip(packed[:-1], expected[:-1], strict=True)) and packed.quick
+
+    after = experts.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(experts(x, weights, chosen), said)
+    assert {p.untyped_storage().data_ptr() for p in experts.parameters()} == {
+        tensor.untyped_storage().data_ptr() for tensor in packed[:-1]
+    }
+    (d, width2), r1, r2 = packed.second.shape, packed.up.shape[2], packed.down.shape[1]
+    numbers = (H + e * r1) * D + d * width2 + e * H * (r1 + 1 + r2)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in packed[:-1]) == 4 * numbers
+    if ranks == (16, 32):  # then all that is new are the zeros beside the biases of fc2
+        assert numbers == sum(tensor.numel() for tensor in before.values()) + (16 - e) * D
+
+    save_tensors(tmp_path / "experts.safetensors", after)
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in load_tensors(tmp_path / "experts.safetensors").items()
+    )
+    experts.load_state_dict({name: 2 * tensor for name, tensor in before.items()})  # in place: the kernels see it
+    assert torch.equal(packed.second[:, :H], 2 * before["fc2.base"])
+
+
+def test_experts_of_several_dtypes_are_not_shared():
+    experts = make_delta(torch.float32, 4, 2)
+    experts.fc1.base.data = experts.fc1.base.data.float()
+    with pytest.raises(ValueError, match="one dtype"):
+        share_delta(experts)
+    assert experts.fc1.base.dtype == torch.float32 and experts.fc2.base.dtype == torch.float64
 
 
 # ----------------------------------------------------------------------------------------------------- whole experts
@@ -307,8 +415,29 @@ def make_whole(dtype, e: int, k: int, act: str = "quick_gelu") -> tuple[Experts,
     return experts, packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
 
 
+@pytest.fixture(params=["own kernel", "grouped_mm"])
+def both_products(request, monkeypatch):
+    """torch's grouped_mm does the products, or the kernel here: on a GPU the dtype and the card decide. On a CPU torch
+    has it too, on a GPU for bf16 alone."""
+    torch_does_it = request.param == "grouped_mm"
+    if torch_does_it and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    monkeypatch.setattr(
+        kernels_whole_clipmoe, "uses_grouped_mm", lambda x: torch_does_it and (DEVICE == "cpu" or x.itemsize == 2)
+    )
+
+
+def test_grouped_mm_is_for_hopper_and_bf16():
+    x = torch.zeros(2, 2, dtype=torch.bfloat16, device=DEVICE)
+    fused = (
+        DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0) and hasattr(torch.nn.functional, "grouped_mm")
+    )
+    assert kernels_whole_clipmoe.uses_grouped_mm(x) == fused
+    assert not kernels_whole_clipmoe.uses_grouped_mm(x.half())
+
+
 @cases
-def test_whole(small_tiles, dtype, act, e, k):
+def test_whole(small_tiles, both_products, dtype, act, e, k):
     (experts, packed), x = make_whole(dtype, e, k, act), draw(N, D, dtype=dtype)
     weights_NE, weights, chosen = routing(N, e, k)
     found = whole_ffn(packed, on_device(x, dtype), on_device(weights_NE), on_device(chosen))
@@ -318,7 +447,7 @@ def test_whole(small_tiles, dtype, act, e, k):
 
 @tokens
 @pytest.mark.parametrize(("kind", "small"), [("mixed", False), ("unused", True)])
-def test_whole_of_any_number_of_tokens(request, n, kind, small):
+def test_whole_of_any_number_of_tokens(request, both_products, n, kind, small):
     if small:
         request.getfixturevalue("small_tiles")
     (experts, packed), x = make_whole(torch.float32, 4, 2), draw(n, D, dtype=torch.float32)
@@ -327,8 +456,19 @@ def test_whole_of_any_number_of_tokens(request, n, kind, small):
     near(found, of_loop(experts, x, weights, chosen), 1e-5)
 
 
+@pytest.mark.parametrize(("cols", "inner"), [(8, 8), (16, 16)], ids=["even", "uneven"])
+def test_whole_in_many_tiles(monkeypatch, cols, inner):
+    """Several groups of tiles, the last of them smaller; sizes that are multiples of the tile (no masks) and not."""
+    monkeypatch.setitem(TILES, ("grouped", 4), {0: Tile(16, cols, inner, 4, 1)})
+    monkeypatch.setattr(kernels_whole_clipmoe, "GROUP", 3)
+    (experts, packed), x = make_whole(torch.float32, 4, 2), draw(90, D, dtype=torch.float32)
+    weights_NE, weights, chosen = routing(90, 4, 2)
+    found = whole_ffn(packed, on_device(x.float()), on_device(weights_NE), on_device(chosen))
+    near(found, experts(x, weights, chosen).detach(), 1e-5)
+
+
 @backward
-def test_whole_backward(small_tiles, dtype, act, e, k):
+def test_whole_backward(small_tiles, both_products, dtype, act, e, k):
     (experts, packed), x = make_whole(dtype, e, k, act), draw(N, D, dtype=dtype)
     _, weights, chosen = routing(N, e, k, "unused")
     there = on_device(chosen)
@@ -350,6 +490,49 @@ def test_dense(small_tiles, dtype, act, n):
     near(dense_ffn(packed, on_device(x, dtype)), mlp(x)[0].detach(), TOLERANCE[dtype])
     found = gradients(lambda x: dense_ffn(packed, x), on_device(x, dtype))
     near_gradients(found, gradients(lambda x: mlp(x)[0], x), 2 * TOLERANCE[dtype], ["x"])
+
+
+@dtypes
+@pytest.mark.parametrize(("act", "n"), [("quick_gelu", 0), ("quick_gelu", N), ("gelu", 18)])
+def test_dense_in_training(small_tiles, dtype, act, n):
+    mlp, x = drawn(CLIPMoEMLP(make_config(1, 1, act)), dtype), draw(n, D, dtype=dtype)
+    weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    inputs = [on_device(tensor, dtype) for tensor in (x, *weights)]
+
+    def kernel(*tensors):
+        return ffn(*tensors, act == "quick_gelu")
+
+    def loop(x, w1, b1, w2, b2):
+        return torch.nn.functional.linear(mlp.act(torch.nn.functional.linear(x, w1, b1)), w2, b2)
+
+    near(kernel(*inputs), mlp(x)[0].detach(), TOLERANCE[dtype])
+    found, names = gradients(kernel, *inputs), ["x", "weight1", "bias1", "weight2", "bias2"]
+    near_gradients(found, gradients(loop, x, *weights), 2 * TOLERANCE[dtype], names)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (1, 2, 3, 4)], ids=str)
+def test_dense_in_training_gives_what_is_asked_for(wanted):
+    mlp = drawn(CLIPMoEMLP(make_config(1, 1)), torch.float32)
+    tensors = [draw(N, D, dtype=torch.float32), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
+    tensors = [on_device(tensor.float()).requires_grad_(i in wanted) for i, tensor in enumerate(tensors)]
+    expected = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    for _ in range(2):  # again: nothing that was kept is written over
+        out = ffn(*tensors, True)
+        out.sum().backward(retain_graph=True)
+        out.sum().backward()
+    (4 * ffn(*expected, True).sum()).backward()
+    for i, (tensor, other) in enumerate(zip(tensors, expected, strict=True)):
+        assert (tensor.grad is not None) == (i in wanted)
+        if i in wanted:
+            near(tensor.grad, other.grad, 1e-5)
+
+
+def test_dense_in_training_keeps_one_hidden_tensor():
+    kept, mlp = [], drawn(CLIPMoEMLP(make_config(1, 1)), torch.float32).float().to(DEVICE)
+    x = on_device(draw(N, D, dtype=torch.float32).float())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ffn(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, True)
+    assert sum(tensor.shape == (N, H) for tensor in kept) == 1
 
 
 def gated(e: int, k: int, dtype) -> CLIPMoESparseMLP:

@@ -18,11 +18,14 @@ from test_model_directory import _WITHOUT_US, other_python, write_tiny_tokenizer
 from tiny_run import draw_data
 
 from llava_clipmoe import cli
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.compression import compress as compress_model
-from llava_clipmoe.experts_clipmoe import DeltaExperts
+from llava_clipmoe.configuration_clipmoe import active_parameters
+from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.files import read_json, write_json
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, active_parameters
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import save_bundle
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import load_tokenizer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 from train_encoder import compress

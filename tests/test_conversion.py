@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from llava_clipmoe import conversion
-from llava_clipmoe.conversion import convert, load_checkpoint, load_open_clip, main, to_openai_state
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.conversion import load_checkpoint, to_openai_state
+from llava_clipmoe.convert_command import convert, main
 from llava_clipmoe.files import UnsafeFile, save_tensors
-from llava_clipmoe.model_directory import ClipBundle, load_bundle
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.open_clip_models import load_open_clip
 from llava_clipmoe.openai_names import from_openai_names
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 

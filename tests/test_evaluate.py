@@ -17,7 +17,8 @@ from conftest import shake
 from PIL import Image
 from test_features import Pictures, make_bundle
 
-from llava_clipmoe.model_directory import ClipBundle, save_bundle
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import only_expert
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle

@@ -13,11 +13,13 @@ from PIL import Image
 from test_fusion_gate import make_fmoe
 
 from llava_clipmoe import export, llava_hook
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.cli import _message
 from llava_clipmoe.compression import compress
 from llava_clipmoe.export import export_hf, main
 from llava_clipmoe.files import SaveError, load_tensors, read_json, save_tensors, write_json
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.registration import register_auto_classes
 from llava_clipmoe.tokenizer import load_tokenizer
 from llava_clipmoe.towers import UnknownTower

@@ -20,8 +20,8 @@ pytest.importorskip("open_clip", reason="the trainer's packages are not installe
 from conftest import REPOSITORY, shake
 from PIL import Image
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.model_directory import ClipBundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.transformer_clipmoe import only_expert

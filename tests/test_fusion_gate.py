@@ -20,10 +20,12 @@ import transformers
 from conftest import make_tiny_config, shake
 from tiny_llava import save_tower
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig, active_parameters
 from llava_clipmoe.conversion import to_openai_state
 from llava_clipmoe.experts_clipmoe import Router
-from llava_clipmoe.model_directory import ClipBundle, config_dict, load_bundle, save_bundle
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import config_dict, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import CLIPMoESparseMLP, FusionGate, only_expert
 from llava_clipmoe.upcycling import (

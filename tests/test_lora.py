@@ -18,7 +18,7 @@ from test_methods import flags
 
 from llava_clipmoe.cli import main as command
 from llava_clipmoe.files import load_tensors, read_json
-from llava_clipmoe.model_directory import load_bundle
+from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_ffn
 from train_encoder import loop
 from train_encoder.config import LoraConfig

@@ -12,7 +12,7 @@ import torch
 from tiny_run import REPOSITORY, arguments, draw_data
 
 from llava_clipmoe.files import load_tensors, read_json
-from llava_clipmoe.model_directory import load_bundle
+from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_ffn
 from train_encoder.recipes import RECIPES
 

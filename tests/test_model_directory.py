@@ -14,8 +14,11 @@ import torch
 import transformers
 
 from llava_clipmoe import model_directory
+from llava_clipmoe.bundle import OPENAI_MEAN, OPENAI_STD, ClipBundle
 from llava_clipmoe.files import SaveError, UnsafeFile, load_tensors, save_tensors
-from llava_clipmoe.model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle, load_bundle, public_name, save_bundle
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_card import public_name
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import END, START, load_tokenizer, open_clip_tokenizer, save_tokenizer
 

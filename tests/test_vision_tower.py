@@ -21,7 +21,8 @@ from torch import nn
 from llava_clipmoe.compression import compress
 from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.files import load_tensors, read_json, save_tensors, write_json
-from llava_clipmoe.model_directory import load_bundle, read_weights, save_bundle
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import read_weights, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register, registry_file, resolve
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle

@@ -83,7 +83,8 @@ def make_language_model(folder: Path, hidden_size: int = 32) -> Path:
 
 def save_tower(model: torch.nn.Module, folder: Path) -> Path:
     """Write a CLIP or CLIP-MoE as a model directory, with a tokenizer of its 99 tokens."""
-    from llava_clipmoe.model_directory import ClipBundle, save_bundle
+    from llava_clipmoe.bundle import ClipBundle
+    from llava_clipmoe.model_directory import save_bundle
     from llava_clipmoe.tokenizer import END, START, load_tokenizer
 
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -101,7 +102,8 @@ def make_towers(folder: Path) -> tuple[Path, Path]:
     """-> (CLIP-MoE directory, dense CLIP directory) of one tiny CLIP: 24 px, 9 patches, width 48, 3 blocks."""
     from conftest import make_tiny_config, shake
 
-    from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, Router
+    from llava_clipmoe.experts_clipmoe import Router
+    from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
     from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 
     dense = shake(CLIPMoEModel(make_tiny_config()), seed=1).eval()
