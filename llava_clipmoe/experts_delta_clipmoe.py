@@ -47,6 +47,14 @@ class DeltaLinear(nn.Module):
         """W_e [out,in]."""
         return self.base + self.up[expert] @ self.down[expert]
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """As copies where the parameters are views of what the kernels have packed: transformers saves no such views."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._parameters:
+            tensor = destination[prefix + name]
+            if not keep_vars and tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+                destination[prefix + name] = tensor.clone(memory_format=torch.contiguous_format)
+
 
 class DeltaExperts(Prepared):
     """E FFNs as one base FFN and low-rank differences to it: the base's products run once a token, whatever K is.

@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import make_tiny_config, shake
 
-from llava_clipmoe import fast_clipmoe, kernels_clipmoe
+from llava_clipmoe import fast_clipmoe
 from llava_clipmoe.common_clipmoe import working_dtype
 from llava_clipmoe.compression import compress
 from llava_clipmoe.experts_clipmoe import Router
 from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.gpu_clipmoe import FAST, kernels_for
-from llava_clipmoe.kernels_clipmoe import Tile
+from llava_clipmoe.kernels_base_clipmoe import TILES, Tile
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import CLIPMoEEncoder, CLIPMoESparseMLP, only_expert
 from llava_clipmoe.upcycling import ffn_state, fuse, moe_config, upcycle
@@ -40,10 +40,9 @@ def fast(monkeypatch):
     monkeypatch.setenv(FAST, "1")
     fast_clipmoe.say_once.cache_clear()
     if DEVICE == "cpu":  # large tiles are few programs, and those are what the interpreter needs its time for
-        tiles = {
-            key: tile if key[0] == "rows" else Tile(64, 64, 64, 4, 1) for key, tile in kernels_clipmoe.TILES.items()
-        }
-        monkeypatch.setattr(kernels_clipmoe, "TILES", kernels_clipmoe.TILES | tiles)
+        for kind, size in TILES:
+            if not kind.startswith(("rows", "sort")):
+                monkeypatch.setitem(TILES, (kind, size), {0: Tile(64, 64, 2 if kind.startswith("delta") else 64, 4, 1)})
 
 
 @contextlib.contextmanager
@@ -75,7 +74,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **fields) -> CLIPMoEMode
 
 def given(batch: dict, dtype: torch.dtype = torch.float32) -> dict:
     """Two pictures, and two captions of 3 and 5 tokens: the interpreter is slow."""
-    moved = {name: tensor[[0, 3]].to(DEVICE) for name, tensor in batch.items()}
+    rows = [0, 3] if len(batch["input_ids"]) > 2 else [0, 1]
+    moved = {name: tensor[rows].to(DEVICE) for name, tensor in batch.items()}
     short = {name: moved[name][:, :6] for name in ("input_ids", "attention_mask")}
     return moved | short | {"pixel_values": moved["pixel_values"].to(dtype)}
 
