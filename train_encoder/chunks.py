@@ -30,6 +30,9 @@ USABLE = 0.9
 FIRST = 8
 """Images of the first chunk that is measured; the second is twice as large."""
 MOST_TRIALS = 12
+SLACK, WHOLE_SLACK = 1.05, 1.25
+"""What is tried lies so far beyond the line, as a try costs seconds. One piece needs less than the line says (there are
+no gradients yet when it has its peak), and saves a forward pass."""
 WHOLE_WITHOUT_A_GPU, CHUNK_WITHOUT_A_GPU = 128, 10
 """Where nothing is measured: shares of up to so many images in one piece, larger ones in chunks of the recipe's 10."""
 
@@ -106,7 +109,8 @@ def _wanted(sizes: list[int], peaks: dict[int, int], fits: int, fails: int, boun
         return 2 * sizes[fits]
     small, large = sorted(peaks)[-2:]
     slope = (peaks[large] - peaks[small]) / (large - small)
-    return large + (bound - peaks[large]) / slope if slope > 0 else sizes[-1]
+    meets = large + (bound - peaks[large]) / slope if slope > 0 else sizes[-1]
+    return sizes[-1] if WHOLE_SLACK * meets >= sizes[-1] else SLACK * meets
 
 
 # ------------------------------------------------------------------------------------------------- one GPU's memory

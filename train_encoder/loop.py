@@ -192,7 +192,6 @@ def step_trials(
     objective = make_objective(stage.optim)
 
     def step(chunk: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
         device, images = alone.device, min(2 * chunk, share)
         batch = _longest_batch(images, towers.clip.config, stage, objective.captions)
         rest = torch.empty((share - images, *batch.pixel_values.shape[1:]), dtype=torch.uint8, device=device)
@@ -200,20 +199,14 @@ def step_trials(
         forward_backward(towers, batch, objective, alone, chunk, (stage.seed, 0))
         del rest, moments
 
-    warm = False
+    def measured(chunk: int) -> int | None:
+        with torch.random.fork_rng([alone.device] if alone.device.type == "cuda" else []):
+            peak = gauge.peak(lambda: step(chunk))
+        optimizer.zero_grad(set_to_none=True)
+        return peak
 
-    def trial(chunk: int) -> int | None:
-        nonlocal warm
-        on_gpu = [alone.device] if alone.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(on_gpu):
-                if not warm:  # libraries' workspaces, and kernels that are tuned when they first run
-                    warm = gauge.peak(lambda: step(1)) is not None
-                return gauge.peak(lambda: step(chunk))
-        finally:
-            optimizer.zero_grad(set_to_none=True)
-
-    return trial
+    measured(1)  # libraries make their workspaces, and kernels are tuned, when they first run
+    return measured
 
 
 def _longest_batch(size: int, config: CLIPMoEConfig, stage: Stage, captions: int) -> Batch:

@@ -1,0 +1,419 @@
+"""`--engine.chunk-size auto`: the search against simulated cards, the trials on real models, and whole runs.
+
+Memory is measured here as it is on a GPU, by counters of an allocator: the CPU's, which torch's profiler reads. The
+CUDA counters themselves are tested where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from accelerate import Accelerator
+from torch.profiler import ProfilerActivity, profile
+
+from llava_clipmoe.files import load_tensors, read_json
+from llava_clipmoe.upcycling import is_ffn, moe_config, upcycle
+from train_encoder import chunks, loop
+from train_encoder.chunks import Card, ChunkError, choose_chunk, even, largest_chunk, ran_out_of_memory
+from train_encoder.config import EngineConfig, OptimConfig
+from train_encoder.losses import make_objective
+from train_encoder.pipeline import main
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs the `dev` extra")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+GIB = 2**30
+
+
+class SimulatedCard:
+    """Memory of `base + image * chunk` bytes, each time off by up to `noise`; runs out at `capacity`."""
+
+    name, total = "simulated", 80 * GIB
+
+    def __init__(self, base: float, image: float, limit: float, capacity: float = math.inf, noise=lambda: 0.0):
+        self.base, self.image, self.most, self.capacity, self.noise = base, image, limit, capacity, noise
+        self.tried: list[tuple[int, int | None]] = []
+
+    def limit(self) -> int:
+        return int(self.most)
+
+    def trial(self, chunk: int) -> int | None:
+        peak = int((self.base + self.image * chunk) * (1 + self.noise()))
+        self.tried.append((chunk, peak if peak <= self.capacity else None))
+        return self.tried[-1][1]
+
+
+def even_sizes(share: int) -> set[int]:
+    return {even(share, most) for most in range(1, share + 1)}
+
+
+# ---------------------------------------------------------------------------------------------------- the search
+
+
+@pytest.mark.parametrize(("share", "most", "chunk"), [(800, 96, 89), (800, 10, 10), (100, 100, 100), (100, 99, 50),
+                                                      (7, 3, 3), (1, 1, 1)])  # fmt: skip
+def test_a_batch_is_cut_into_the_fewest_pieces_of_nearly_one_size(share, most, chunk):
+    assert even(share, most) == chunk
+    assert math.ceil(share / chunk) == math.ceil(share / most)
+
+
+@given(st.integers(1, 2000), st.floats(0, 60 * GIB), st.floats(1e6, 3 * GIB))
+def test_on_an_affine_card_the_largest_even_chunk_is_found_in_a_few_trials(share, base, image):
+    card = SimulatedCard(base, image, 72 * GIB)
+    fitting = [size for size in even_sizes(share) if int(base + image * size) <= card.most]
+    chunk, peak = largest_chunk(share, card.limit, card.trial)
+    assert chunk == max(fitting, default=1)
+    assert (chunk, peak) in card.tried and len(card.tried) <= 6
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 2000), st.floats(1 * GIB, 30 * GIB), st.floats(0.05 * GIB, 1.5 * GIB), st.floats(0.5, 1.1),
+       st.randoms(use_true_random=False))  # fmt: skip
+def test_what_is_found_has_run_though_memory_is_noisy_and_runs_out_early(share, base, image, early, random):
+    """Holes between tensors: memory ends at any point from half of the limit on."""
+    limit = 72 * GIB
+    card = SimulatedCard(base, image, limit, early * limit, lambda: random.uniform(-0.01, 0.01))
+    chunk, peak = largest_chunk(share, card.limit, card.trial)
+    assert (chunk, peak) in card.tried and peak <= limit and len(card.tried) <= chunks.MOST_TRIALS
+    possible = (0.97 * min(limit, early * limit) - base) / image
+    best = max(size for size in even_sizes(share) if size <= max(possible, 1))
+    assert chunk >= best / 2
+
+
+def test_a_card_that_holds_the_whole_share_trains_in_one_piece():
+    card = SimulatedCard(5 * GIB, 0.3 * GIB, 72 * GIB)
+    assert largest_chunk(100, card.limit, card.trial)[0] == 100
+    assert [chunk for chunk, _ in card.tried] == [8, 15, 100]
+
+
+def test_a_card_that_gets_fuller_while_it_is_measured_is_asked_again():
+    """Libraries take memory of their own when they first run."""
+    card = SimulatedCard(5 * GIB, 0.5 * GIB, 72 * GIB)
+    card.limit = lambda: int((72 if len(card.tried) < 3 else 40) * GIB)
+    chunk, peak = largest_chunk(800, card.limit, card.trial)
+    assert peak <= 40 * GIB and chunk == even(800, 70)
+
+
+def test_one_image_above_the_limit_is_accepted_when_it_runs():
+    card = SimulatedCard(70 * GIB, 5 * GIB, 72 * GIB, 79 * GIB)
+    assert largest_chunk(100, card.limit, card.trial) == (1, 75 * GIB)
+
+
+def test_a_card_that_holds_not_even_one_image_is_said_to():
+    card = SimulatedCard(70 * GIB, 15 * GIB, 72 * GIB, 79 * GIB)
+    with pytest.raises(ChunkError, match="not even one image"):
+        largest_chunk(100, card.limit, card.trial)
+
+
+# -------------------------------------------------------------------------------------------- the choice of a chunk
+
+
+def choose(given, share: int, folder: Path, card=None) -> int | None:
+    trial = (lambda gauge: gauge.trial) if card else None
+    return choose_chunk(given, "stage1", share, folder / "stage1.json", Accelerator(cpu=True), card, trial)
+
+
+def test_a_number_and_none_are_taken_as_given(tmp_path):
+    card = SimulatedCard(1, 1, 1)
+    assert choose(7, 100, tmp_path, card) == 7 and choose(None, 100, tmp_path, card) is None
+    assert not card.tried and not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_small_batches_are_one_piece_and_the_papers_is_in_tens(tmp_path, capsys):
+    assert choose("auto", 64, tmp_path) is None
+    assert choose("auto", 800, tmp_path) == 10
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_what_was_measured_is_said_and_kept(tmp_path, capsys):
+    card = SimulatedCard(5 * GIB, 0.5 * GIB, 72 * GIB)
+    assert choose("auto", 800, tmp_path, card) == 134
+    assert capsys.readouterr().out == "stage1: chunks of 134 images: 72.0 of 80.0 GiB\n"
+    kept = read_json(tmp_path / "stage1.json")
+    assert kept == {"images": 134, "share": 800, "device": "simulated", "peak_memory_bytes": 72 * GIB,
+                    "total_memory_bytes": 80 * GIB}  # fmt: skip
+    smaller = SimulatedCard(5 * GIB, 0.5 * GIB, 20 * GIB)
+    assert choose("auto", 800, tmp_path, smaller) == 134 and not smaller.tried
+    assert "chunks of 134 images, as measured on simulated when this training began" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_is_told_what_to_do(tmp_path):
+    with pytest.raises(ChunkError) as found:
+        choose("auto", 100, tmp_path, SimulatedCard(90 * GIB, 1, 72 * GIB, 79 * GIB))
+    for word in ("stage1", "not even one image", "80.0 GiB", "--engine.activation-checkpointing", "dmu-lora"):
+        assert word in str(found.value), word
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_chunk_below_one_is_refused():
+    with pytest.raises(ValueError, match="--engine.chunk-size is 0; it must be at least 1"):
+        EngineConfig(chunk_size=0)
+
+
+@pytest.mark.parametrize(("chunk", "share", "said"), [
+    (None, 100, "with all 100 images of a process in one piece"), (100, 100, "with all 100 images"),
+    (96, 800, "in chunks of 96"), (96, 800, "--engine.chunk-size 67, then --engine.chunk-size 48"),
+    (1, 800, "cannot be lower"),
+])  # fmt: skip
+def test_running_out_of_memory_names_the_flag_and_what_to_try(chunk, share, said):
+    with (
+        pytest.raises(ChunkError) as found,
+        chunks.out_of_memory_names_the_flag("router", chunk, share, SimulatedCard(1, 1, 1)),
+    ):
+        torch.empty(2**46, dtype=torch.uint8)
+    assert said in str(found.value) and "--engine.chunk-size" in str(found.value)
+    assert ran_out_of_memory(found.value.__cause__)
+
+
+def test_other_errors_pass_as_they_are():
+    with (
+        pytest.raises(RuntimeError, match="size of tensor") as found,
+        chunks.out_of_memory_names_the_flag("router", 1, 1, None),
+    ):
+        torch.zeros(2) + torch.zeros(3)
+    assert not isinstance(found.value, ChunkError)
+
+
+# ----------------------------------------------------------------------------------------- trials with real models
+
+
+class CPUAllocator:
+    """The CPU's memory, by what torch's profiler sees its allocator give and take."""
+
+    name, total = "a CPU's allocator", 4 * GIB
+
+    def __init__(self, limit: float = math.inf, capacity: float = math.inf):
+        self.most, self.capacity, self.works = limit, capacity, 0
+
+    def limit(self) -> int:
+        return int(self.most)
+
+    def peak(self, work) -> int | None:
+        self.works += 1
+        gc.collect()  # what is freed meanwhile must be of the work
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            work()
+        events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak if peak <= self.capacity else None
+
+
+def router(name: str) -> bool:
+    return ".mlp.router." in name
+
+
+KINDS = {
+    "everything": (False, lambda name: True, {}),
+    "a stage": (False, is_ffn, {}),
+    "checkpointed": (False, is_ffn, {}),
+    "routers": (True, router, {}),
+    "two captions": (True, router, {"loss": "multi-positive"}),
+}
+SHARE = 24
+
+
+class Training:
+    """The pieces of `loop.train` that a trial needs, for a tiny model of a kind."""
+
+    def __init__(self, kind: str, dense, stages):
+        mixture, trainable, optim = KINDS[kind]
+        config = moe_config(dense.config, num_experts=len(stages) + 1, num_experts_per_tok=2)
+        model = upcycle(dense, stages, config) if mixture else dense
+        model._set_gradient_checkpointing(kind == "checkpointed")
+
+        class Bundle:
+            image_mean, image_std = (0.5,) * 3, (0.5,) * 3
+            context_length = model.config.text_config.max_position_embeddings
+
+        Bundle.model = self.model = model
+        self.stage = loop.Stage(kind, Bundle, None, None, None, trainable, OptimConfig(**optim), seed=3)
+        self.trained = loop._let_learn(model, self.stage)
+        self.optimizer = torch.optim.AdamW(list(self.trained.values()), 1e-3)
+        self.accelerator = Accelerator(cpu=True)
+        self.towers = loop.TwoTowers(Bundle).train()
+
+    def trial(self, gauge):
+        return loop.step_trials(self.stage, self.towers, self.optimizer, self.accelerator, SHARE, gauge)
+
+    def step(self, chunk: int) -> None:
+        """A whole step of the training itself, on a full share of the longest captions."""
+        objective = make_objective(self.stage.optim)
+        batch = loop._longest_batch(SHARE, self.model.config, self.stage, objective.captions)
+        loop.forward_backward(self.towers, batch, objective, self.accelerator, chunk, (3, 0))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.fixture(params=KINDS)
+def training(request, tiny_dense, stages) -> Training:
+    return Training(request.param, tiny_dense, stages)
+
+
+@pytest.mark.parametrize("kind", ["everything", "two captions"])
+def test_the_chunk_that_is_found_is_the_largest_whose_step_fits(kind, tiny_dense, stages):
+    training, gauge = Training(kind, tiny_dense, stages), CPUAllocator()
+    trial = training.trial(gauge)
+    peaks = {size: trial(size) for size in sorted(even_sizes(SHARE))}
+    assert peaks[1] < peaks[3] < peaks[6] < peaks[12]
+    for wanted in (3, 12, SHARE):
+        gauge.most = max(peaks[size] for size in peaks if size <= wanted) * 1.02
+        assert largest_chunk(SHARE, gauge.limit, trial)[0] == max(s for s in peaks if peaks[s] <= gauge.most)
+
+
+@pytest.mark.parametrize("chunk", [5, SHARE])
+def test_a_trial_takes_what_a_step_of_the_training_takes(training, chunk):
+    trial = training.trial(CPUAllocator())(chunk)
+    real = CPUAllocator().peak(lambda: [training.step(chunk) for _ in range(2)])  # the second one meets the moments
+    assert real <= 1.05 * trial <= 1.3 * real
+
+
+def test_a_trial_leaves_no_trace(training):
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    torch.manual_seed(7)
+    random = torch.get_rng_state()
+    assert training.trial(CPUAllocator())(5) > 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in training.model.parameters())
+    assert not training.optimizer.state
+    after = training.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_trial_has_full_captions_and_room_for_the_moments(tiny_dense, stages):
+    training, seen = Training("everything", tiny_dense, stages), set()
+    tiny_dense.text_model.register_forward_pre_hook(lambda module, given: seen.add(given[0].shape))
+    trial = training.trial(CPUAllocator())
+    without = trial(5)
+    assert (5, 16) in seen and {length for _, length in seen} == {16}
+    training.step(5)
+    assert without - trial(5) == pytest.approx(2 * sum(p.nbytes for p in training.trained.values()), rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny_run.draw_data(tmp_path_factory.mktemp("data"))
+
+
+def run(data: Path, folder: Path, *more: str) -> None:
+    """A base of 3 steps and 3 + 3 steps of two stages, then 3 of the routers."""
+    assert main(tiny_run.arguments(data, folder, "--evaluation.retrieval", *more)) == 0
+
+
+def measured(monkeypatch, limit: float) -> CPUAllocator:
+    gauge = CPUAllocator(limit)
+    monkeypatch.setattr(loop, "gauge_of", lambda device: gauge)
+    return gauge
+
+
+def done(folder: Path) -> dict[str, int | None]:
+    """The chunk of every training, as the run's lines say it."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["stage"]: row["chunk_size"] for row in rows if row.get("work") == "train"}
+
+
+def out_of_memory_in(monkeypatch, stage: int, step: int) -> None:
+    """Let torch's allocator fail, as it does when there is no more, in a step of the training with that seed."""
+    real = loop.forward_backward
+
+    def forward_backward(towers, batch, objective, accelerator, chunk, seed):
+        if seed == (stage, step) and isinstance(accelerator, Accelerator):  # not in a trial
+            torch.empty(2**46, dtype=torch.uint8)
+        return real(towers, batch, objective, accelerator, chunk, seed)
+
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+
+
+def failure(*given) -> str:
+    """What a run that fails says; nothing of it is kept alive, its lock neither."""
+    try:
+        run(*given)
+    except ChunkError as error:
+        return str(error)
+    finally:
+        gc.collect()
+    raise AssertionError("the run did not fail")
+
+
+ROUTERS = 1
+"""The seed of the routers' training in a run of seed 0 (pipeline.TRAININGS)."""
+LIMIT = 2.2e6
+"""Bytes that hold a few images of the tiny run, but not its 16, whatever is trained."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    """A run whose chunks were measured."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        measured(patch, LIMIT)
+        run(data, folder)
+    return folder
+
+
+def test_every_training_measures_its_own_chunk_and_keeps_it(undisturbed):
+    kept = {file.stem: read_json(file)["images"] for file in (undisturbed / "chunks").iterdir()}
+    assert kept == done(undisturbed) and list(done(undisturbed)) == ["base", "stage1", "stage2", "router"]
+    assert kept["base"] < kept["stage1"] == kept["stage2"]  # the base learns everything
+    assert all(1 <= chunk < 16 for chunk in kept.values())
+    assert read_json(undisturbed / "config.json")["engine"]["chunk_size"] == "auto"
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_the_chunk_that_it_began_with(
+    data, undisturbed, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        measured(patch, LIMIT)
+        out_of_memory_in(patch, ROUTERS, step=2)
+        message = failure(data, tmp_path / "run")
+    chunk = done(undisturbed)["router"]
+    assert f"router ran out of memory in chunks of {chunk}" in message and "--engine.chunk-size" in message
+    assert [file.name for file in (tmp_path / "run" / "checkpoints" / "router").iterdir()] == ["step-00000002"]
+    larger = measured(monkeypatch, 100 * LIMIT)
+    run(data, tmp_path / "run")
+    assert larger.works == 0
+    assert tiny_run.weights(tmp_path / "run") == tiny_run.weights(undisturbed)
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_in_the_chunks_that_it_is_given(
+    data, undisturbed, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        measured(patch, LIMIT)
+        out_of_memory_in(patch, ROUTERS, step=2)
+        failure(data, tmp_path / "run")
+    run(data, tmp_path / "run", "--engine.chunk-size", "2")
+    assert "--engine.chunk-size is 2 from here on; it was auto" in capsys.readouterr().out
+    assert done(tmp_path / "run")["router"] == 2
+    steps = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+             if row.get("stage") == "router" and "step" in row]  # fmt: skip
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    a, b = load_tensors(tmp_path / "run" / "clip-moe"), load_tensors(undisturbed / "clip-moe")
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+
+
+@pytest.mark.parametrize("before", [None, 5])
+def test_a_run_of_before_goes_on_in_its_own_chunks(data, tmp_path, monkeypatch, before):
+    """Its settings are null or a number, where the command now says auto."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        out_of_memory_in(patch, 0, step=2)
+        failure(data, folder, "--engine.chunk-size", str(before))
+    unused = measured(monkeypatch, LIMIT)
+    run(data, folder)
+    assert set(done(folder).values()) == {before} and unused.works == 0
+    assert read_json(folder / "config.json")["engine"]["chunk_size"] == before
+    assert not (folder / "chunks").exists()
