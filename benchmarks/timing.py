@@ -42,8 +42,15 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """How long `work` takes, until its results are there."""
+    """How long `work` takes, until its results are there; on a GPU by the card's own clock."""
     synchronise(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
     started = time.perf_counter()
     work()
     synchronise(device)
@@ -113,6 +120,17 @@ class Peak:
 
     def bytes(self) -> int:
         return peak_memory_bytes(self.device) - self.before
+
+
+DOES_NOT_FIT = "does not fit"
+
+
+def why_not(error: Exception) -> str:
+    """What a table says in the place of a variant that raised this."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return DOES_NOT_FIT
+    words = (str(error).strip() or "no message").splitlines()[0][:100].replace("|", "/")
+    return f"failed: {type(error).__name__}: {words}"
 
 
 # --------------------------------------------------------------------------------------------------------------- table
