@@ -127,7 +127,7 @@ DOES_NOT_FIT = "does not fit"
 
 def why_not(error: Exception) -> str:
     """What a table says in the place of a variant that raised this."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower():
         return DOES_NOT_FIT
     words = (str(error).strip() or "no message").splitlines()[0][:100].replace("|", "/")
     return f"failed: {type(error).__name__}: {words}"

@@ -1,4 +1,4 @@
-"""One vision tower beside others in one process, for `tower_speed.py` on a GPU: what it holds, and what it must equal."""
+"""A vision tower beside others in one process, as `tower_speed.py` runs them on a GPU: what it holds and must equal."""
 
 from __future__ import annotations
 
