@@ -59,6 +59,8 @@ class Settings:
     """Gradient caching with chunks of so many images, a table for each of them; auto: as many as the card holds. None
     given: the plain step."""
     activation_checkpointing: bool = False
+    without_kernels: bool = True
+    """On a GPU also the steps without our kernels (LLAVA_CLIPMOE_FAST=0)."""
     rounds: int = 2
     steps: int = 2
     """Timed steps a round, after one that is not timed."""
@@ -216,7 +218,7 @@ Rounds = list[dict[str, Any]]
 
 def rounds_of(s: Settings, chunk_size: ChunkSize | None, device: torch.device) -> dict[str, Rounds | str]:
     """Every variant with chunks of this size, in turns; in words what stopped one."""
-    names = [name for name in VARIANTS if device.type == "cuda" or name not in NO_KERNELS]
+    names = [name for name in VARIANTS if name not in NO_KERNELS or (device.type == "cuda" and s.without_kernels)]
     found: dict[str, Rounds | str] = {name: [] for name in names}
     for number in range(s.rounds):
         for name in names[:: -1 if number % 2 else 1]:
@@ -290,17 +292,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         s = replace(s, model="tiny", images=4, chunk_size=s.chunk_size or (2,), tokens=8, rounds=1, steps=1)
     device = timing.pick_device(s.device)
     s = replace(s, device=device.type, images=s.images or (64 if device.type == "cuda" else 4))
-    lines, found, wrong = [timing.command(__file__, argv)], {}, []
+    report, found, wrong = timing.Report(s.output), {}, []
+    report.add(timing.command(__file__, argv))
     for size in s.chunk_size or (None,):
         found[size] = rounds_of(s, size, device)
-        lines += ["", title(s, found[size], size, device), "", table(s, found[size])]
+        report.add(title(s, found[size], size, device))
+        report.add(table(s, found[size]))
         wrong += [f"{name}, {size}: {why}" for name, why in found[size].items() if str(why).startswith("failed")]
     if len(found) > 1:
-        lines += ["", by_chunk(s, found)]
-    text = "\n".join(lines)
-    print(text)
-    if s.output is not None:
-        timing.append(text, s.output)
+        report.add(by_chunk(s, found))
     if wrong:
         raise SystemExit("\n".join(wrong))
 

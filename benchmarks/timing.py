@@ -173,3 +173,16 @@ def append(text: str, output: Path) -> None:
     """Add it to the end of a file, atomically."""
     before = output.read_text(encoding="utf-8") + "\n" if output.exists() else ""
     write_text(output, before + text + "\n")
+
+
+class Report:
+    """Tables that are printed and written as they come: what was measured before a program is stopped is not lost."""
+
+    def __init__(self, output: Path | None):
+        self.output = output
+
+    def add(self, text: str) -> None:
+        """A paragraph or a table."""
+        print(text, end="\n\n", flush=True)
+        if self.output is not None:
+            append(text, self.output)

@@ -223,9 +223,11 @@ def all_together(
     if not (folder / "moe").exists():
         make_directories(folder, shape, s.experts, s.top_k, s.rank, "bf16", device)
     runners = {name: Runner(folder, *variant, device, number) for name, variant in known.items()}
-    for batch in (2,) if s.tiny else s.batches:
-        found, peaks, pixels = Found(), {}, random_pixels(shape, batch, dtype, device)
-        expected = reference_features(folder, pixels, number)
+    batches = (2,) if s.tiny else s.batches
+    all_pixels = random_pixels(shape, max(2, *batches), dtype, device)
+    expected = reference_features(folder, all_pixels[:2], number)
+    for batch in batches:
+        found, peaks, pixels = Found(), {}, all_pixels[:batch].clone()
         for name, runner in runners.items():
             print(f"{dtype}, batch {batch}: {name}", file=sys.stderr, flush=True)
             try:
@@ -234,7 +236,8 @@ def all_together(
                 found.missing[name] = timing.why_not(error)
                 runner.tower, runner.held, runner.reserved = None, 0, 0
                 continue
-            found.off[name] = distance(features, expected[runner.kind.removesuffix("-ours")])
+            reference = expected[runner.kind.removesuffix("-ours")]
+            found.off[name] = distance(features, reference[: len(features)])
             found.seen[name] = []
         works = {name: partial(runners[name], pixels) for name in found.seen}
         with torch.no_grad():
@@ -291,7 +294,7 @@ def measure(
     best, macs = timing.peak_flops(device, DTYPES[dtype], 256 if s.tiny else None), None
     for batch, found in (all_together if together else each_alone)(s, known, folder, dtype, device):
         macs = macs or necessary_macs(read_config(folder / "delta").vision_config, known)
-        say(f"\n**{dtype}, batch {batch}** (large product: {best / 1e12:.2f} TFLOP/s)\n")
+        say(f"**{dtype}, batch {batch}** (large product: {best / 1e12:.2f} TFLOP/s)")
         wrong += problems(found, dtype, batch)
         if DENSE not in found.seen:
             say(f"{DENSE}: {found.missing[DENSE]}; there is nothing to compare with.")
@@ -305,25 +308,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     s = tyro.cli(Settings, args=argv, description=__doc__, use_underscores=False)
     device = timing.pick_device(s.device)
     together = s.processes == "one" or (s.processes == "auto" and device.type == "cuda")
-    size = "2 blocks of width 64" if s.tiny else "ViT-L/14@336"
-    how = (
-        f"{s.turns} turns of {s.runs} interleaved batches"
-        if together
-        else f"{s.runs} batches in each of {s.turns} turns"
-    )
-    model = f"{size}, {s.experts} experts, top {s.top_k}, rank {s.rank}"
-    lines = [timing.command(__file__, argv), "", f"{model}; {timing.machine(device)}; medians of {how}"]
-    for line in lines:
-        print(line, flush=True)
-    wrong = []
+    model = f"{'2 blocks of width 64' if s.tiny else 'ViT-L/14@336'}, {s.experts} experts, top {s.top_k}, rank {s.rank}"
+    turns = "interleaved batches" if together else "batches of a process"
+    how = f"medians of {s.turns} turns of {s.runs} {turns}"
+    report, wrong = timing.Report(s.output), []
+    report.add(timing.command(__file__, argv))
+    report.add(f"{model}; {timing.machine(device)}; {how}")
     with tempfile.TemporaryDirectory(dir=s.folder) as folder:
         for dtype in s.dtypes or (("fp16", "bf16") if device.type == "cuda" else ("fp32", "bf16")):
             place = Path(folder) if together else Path(folder) / dtype
-            wrong += measure(
-                s, place, dtype, device, together, lambda text: (lines.append(text), print(text, flush=True))
-            )
-    if s.output is not None:
-        timing.append("\n".join(lines), s.output)
+            wrong += measure(s, place, dtype, device, together, report.add)
     if wrong:
         raise SystemExit("\n".join(wrong))
 
