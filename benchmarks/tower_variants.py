@@ -22,7 +22,7 @@ from llava_clipmoe.compression import expand
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import write_json
 from llava_clipmoe.model_directory import ClipBundle, save_bundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEEncoderLayer, CLIPMoEModel, CLIPMoESparseMLP
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoESparseMLP
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 
@@ -200,7 +200,7 @@ class OfficialForm(nn.Module):
 
 def in_official_form(tower: CLIPMoEVisionTower) -> CLIPMoEVisionTower:
     for layer in tower.modules():
-        if isinstance(layer, CLIPMoEEncoderLayer) and isinstance(layer.mlp, CLIPMoESparseMLP):
+        if isinstance(getattr(layer, "mlp", None), CLIPMoESparseMLP):
             layer.mlp = OfficialForm(layer.mlp)
     return tower
 
