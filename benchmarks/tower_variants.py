@@ -22,7 +22,7 @@ from llava_clipmoe.compression import expand
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import write_json
 from llava_clipmoe.model_directory import ClipBundle, save_bundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoESparseMLP
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 
@@ -154,6 +154,11 @@ class _Swapped(nn.Module):
         return self.inner(x_ND, experts_NK, weights_NK)
 
 
+def is_mixture(module: nn.Module | None) -> bool:
+    """True for a router with its experts: a block's FFN in a CLIP-MoE (CLIPMoESparseMLP)."""
+    return hasattr(module, "router") and hasattr(module, "experts")
+
+
 def with_usual_experts(tower: CLIPMoEVisionTower, backend: str) -> CLIPMoEVisionTower:
     """`tower` with UsualExperts: by themselves ("eager"), or by a backend of transformers."""
     kind = UsualExperts
@@ -165,7 +170,7 @@ def with_usual_experts(tower: CLIPMoEVisionTower, backend: str) -> CLIPMoEVision
         )
     config = SimpleNamespace(_experts_implementation=backend)
     for block in tower.modules():
-        if isinstance(block, CLIPMoESparseMLP):
+        if is_mixture(block):
             block.experts = _Swapped(kind(config, block.experts))
     return tower
 
@@ -174,7 +179,7 @@ class OfficialForm(nn.Module):
     """A block's FFN with the steps of the official CLIP-MoE code (OpenSparseLLMs/CLIP-MoE, MoEResidualAttentionBlock):
     the router in the tower's dtype, and run twice; a one-hot mask [E,K,N]; a module for each expert."""
 
-    def __init__(self, block: CLIPMoESparseMLP):
+    def __init__(self, block: nn.Module):
         super().__init__()
         self.gate, self.experts, self.top_k = block.router.weight, block.experts, block.router.num_experts_per_tok
 
@@ -200,7 +205,7 @@ class OfficialForm(nn.Module):
 
 def in_official_form(tower: CLIPMoEVisionTower) -> CLIPMoEVisionTower:
     for layer in tower.modules():
-        if isinstance(getattr(layer, "mlp", None), CLIPMoESparseMLP):
+        if is_mixture(getattr(layer, "mlp", None)):
             layer.mlp = OfficialForm(layer.mlp)
     return tower
 
@@ -208,7 +213,7 @@ def in_official_form(tower: CLIPMoEVisionTower) -> CLIPMoEVisionTower:
 def with_backend(tower: CLIPMoEVisionTower, backend: str) -> CLIPMoEVisionTower:
     """Our own experts by `backend`; a delta tower knows `by_set` beside what its config may say."""
     for block in tower.modules():
-        if isinstance(block, CLIPMoESparseMLP):
+        if is_mixture(block):
             block.experts.implementation = backend
     return tower
 
