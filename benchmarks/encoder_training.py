@@ -113,8 +113,8 @@ class Stopwatch:
 def measure(s: Settings, variant: str, chunk_size: ChunkSize | None) -> dict[str, Any]:
     """One variant, in this process: seconds of each timed step and of its parts, and peak memory."""
     kind, trained, fast = VARIANTS[variant]
-    with fast_path(fast):
-        return steps(s, kind, trained, chunk_size)
+    with fast_path(fast), timing.heard() as said:
+        return {**steps(s, kind, trained, chunk_size), "said": said}
 
 
 def steps(s: Settings, kind: str, trained: str, chunk_size: ChunkSize | None) -> dict[str, Any]:
@@ -232,6 +232,11 @@ def rounds_of(s: Settings, chunk_size: ChunkSize | None, device: torch.device) -
     return found
 
 
+def said_in(rounds: Rounds | str) -> set[str]:
+    """What the package warned of."""
+    return set() if isinstance(rounds, str) else {line for one in rounds for line in one["said"]}
+
+
 def median_of(rounds: Rounds, key: str) -> float:
     values = (value for one in rounds for value in (one[key] if isinstance(one[key], list) else [one[key]]))
     return statistics.median(values)
@@ -299,6 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.add(title(s, found[size], size, device))
         report.add(table(s, found[size]))
         wrong += [f"{name}, {size}: {why}" for name, why in found[size].items() if str(why).startswith("failed")]
+    said = {line for by_step in found.values() for rounds in by_step.values() for line in said_in(rounds)}
+    if said:
+        report.add("**The package said:** " + "; ".join(sorted(said)))
+        wrong += sorted(said)
     if len(found) > 1:
         report.add(by_chunk(s, found))
     if wrong:

@@ -203,7 +203,7 @@ def prepare(s: Settings, folder: Path, device: torch.device) -> Mapping[str, Rea
 def main(argv: Sequence[str] | None = None) -> None:
     s = tyro.cli(Settings, args=argv, description=__doc__, use_underscores=False)
     device = timing.pick_device(s.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with timing.heard() as said, tempfile.TemporaryDirectory() as folder:
         ready = prepare(s, Path(folder), device)
         works: dict[str, Callable[[], Any]] = {name: one.first_token for name, one in ready.items()}
         works |= {f"{name}: tower": one.look for name, one in ready.items()}
@@ -228,10 +228,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = "2 + 2 blocks" if s.tiny else f"ViT-L/14@336, {s.language}"
         what = f"{size}, random, {s.prompt} tokens of text"
     title = f"{what}, {s.dtype}; {timing.machine(device)}; medians of {s.rounds} interleaved rounds"
-    text = "\n".join([timing.command(__file__, argv), "", title, "", timing.markdown(columns, rows)])
-    print(text)
-    if s.output is not None:
-        timing.append(text, s.output)
+    report = timing.Report(s.output)
+    report.add(timing.command(__file__, argv))
+    report.add(title)
+    report.add(timing.markdown(columns, rows))
+    if said:
+        report.add("**The package said:** " + "; ".join(said))
+        raise SystemExit("\n".join(said))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ round runs every variant once, and medians are over the rounds.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +133,21 @@ def why_not(error: Exception) -> str:
         return DOES_NOT_FIT
     words = (str(error).strip() or "no message").splitlines()[0][:100].replace("|", "/")
     return f"failed: {type(error).__name__}: {words}"
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the package warned of inside the `with`, as that its kernels are not used: a table of the fast path would
+    otherwise show the slow one's figures."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage().replace("|", "/"))
+    logger = logging.getLogger("llava_clipmoe")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 # --------------------------------------------------------------------------------------------------------------- table

@@ -314,12 +314,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     report, wrong = timing.Report(s.output), []
     report.add(timing.command(__file__, argv))
     report.add(f"{model}; {timing.machine(device)}; {how}")
-    with tempfile.TemporaryDirectory(dir=s.folder) as folder:
+    with timing.heard() as said, tempfile.TemporaryDirectory(dir=s.folder) as folder:
         for dtype in s.dtypes or (("fp16", "bf16") if device.type == "cuda" else ("fp32", "bf16")):
             place = Path(folder) if together else Path(folder) / dtype
             wrong += measure(s, place, dtype, device, together, report.add)
-    if wrong:
-        raise SystemExit("\n".join(wrong))
+    if said:
+        report.add("**The package said:** " + "; ".join(said))
+    if wrong or said:
+        raise SystemExit("\n".join([*wrong, *said]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -269,6 +270,21 @@ def test_a_tower_in_one_process_that_fails_is_named_and_the_others_are_timed(ben
         "fp32, batch 2: MoE, as the official code: failed: RuntimeError: a broken variant",
         "fp32, batch 2: ours delta is off by 1.0e-01 (tolerance 1e-04)",
     ]
+
+
+def test_a_table_of_the_fast_path_says_when_the_slow_one_ran(benchmark, capsys, monkeypatch):
+    tower_speed, runner = benchmark("tower_speed"), benchmark("tower_runner")
+    make = runner.make_tower
+
+    def warning(*given):
+        logging.getLogger("llava_clipmoe").warning("the kernels are not used: %s", "no reason")
+        return make(*given)
+
+    monkeypatch.setattr(runner, "make_tower", warning)
+    arguments = "--tiny --device cpu --processes one --dtypes fp32 --turns 1 --runs 1 --variants".split()
+    with pytest.raises(SystemExit, match="the kernels are not used: no reason"):
+        tower_speed.main([*arguments, "ours dense"])
+    assert "**The package said:** the kernels are not used: no reason" in capsys.readouterr().out
 
 
 def test_a_training_step_that_does_not_fit_or_fails_is_one_row(benchmark):
