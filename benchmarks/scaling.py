@@ -19,7 +19,8 @@ from typing import Literal
 import timing
 import torch
 import tyro
-from tower_speed import DTYPES, FULL, TINY, tower_macs
+from tower_speed import tower_macs
+from tower_variants import DTYPES, FULL, TINY
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEVisionConfig
 from llava_clipmoe.files import atomic_file

@@ -6,14 +6,16 @@ round runs every variant once, and medians are over the rounds.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +44,15 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """How long `work` takes, until its results are there."""
+    """How long `work` takes, until its results are there; on a GPU by the card's own clock."""
     synchronise(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
     started = time.perf_counter()
     work()
     synchronise(device)
@@ -115,6 +124,32 @@ class Peak:
         return peak_memory_bytes(self.device) - self.before
 
 
+DOES_NOT_FIT = "does not fit"
+
+
+def why_not(error: Exception) -> str:
+    """What a table says in the place of a variant that raised this."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower():
+        return DOES_NOT_FIT
+    words = (str(error).strip() or "no message").splitlines()[0][:100].replace("|", "/")
+    return f"failed: {type(error).__name__}: {words}"
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the package warned of inside the `with`, as that its kernels are not used: a table of the fast path would
+    otherwise show the slow one's figures."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage().replace("|", "/"))
+    logger = logging.getLogger("llava_clipmoe")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
 # --------------------------------------------------------------------------------------------------------------- table
 
 
@@ -155,3 +190,16 @@ def append(text: str, output: Path) -> None:
     """Add it to the end of a file, atomically."""
     before = output.read_text(encoding="utf-8") + "\n" if output.exists() else ""
     write_text(output, before + text + "\n")
+
+
+class Report:
+    """Tables that are printed and written as they come: what was measured before a program is stopped is not lost."""
+
+    def __init__(self, output: Path | None):
+        self.output = output
+
+    def add(self, text: str) -> None:
+        """A paragraph or a table."""
+        print(text, end="\n\n", flush=True)
+        if self.output is not None:
+            append(text, self.output)

@@ -6,17 +6,24 @@ Their figures are not judged here: a busy machine would fail such a test, a brok
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from tiny_llava import upstream_is_installed
 
 from train_encoder.recipes import RECIPES
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+"""Where programs of this environment are, and then all others."""
 
 
 @pytest.fixture
@@ -104,12 +111,94 @@ def test_encoder_training_prints_ratios_and_the_parts_of_a_step(benchmark, capsy
     assert trained["MCL step (FFNs only)"] < trained["dense, all parameters"]
 
 
-@pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
-def test_llava_first_token_takes_every_tower_through_upstream(benchmark, capsys):
+def test_llava_first_token_takes_every_tower(benchmark, capsys):
     benchmark("llava_first_token").main(["--tiny", "--device", "cpu", "--dtype", "fp32", "--rounds", "1"])
     rows = rows_of(capsys.readouterr().out, "LLaVA with")
-    assert set(rows) == {"", "CLIP", "CLIP-MoE", "delta"}
+    assert set(rows) == {"", "CLIP", "CLIP, our tower", "CLIP-MoE", "delta"}
     assert rows["CLIP"][0] == "1.000" and all(float(cells[0]) > 0 for name, cells in rows.items() if name)
+
+
+# ------------------------------------------------------------------------------------------- all of them on one card
+
+
+def run_gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_gpu_sh_runs_every_part(tmp_path):
+    done = run_gpu_sh("--tiny", str(tmp_path / "out"), PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout[-5_000:] + done.stderr[-5_000:]
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    names = {
+        "checks": "check",
+        "towers": "tower",
+        "first_token": "LLaVA with",
+        "training": "step",
+        "chunks": "images/s",
+    }
+    tables = {}
+    for part, first_column in names.items():
+        assert (tmp_path / "out" / f"{part}.log").exists()
+        own = (tmp_path / "out" / f"{part}.md").read_text()
+        assert own in text and "failed" not in own and "command: `python benchmarks/" in own.lower()
+        tables[part] = rows_of(own, first_column)
+    assert tables["checks"]["all kernels, fp32"][0] == "as the loop"
+    assert "passed" in tables["checks"]["tests/kernel_tests.py"][0]
+    assert {"MoE, as the official code", "ours delta, LLAVA_CLIPMOE_FAST=0"} <= set(tables["towers"])
+    assert tables["first_token"]["CLIP"][0] == "1.000" and tables["training"]["dense, all parameters"][0] == "1.00"
+    assert tables["chunks"][""][0] == "auto over 2"
+    assert f"torch {importlib.metadata.version('torch')}" in text and "TINY" in text and "- commit " in text
+    results = [cells[-1] for name, cells in rows_of(text, "part").items() if name]
+    assert results == [*["done"] * 5, "left out: needs a GPU", "0 failed"]
+
+
+STAND_IN = """#!/usr/bin/env bash
+[[ $1 == - ]] && exit 0  # what asks for the card and the versions
+file=${!#}               # the last argument, after --output
+echo "$@" >> "$ASKED"
+case $1 in $FAILS) echo "| some | table |" > "$file"; echo "it broke"; exit "$STATUS" ;; esac
+echo "| table of | $1 |" > "$file"
+"""
+"""In the place of Python: writes a table for every part, and fails for some."""
+
+
+@pytest.mark.parametrize(
+    ("fails", "status", "flags", "asked"),
+    [("*/tower_speed.py", "7", (), 6), ("*/kernel_checks.py", "1", (), 1), ("*/kernel_checks.py", "1", ("--force",), 6),
+     ("*/kernel_checks.py", "3", (), 6)],
+    ids=["a part fails", "kernels are wrong", "wrong, but forced", "tests unfinished"],
+)  # fmt: skip
+def test_gpu_sh_on_a_card_goes_on_after_a_failure_but_not_with_wrong_kernels(tmp_path, fails, status, flags, asked):
+    stand_in, log = tmp_path / "python", tmp_path / "asked"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    given = {"PYTHON": str(stand_in), "ASKED": str(log), "FAILS": fails, "STATUS": status, "OUT": str(tmp_path / "out")}
+    done = run_gpu_sh(*flags, **given)
+    text, lines = (tmp_path / "out" / "gpu.md").read_text(), log.read_text().splitlines()
+    assert done.returncode == 1 and "FAILED: " in done.stderr and "it broke" in done.stderr
+    assert len(lines) == asked and ("nothing was timed" in done.stderr) == (asked == 1)
+    assert "| some | table |" in text and f"exit status {status}" in text and "1 failed" in text
+    assert text.count("| table of |") == asked - 1
+    if asked > 1:
+        assert "--language vicuna-7b" in lines[2] and lines[-1].startswith("benchmarks/kernel_tiles.py --output")
+    limits = [int(cells[0]) for name, cells in rows_of(text, "part").items() if name]
+    assert limits == sorted(limits) and limits[-1] == 480  # what one part leaves, the next one may use
+
+
+def test_gpu_sh_says_what_is_missing(tmp_path):
+    if not torch.cuda.is_available():
+        done = run_gpu_sh(str(tmp_path / "out"), PYTHON=sys.executable)
+        assert done.returncode == 2 and "sees no GPU" in done.stderr and "--tiny" in done.stderr
+    assert run_gpu_sh("--quick").returncode == 2
+
+
+@pytest.mark.skipif(shutil.which("shellcheck", path=SCRIPTS) is None, reason="shellcheck is not installed")
+def test_gpu_sh_is_clean():
+    program = shutil.which("shellcheck", path=SCRIPTS)
+    done = subprocess.run([program, str(BENCHMARKS / "gpu.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 # -------------------------------------------------------------------------------------------------------- their parts
@@ -126,17 +215,92 @@ def test_a_variant_that_computes_something_else_is_not_timed(benchmark):
 
 def test_a_ratio_is_taken_within_a_turn(benchmark):
     """The second turn met a machine half as fast: every variant took twice as long, and no ratio changes."""
-    tower_speed = benchmark("tower_speed")
+    tower_speed, timing = benchmark("tower_speed"), benchmark("timing")
 
     def seen(*seconds: float, peak: int) -> list:
         return [tower_speed.Seen(value, peak, torch.zeros(1).numpy()) for value in seconds]
 
     turns = {tower_speed.DENSE: seen(1.0, 2.0, 1.0, peak=2**20), "ours delta": seen(1.1, 2.2, 1.2, peak=3 * 2**20)}
-    ideal = dict.fromkeys([*turns, "ours delta, compiled"], 0.5)
-    printed = tower_speed.table(4, ideal, turns, set(turns), dict.fromkeys(turns, 0.0))
-    rows = rows_of(printed, "tower")
-    assert rows["ours delta"] == ["1.10", "1.10 1.10 1.20", "3.00", "1,200.0", "3.33", "3", "42%", "0e+00"]
-    assert rows["ours delta, compiled"][0] == "does not fit"
+    ideal = dict.fromkeys([*turns, "ours MoE", "ours dense"], 0.5)
+    why_not = {"ours MoE": timing.why_not(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
+               "ours dense": timing.why_not(RuntimeError("no | kernel\nof this kind"))}  # fmt: skip
+    found = tower_speed.Found(turns, why_not, dict.fromkeys(turns, 0.0) | {"ours delta": 0.5})
+    rows = rows_of(tower_speed.table(4, ideal, found, set(turns)), "tower")
+    assert rows["ours delta"] == ["1.10", "1.10 1.10 1.20", "3.00", "1,200.0", "3.33", "3", "42%", "5e-01"]
+    assert rows["ours MoE"] == ["does not fit", *[""] * 7]
+    assert rows["ours dense"][0] == "failed: RuntimeError: no / kernel"
+    wrong = tower_speed.problems(found, "fp16", 4)  # what does not fit is no failure of the run
+    assert wrong == ["fp16, batch 4: ours dense: failed: RuntimeError: no / kernel",
+                     "fp16, batch 4: ours delta is off by 5.0e-01 (tolerance 3e-02)"]  # fmt: skip
+
+
+def test_what_runs_without_the_fast_path_does_so_wherever_it_is_called(benchmark, monkeypatch, tmp_path):
+    """The variable is looked at in the tower at every call, and is afterwards what it was."""
+    variants, runner = benchmark("tower_variants"), benchmark("tower_runner")
+    monkeypatch.setenv(variants.FAST, "1")
+    seen = []
+    monkeypatch.setattr(runner, "make_tower", lambda *_: lambda pixels: seen.append(os.environ.get(variants.FAST)))
+    for how in ("auto", "fast", "usual eager"):
+        one = runner.Runner(tmp_path, "moe", how, torch.device("cpu"), torch.float32)
+        one(torch.zeros(1))
+        one(torch.zeros(1))
+    assert seen == ["0", "0", None, None, "0", "0"] and os.environ[variants.FAST] == "1"
+
+
+def test_a_tower_in_one_process_that_fails_is_named_and_the_others_are_timed(benchmark, capsys, monkeypatch):
+    tower_speed, runner = benchmark("tower_speed"), benchmark("tower_runner")
+    make = runner.make_tower
+
+    def some_fail(folder, kind, how, *place):
+        if how == "usual official":
+            raise RuntimeError("a broken variant")
+        if how == "usual grouped_mm":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        tower = make(folder, kind, how, *place)
+        return (lambda pixels: 1.1 * tower(pixels)) if (kind, how) == ("delta", "fast") else tower
+
+    monkeypatch.setattr(runner, "make_tower", some_fail)
+    with pytest.raises(SystemExit) as stopped:
+        tower_speed.main("--tiny --device cpu --processes one --dtypes fp32 --turns 1 --runs 1".split())
+    rows = rows_of(capsys.readouterr().out, "tower")
+    assert rows["MoE, as the official code"][0] == "failed: RuntimeError: a broken variant"
+    assert rows["MoE, transformers grouped_mm"][0] == "does not fit"
+    assert float(rows["ours MoE"][0]) > 0 and float(rows["ours MoE"][-1]) < 1e-5
+    assert str(stopped.value).splitlines() == [
+        "fp32, batch 2: MoE, as the official code: failed: RuntimeError: a broken variant",
+        "fp32, batch 2: ours delta is off by 1.0e-01 (tolerance 1e-04)",
+    ]
+
+
+def test_a_table_of_the_fast_path_says_when_the_slow_one_ran(benchmark, capsys, monkeypatch):
+    tower_speed, runner = benchmark("tower_speed"), benchmark("tower_runner")
+    make = runner.make_tower
+
+    def warning(*given):
+        logging.getLogger("llava_clipmoe").warning("the kernels are not used: %s", "no reason")
+        return make(*given)
+
+    monkeypatch.setattr(runner, "make_tower", warning)
+    arguments = "--tiny --device cpu --processes one --dtypes fp32 --turns 1 --runs 1 --variants".split()
+    with pytest.raises(SystemExit, match="the kernels are not used: no reason"):
+        tower_speed.main([*arguments, "ours dense"])
+    assert "**The package said:** the kernels are not used: no reason" in capsys.readouterr().out
+
+
+def test_a_training_step_that_does_not_fit_or_fails_is_one_row(benchmark):
+    training = benchmark("encoder_training")
+    s = training.Settings(images=64)
+    one = {"seconds": [0.5], "peak": 2**30, "libraries": 0, "trained": 10**6, "chunk": 10,
+           "parts": [dict.fromkeys(training.PARTS, 0.1)]}  # fmt: skip
+    small = {"dense": [one], "MCL": "does not fit", "router": training.NOT_THERE}
+    rows = rows_of(training.table(s, small), "step")
+    assert rows["dense"][:2] == ["1.00", "1.00"] and rows["dense"][-1] == "0.10"
+    assert rows["MCL"][:2] == ["does not fit", ""] and rows["router"][0] == training.NOT_THERE
+    large = {"dense": [{**one, "seconds": [0.25]}], "MCL": [one], "router": "does not fit"}
+    assert rows_of(training.by_chunk(s, {10: small, "auto": large}), "images/s") == {
+        "": ["auto over 10", "images/s, chunks of 10", "images/s, chunks of auto"],
+        "dense": ["2.00", "128.00", "256.00"], "MCL": ["", "", "128.00"], "router": ["", "", ""],
+    }  # fmt: skip
 
 
 def test_operations_are_those_of_the_papers_towers(benchmark):

@@ -17,6 +17,7 @@ from train_encoder.losses import (
     MultiPositive,
     SmoothedClipLoss,
     block_logits,
+    kept_tokens,
     make_objective,
     principal_components,
     router_counts,
@@ -133,7 +134,7 @@ def test_router_losses_of_chunks_add_up_to_those_of_the_whole(moe):
         chunks = [
             block_logits(
                 [x[part] for x in vision.router_logits], [[x[part] for x in text.router_logits]],
-                [batch.input_ids[part]], moe.config,
+                [kept_tokens(batch.input_ids[part], moe.config.text_config.eos_token_id)],
             )
             for part in (slice(0, 5), slice(5, 12))
         ]  # fmt: skip

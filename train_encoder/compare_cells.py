@@ -86,7 +86,8 @@ def read_cell(folder: Path) -> Cell:
     data = json.dumps(settings["data"], sort_keys=True)
     tokens = _tokens(data, folder / "base", base.text_config.max_position_embeddings, batch) if found else None
     encoded = cost.encoded, cost.encoded_captions
-    flops = run_flops(config, base, result, steps_of(rows), *encoded, tokens) if found else 0.0
+    chunks = {row["stage"]: row["chunk_size"] for row in rows if "chunk_size" in row}
+    flops = run_flops(config, base, result, steps_of(rows), *encoded, tokens, chunks) if found else 0.0
     return Cell(read_json(folder / "results.json"), cost, vision_macs(result), flops, tokens)
 
 

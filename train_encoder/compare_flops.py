@@ -199,11 +199,12 @@ def _ffns_of(result: CLIPMoEConfig) -> Learns:
 
 def run_flops(
     config: SimpleNamespace, base: CLIPMoEConfig, result: CLIPMoEConfig, steps: Mapping[str, int],
-    encoded: int, encoded_captions: int, tokens: CaptionTokens,
+    encoded: int, encoded_captions: int, tokens: CaptionTokens, chunks: Mapping[str, int | None] | None = None,
 ) -> float:  # fmt: skip
     """Floating-point operations of everything after the base.
 
     steps: of each training, by its name. encoded: images whose features were computed; encoded_captions: captions.
+    chunks: the chunk that each training ran in (None: one piece), where the run says so; else the settings' number.
     """
     frozen = Training(base, lambda name: False, None)
     picture, pair = (pair_macs(frozen, captions, features=True)[0] for captions in ([], [tokens.alone]))
@@ -214,8 +215,8 @@ def run_flops(
         batch = training.optim.global_batch_size
         captions = [tokens.padded, tokens.short][: make_objective(training.optim).captions]
         forward, backward = pair_macs(training, captions)
-        chunk = config.engine.chunk_size
-        again = (chunk is not None and chunk < batch) + config.engine.activation_checkpointing
+        chunk = (chunks or {}).get(name, config.engine.chunk_size)
+        again = (isinstance(chunk, int) and chunk < batch) + config.engine.activation_checkpointing
         total += done * batch * ((1 + again) * forward + backward)
     return 2 * total
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+ChunkSize = int | Literal["auto"] | None
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -243,9 +245,12 @@ class EngineConfig:
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast over fp32 weights, or fp32 throughout."""
-    chunk_size: int | None = None
+    chunk_size: ChunkSize = "auto"
     """Images a process holds a graph for at once. Smaller than its share of the batch: gradient caching (features
-    first without a graph, then chunk by chunk), the same gradients at a fraction of the memory."""
+    first without a graph, then chunk by chunk), the same gradients at a fraction of the memory. `None`: its share in
+    one piece. `auto` on a GPU: the most that fits, measured before a training's first step and kept in the run's
+    folder; without a GPU one piece, or chunks of 10 where the share is more than 128 images. A resumed run keeps its
+    chunk unless another one is given."""
     activation_checkpointing: bool = False
     workers: int = 4
     """Processes that decode images and make tokens; 0 does it in the trainer itself."""
@@ -253,6 +258,13 @@ class EngineConfig:
     """Steps between two checkpoints."""
     log_every: int = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunk_size, int) and self.chunk_size < 1:
+            raise ValueError(
+                f"--engine.chunk-size is {self.chunk_size}; it must be at least 1 image (None: the batch in one piece, "
+                "auto: the most that fits the GPU)."
+            )
 
 
 @dataclass(frozen=True)
@@ -296,7 +308,8 @@ class TrainConfig:
 
 # Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these.
 FREE_TO_CHANGE = ("output_dir", "evaluation", "engine.workers", "engine.checkpoint_every", "engine.log_every",
-                  "engine.trackers", "data.max_bad_fraction", "data.cache_images")  # fmt: skip
+                  "engine.trackers", "engine.chunk_size", "engine.activation_checkpointing", "data.max_bad_fraction",
+                  "data.cache_images")  # fmt: skip
 
 
 def to_dict(config: TrainConfig) -> dict:

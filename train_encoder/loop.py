@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,25 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import remove_leftovers
 from llava_clipmoe.model_directory import ClipBundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, end_of_text
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .alone import Alone
+from .checkpoint import MOMENTS, load_checkpoint, save_checkpoint
+from .chunks import Gauge, Trial, choose_chunk, gauge_of, out_of_memory_names_the_flag
 from .config import EngineConfig, OptimConfig
 from .data import Batch, DataError, EncoderDataset, collate, normalise
-from .losses import Contrastive, RouterCounts, block_logits, make_objective, router_counts, router_losses
+from .losses import (
+    Contrastive,
+    RouterCounts,
+    block_logits,
+    kept_tokens,
+    make_objective,
+    router_counts,
+    router_losses,
+)
 from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
 from .sampler import InClusterBatchSampler
 
@@ -54,9 +66,10 @@ class TwoTowers(nn.Module):
         self.clip = bundle.model
         self.mean, self.std = bundle.image_mean, bundle.image_std
 
-    def forward(self, pixels: torch.Tensor, *captions: torch.Tensor):
-        """uint8 [b,3,R,R], ids [b,T] of each caption -> image features [b,P], a list of text features [b,P] (all
-        L2-normalised, fp32), exp(logit_scale), router logits of every block ([tokens,E], text padding removed)."""
+    def forward(self, pixels: torch.Tensor, captions: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]):
+        """uint8 [b,3,R,R], ids [b,T] of each caption, and `kept_tokens` of each -> image features [b,P], a list of text
+        features [b,P] (all L2-normalised, fp32), exp(logit_scale), router logits of every block ([tokens,E], text
+        padding removed)."""
         clip: CLIPMoEModel = self.clip
         # The loss reads pooled tokens, and the router losses every token of the blocks that have routers.
         pooled = {name: t.num_hidden_layers - 1 not in t.moe_layers for name, t in (
@@ -67,29 +80,22 @@ class TwoTowers(nn.Module):
         text_features = [
             nn.functional.normalize(clip.text_projection(text.pooler_output).float(), dim=-1) for text in texts
         ]
-        blocks = block_logits(vision.router_logits, [text.router_logits for text in texts], captions, clip.config)
+        blocks = block_logits(vision.router_logits, [text.router_logits for text in texts], kept)
         return image_features, text_features, clip.logit_scale.float().exp(), blocks
 
 
-def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics: Metrics, checkpoints: Path) -> None:
+def train(
+    stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics: Metrics, checkpoints: Path, chunk_file: Path
+) -> None:
     """Train `stage.bundle.model` in place. Resumes from `checkpoints`, and clears it when done by the caller's save.
 
     After a kill the same call goes on from the last checkpoint and ends with the same bits (CPU) as one that was
-    never stopped.
+    never stopped. chunk_file: where the chunk is kept that was measured for this training.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    clip = stage.bundle.model.to(device)
+    clip, o = stage.bundle.model.to(device), stage.optim
     clip._set_gradient_checkpointing(engine.activation_checkpointing)
-    with torch.no_grad():
-        clip.logit_scale.fill_(math.log(1 / stage.optim.temperature))
-    trained = {}
-    for name, parameter in clip.named_parameters():
-        learns = stage.trainable(name) if name != "logit_scale" else stage.optim.train_temperature
-        parameter.requires_grad_(learns)
-        if learns:
-            trained[name] = parameter
-
-    o = stage.optim
+    trained = _let_learn(clip, stage)
     optimizer = torch.optim.AdamW(
         list(trained.values()), o.learning_rate, o.betas, o.epsilon, weight_decay=o.weight_decay, fused=True
     )
@@ -103,18 +109,22 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
     )  # fmt: skip
     towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
     objective = make_objective(o, rank, world)
+    gauge, share = gauge_of(device), o.global_batch_size // world
+    trials = partial(step_trials, stage, towers, optimizer, accelerator, share)
+    chunk = choose_chunk(engine.chunk_size, stage.name, share, chunk_file, accelerator, gauge, trials)
     reset_peak_memory(device)
     started, busy, truncated = time.time(), time.process_time(), 0
 
     total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
-    with Bar(f"training {stage.name}", total, completed=done) as bar:
+    explained = out_of_memory_names_the_flag(stage.name, chunk, share, gauge)
+    with explained, Bar(f"training {stage.name}", total, completed=done) as bar:
         for step, batch in enumerate(loader, start=start):
             rate = learning_rate(o, step, sampler.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             _refuse_bad_images(batch)
             truncated += batch.truncated
-            parts = forward_backward(towers, batch, objective, accelerator, engine.chunk_size, (stage.seed, step))
+            parts = forward_backward(towers, batch, objective, accelerator, chunk, (stage.seed, step))
             last = step + 1 == sampler.steps
             logs = (step + 1) % engine.log_every == 0 or last or step == start
             norm = None
@@ -150,7 +160,63 @@ def train(stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics:
         "event": "done", "work": "train", "stage": stage.name, "seconds": time.time() - started,
         "cpu_seconds": time.process_time() - busy,  # of this process: says more than the clock on a shared machine
         "images": total - done, "truncated_captions": truncated, "peak_memory_bytes": peak_memory_bytes(device),
+        "chunk_size": chunk if chunk is not None and chunk < share else None,  # None: in one piece
     })  # fmt: skip
+
+
+def _let_learn(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
+    """Set the temperature, let gradients flow to what the stage trains, and return that by its names."""
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(1 / stage.optim.temperature))
+    trained = {}
+    for name, parameter in clip.named_parameters():
+        learns = stage.trainable(name) if name != "logit_scale" else stage.optim.train_temperature
+        parameter.requires_grad_(learns)
+        if learns:
+            trained[name] = parameter
+    return trained
+
+
+def step_trials(
+    stage: Stage, towers: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, share: int,
+    gauge: Gauge,
+) -> Trial:  # fmt: skip
+    """What a step of this training takes in chunks of a given size, of a process's `share` of the batch.
+
+    A trial is a real step on random pictures and captions of the full length: two chunks (the second one meets the
+    gradients of the first), beside the share's other pictures and the moments that the optimiser has yet to make. It
+    is this process's alone, waits for no other one, and leaves neither gradients nor a change of the random state.
+    """
+    alone, towers = Alone(accelerator), accelerator.unwrap_model(towers)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    objective = make_objective(stage.optim)
+
+    def step(chunk: int) -> None:
+        device, images = alone.device, min(2 * chunk, share)
+        batch = _longest_batch(images, towers.clip.config, stage, objective.captions)
+        rest = torch.empty((share - images, *batch.pixel_values.shape[1:]), dtype=torch.uint8, device=device)
+        moments = [torch.empty_like(p) for p in trained if p not in optimizer.state for _ in MOMENTS]
+        forward_backward(towers, batch, objective, alone, chunk, (stage.seed, 0))
+        del rest, moments
+
+    def measured(chunk: int) -> int | None:
+        with torch.random.fork_rng([alone.device] if alone.device.type == "cuda" else []):
+            peak = gauge.peak(lambda: step(chunk))
+        optimizer.zero_grad(set_to_none=True)
+        return peak
+
+    measured(1)  # libraries make their workspaces, and kernels are tuned, when they first run
+    return measured
+
+
+def _longest_batch(size: int, config: CLIPMoEConfig, stage: Stage, captions: int) -> Batch:
+    """Random pictures, and captions that fill the text tower: what takes the most memory."""
+    vision, text = config.vision_config, config.text_config
+    pixels = torch.randint(0, 256, (size, 3, vision.image_size, vision.image_size), dtype=torch.uint8)
+    end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id  # as in `end_of_text`
+    ids = torch.randint(0, max(end, 1), (size, stage.bundle.context_length))
+    ids[:, -1] = end
+    return Batch(pixels, ids, torch.ones_like(ids), torch.arange(size), [], 0, ids if captions == 2 else None)
 
 
 def learning_rate(o: OptimConfig, step: int, steps: int) -> float:
@@ -175,18 +241,25 @@ def forward_backward(
     learning batch size under memory limited setup"): features without a graph, the loss's gradient with respect to
     them, then one chunk at a time with a graph. The same gradients as the plain step.
     """
-    device, size = accelerator.device, len(batch.pixel_values)
+    size = chunk_size or len(batch.pixel_values)
     eos = accelerator.unwrap_model(towers).clip.config.text_config.eos_token_id
-    chunks = [
-        tuple(part.to(device, non_blocking=True) for part in (pixels, *(trimmed(ids, eos) for ids in captions)))
-        for pixels, *captions in zip(
-            *(whole.split(chunk_size or size) for whole in (batch.pixel_values, *batch.texts)), strict=True
-        )
-    ]
+    parts = zip(*(whole.split(size) for whole in (batch.pixel_values, *batch.texts)), strict=True)
+    chunks = [_on_device(pixels, captions, eos, accelerator.device) for pixels, *captions in parts]
     if len(chunks) > 1:
         return _cached_step(towers, chunks, objective, accelerator, seed)
-    (pixels, *captions), = chunks  # fmt: skip
-    return _plain_step(towers, pixels, captions, objective, accelerator, seed)
+    return _plain_step(towers, chunks[0], objective, accelerator, seed)
+
+
+Chunk = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+"""What `TwoTowers` takes: pixels, ids of each caption, and which of their tokens are no padding."""
+
+
+def _on_device(pixels: torch.Tensor, captions: list[torch.Tensor], eos_token_id: int, device: torch.device) -> Chunk:
+    """Lengths are looked at here, where the ids are on the CPU: to ask a GPU for them is to wait for it."""
+    captions = [trimmed(ids, eos_token_id) for ids in captions]
+    kept = [kept_tokens(ids, eos_token_id) for ids in captions]
+    pixels, *others = (part.to(device, non_blocking=True) for part in (pixels, *captions, *kept))
+    return pixels, others[: len(captions)], others[len(captions) :]
 
 
 def trimmed(ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
@@ -194,10 +267,10 @@ def trimmed(ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     return ids[:, : int(end_of_text(ids, eos_token_id).max()) + 1]
 
 
-def _plain_step(towers, pixels, captions, objective, accelerator, seed) -> dict[str, torch.Tensor]:
+def _plain_step(towers, chunk: Chunk, objective, accelerator, seed) -> dict[str, torch.Tensor]:
     config = accelerator.unwrap_model(towers).clip.config
     _seed_step(seed, accelerator.process_index, chunk=0)
-    image, texts, scale, blocks = towers(pixels, *captions)
+    image, texts, scale, blocks = towers(*chunk)
     clip_loss = objective(image, texts, scale)
     parts, router_part = {"contrastive": clip_loss.detach()}, 0.0
     if blocks:
@@ -208,8 +281,7 @@ def _plain_step(towers, pixels, captions, objective, accelerator, seed) -> dict[
     return _with_total(parts, config)
 
 
-def _cached_step(towers, chunks, objective, accelerator, seed) -> dict[str, torch.Tensor]:
-    """chunks: (pixels, ids of each caption) of a few images each."""
+def _cached_step(towers, chunks: list[Chunk], objective, accelerator, seed) -> dict[str, torch.Tensor]:
     config = accelerator.unwrap_model(towers).clip.config
     features, counts = [], None
     with torch.no_grad():

@@ -138,19 +138,23 @@ class RouterCounts:
         return self
 
 
+def kept_tokens(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Places [tokens] in the flattened ids [B,T] of those that are no padding. A mask would do, but how many it leaves
+    is a question that a GPU is waited for, in every block."""
+    return text_token_mask(input_ids, eos_token_id).flatten().nonzero().squeeze(-1)
+
+
 def block_logits(
     vision_logits: Sequence[torch.Tensor],
     text_logits: Sequence[Sequence[torch.Tensor]],
-    input_ids: Sequence[torch.Tensor],
-    config: CLIPMoEConfig,
+    kept: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Router logits [tokens,E] of every MoE block of both towers, padding of the text removed.
 
-    text_logits, input_ids: one entry a caption; a block's tokens are those of all captions.
+    text_logits, kept (`kept_tokens`): one entry a caption; a block's tokens are those of all captions.
     """
-    masks = [text_token_mask(ids, config.text_config.eos_token_id) for ids in input_ids]
     blocks = zip(*text_logits, strict=True)
-    texts = [torch.cat([x[mask] for x, mask in zip(block, masks, strict=True)]) for block in blocks]
+    texts = [torch.cat([x.flatten(0, -2)[places] for x, places in zip(block, kept, strict=True)]) for block in blocks]
     return [x.flatten(0, -2) for x in vision_logits] + texts
 
 
@@ -158,8 +162,8 @@ def block_logits(
 def router_counts(blocks: list[torch.Tensor]) -> RouterCounts:
     """Counts of one chunk; add them over chunks and processes to get the f of eq. 7."""
     choices = [count_experts(b.argmax(-1), b.shape[-1]) for b in blocks]
-    tokens = torch.tensor([len(b) for b in blocks], device=blocks[0].device)
-    return RouterCounts(torch.stack(choices).double(), tokens.double())
+    tokens = torch.tensor([len(b) for b in blocks], dtype=torch.float64)
+    return RouterCounts(torch.stack(choices).double(), tokens.to(blocks[0].device, non_blocking=True))
 
 
 def router_losses(

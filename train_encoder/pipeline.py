@@ -67,6 +67,8 @@ class Pipeline:
         self.folder = RunDirectory(config)
         with self.accelerator.main_process_first():
             self.folder.claim(accelerator.is_main_process)
+        engine = dataclasses.replace(config.engine, chunk_size=self.folder.config["engine"]["chunk_size"])
+        self.config = dataclasses.replace(config, engine=engine)  # the chunk that a run of this folder began with
         self.metrics = Metrics(self.folder.path, config.engine.trackers, self.folder.config)
 
     def run(self) -> None:
@@ -171,7 +173,10 @@ class Pipeline:
         stage = Stage(name, bundle, dataset, rows, paths, trainable, optim, seed)
         gpu_bf16 = self.accelerator.device.type == "cuda" and self.config.engine.precision == "bf16"
         with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
-            train(stage, self.accelerator, self.config.engine, self.metrics, self.folder.checkpoints(name))
+            train(
+                stage, self.accelerator, self.config.engine, self.metrics,
+                checkpoints=self.folder.checkpoints(name), chunk_file=self.folder.chunk(name),
+            )  # fmt: skip
         bundle.model.cpu()
 
     def card(self, **facts: str) -> dict[str, str]:

@@ -22,14 +22,12 @@ from .config import (
 )
 
 # CLIP-MoE, section 4.1 and appendix: AdamW, 1 epoch, global batch 800, temperature 0.01 frozen.
-# Chunks of 10 (gradient caching) keep stages and routers at ViT-L/14@336 within 24 GB: about 11 and 16 GiB, counted
-# from what a backward pass holds (docs/reproduce.md), not measured.
 _PAPER = TrainConfig(
     base=BaseConfig(source="openai/clip-vit-large-patch14-336", text_positions=248),
     clusters=ClusterConfig(image_clusters=3, text_clusters=3),
     mcl=MCLConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.2)),
     moe=MoEConfig(num_experts=4, num_experts_per_tok=2, optim=OptimConfig(learning_rate=1e-6, weight_decay=0.01)),
-    engine=EngineConfig(precision="bf16", chunk_size=10, workers=8),
+    engine=EngineConfig(precision="bf16", workers=8),
 )
 
 DMU_SHAREGPT4V = TrainConfig(
@@ -85,11 +83,9 @@ def other_methods(dmu: TrainConfig) -> dict[str, TrainConfig]:
     low_rank = replace(stage, learning_rate=4 * stage.learning_rate)
     # The small base is eight times narrower than ViT-L; at a sixteenth of its width 15% of a full stage would be lost.
     lora = LoraConfig(rank=dmu.base.scratch.vision_width // 8) if dmu.base.source == "scratch" else LoraConfig()
-    # Activations of a larger chunk would hide what LoRA saves (benchmarks/lora_memory.md).
-    small = dmu.engine if dmu.engine.chunk_size is None else replace(dmu.engine, chunk_size=4)
     return {
         "base": replace(dmu, method="base"),
-        "dmu-lora": replace(dmu, method="dmu-lora", mcl=replace(dmu.mcl, optim=low_rank), lora=lora, engine=small),
+        "dmu-lora": replace(dmu, method="dmu-lora", mcl=replace(dmu.mcl, optim=low_rank), lora=lora),
         # CLIP-FMoE: the last training is DMU's router training, of the gates too.
         "fmoe": replace(dmu, method="fmoe", fmoe=FMoEConfig(sub_clusters=sub_clusters, optim=replace(experts, **two)),
                         moe=replace(dmu.moe, optim=replace(router, **two))),

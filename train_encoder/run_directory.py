@@ -48,15 +48,24 @@ class RunDirectory:
     def checkpoints(self, name: str) -> Path:
         return self.path / "checkpoints" / name
 
+    def chunk(self, name: str) -> Path:
+        """The chunk of images that was measured for a training: a resumed run computes with the same."""
+        return self.path / "chunks" / f"{name}.json"
+
     def trainings(self) -> list[str]:
         """Names of those whose resume state is there."""
         return [folder.name for folder in self.checkpoints("").glob("*")]
 
     def claim(self, main_process: bool) -> None:
-        """Make the directory this run's. Raises RunError when it holds another run, or is in use by one."""
-        if not main_process:
-            return
+        """Make the directory this run's. Raises RunError when it holds another run, or is in use by one.
+
+        The run's settings are in `config` afterwards: where they leave the chunk open ("auto"), it is the one that
+        the run began with.
+        """
         config_file = self.path / "config.json"
+        if not main_process:
+            self._keep_chunk(read_json(config_file))
+            return
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; give a directory: --output-dir runs/NAME.")
         if self.path.exists() and not config_file.exists() and not self._is_new():
@@ -64,16 +73,26 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_it()
         if config_file.exists():
-            changed = differences(read_json(config_file), self.config)
+            old = read_json(config_file)
+            self._keep_chunk(old)
+            changed = differences(old, self.config)
             if changed:
                 raise RunError(
                     f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                     "Repeat its own command to resume it, or give another --output-dir."
                 )
+            before, now = old["engine"]["chunk_size"], self.config["engine"]["chunk_size"]
+            if now != before:
+                print(f"--engine.chunk-size is {now} from here on; it was {before}. Numbers will differ by rounding.")
         # Before anything is written: they may be what has filled the disk.
         for folder in (self.path, self.cache.parent, self.path / "clusters", *self.features("").glob("*")):
             remove_leftovers(folder)
         write_json(config_file, self.config)
+
+    def _keep_chunk(self, old: dict) -> None:
+        """Take the chunk of the run that is here into the settings, unless they name one themselves."""
+        if self.config["engine"]["chunk_size"] == "auto":
+            self.config["engine"]["chunk_size"] = old["engine"]["chunk_size"]
 
     def _is_new(self) -> bool:
         """Empty, or as a process left it that was killed before config.json was there."""

@@ -9,15 +9,10 @@ several processes train one each; a single process trains them one after the oth
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import nn
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
@@ -30,6 +25,7 @@ from llava_clipmoe.upcycling import (
     is_expert_or_gate,
 )
 
+from ..alone import Alone
 from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
 from .mixture import Mixture
 
@@ -118,39 +114,3 @@ class FMoE(Mixture):
         found = self.clusters()
         sizes = np.bincount(found.labels, minlength=self.config.moe.num_experts)
         return {**super().describe(), "iccl": {"sizes": sizes.tolist()}}
-
-
-class Alone:
-    """An Accelerator's face for a training that one process does by itself, while others do theirs."""
-
-    num_processes, process_index, is_main_process = 1, 0, True
-
-    def __init__(self, accelerator: Accelerator):
-        self._together = accelerator
-        self.device = accelerator.device
-
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """On the device and under the run's autocast, but not wrapped in DDP."""
-        return self._together.prepare_model(model, evaluation_mode=True)
-
-    def unwrap_model(self, model: nn.Module, **options: Any) -> nn.Module:
-        return self._together.unwrap_model(model, **options)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def clip_grad_norm_(self, parameters: list[nn.Parameter], most: float) -> torch.Tensor:
-        return nn.utils.clip_grad_norm_(parameters, most)
-
-    def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
-        return value
-
-    @contextlib.contextmanager
-    def no_sync(self, model: nn.Module) -> Iterator[None]:
-        yield
-
-    def wait_for_everyone(self) -> None:
-        pass
-
-    def free_memory(self) -> None:
-        pass

@@ -1,0 +1,94 @@
+"""Do the GPU's kernels compute what the readable loop computes, here and now? First part of `gpu.sh`.
+
+    python benchmarks/kernel_checks.py
+    TRITON_INTERPRET=1 python benchmarks/kernel_checks.py --tiny      (without a GPU, through Triton's interpreter)
+
+Every kernel by `llava_clipmoe.kernels_clipmoe.check` in each dtype, then `tests/kernel_tests.py`, where pytest is. Exit
+status 1: a kernel is wrong; 3: none was found wrong, but the tests did not finish.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import timing
+import tyro
+from tower_variants import DTYPES
+
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernel_tests.py"
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: timing.Device = "auto"
+    seconds: float = 100
+    """For all of it: the tests are stopped then."""
+    tiny: bool = False
+    """One dtype and the tests of ties only: does the program work?"""
+    output: Path | None = None
+    """Append the table to this file."""
+
+
+WRONG, UNFINISHED = 1, 3
+
+
+def checked(device: str, dtype: str) -> tuple[int, str, float]:
+    """Exit status, what `check` says, and its seconds; called in a process of its own."""
+    started = time.perf_counter()
+    try:
+        from llava_clipmoe.kernels_clipmoe import check
+    except ImportError as error:  # no triton: its message says what to do
+        return WRONG, str(error), 0
+    why_not = check(device, DTYPES[dtype])
+    status, said = (0, "as the loop") if why_not is None else (WRONG, why_not.replace("|", "/"))
+    return status, said, time.perf_counter() - started
+
+
+def tested(s: Settings, seconds: float) -> tuple[int, str, float]:
+    """Exit status, how the kernels' tests ended, and their seconds. Shared among processes where pytest can: most of
+    their time is Triton's compiler's."""
+    if importlib.util.find_spec("pytest") is None:
+        return 0, "not run: pytest is not installed (pip install pytest pytest-xdist)", 0
+    started, command = time.perf_counter(), [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS)]
+    if s.tiny:
+        command += ["-k", "ties"]
+    elif importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return UNFINISHED, f"not finished after {seconds:.0f} s", seconds
+    print(done.stdout[-20_000:], done.stderr[-5_000:], sep="", file=sys.stderr)
+    lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
+    return WRONG if done.returncode else 0, lines[-1].strip("= "), time.perf_counter() - started
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = tyro.cli(Settings, args=argv, description=__doc__, use_underscores=False)
+    device, started, found = timing.pick_device(s.device), time.perf_counter(), {}
+    dtypes = ("fp32",) if s.tiny else ("fp16", "bf16", "fp32")
+    with ThreadPoolExecutor(len(dtypes)) as pool:  # each waits for a process: they compile side by side
+        checks = {dtype: pool.submit(timing.in_child, checked, device.type, dtype) for dtype in dtypes}
+    for dtype, check in checks.items():
+        found[f"all kernels, {dtype}"] = check.result()
+    left = s.seconds - (time.perf_counter() - started)
+    found[f"{TESTS.parent.name}/{TESTS.name}"] = tested(s, max(left, 5))
+    report = timing.Report(s.output)
+    report.add(timing.command(__file__, argv))
+    report.add(timing.machine(device))
+    rows = [[name, said, f"{seconds:.0f}"] for name, (_, said, seconds) in found.items()]
+    report.add(timing.markdown(("check", "result", "seconds"), rows))
+    statuses = {status for status, _, _ in found.values()}
+    sys.exit(WRONG if WRONG in statuses else max(statuses))
+
+
+if __name__ == "__main__":
+    main()
