@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.compression import expand
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import write_json
-from llava_clipmoe.model_directory import ClipBundle, save_bundle
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower

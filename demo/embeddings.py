@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from demo.images import Pictures, looks
 from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_json
-from llava_clipmoe.model_directory import load_bundle, local_directory, read_config
-from llava_clipmoe.modeling_clipmoe import only_expert
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import local_directory, read_config
+from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.config import digest
 from train_encoder.data import BadImage, DataError, ImageTransform
 from train_encoder.features import NotFinite, Precision, encode_images, pick_device

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from llava_clipmoe.model_directory import ClipBundle, load_bundle
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.load import load_bundle
 from train_encoder.data import ImageTransform
 from train_encoder.features import encode_images
 

@@ -18,6 +18,7 @@ _HOME = {
     "load_bundle": "load",
     "save_bundle": "model_directory",
     "fuse": "upcycling",
+    "only_expert": "transformer_clipmoe",
     "upcycle": "upcycling",
     "sparse_upcycle": "upcycling",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "fuse",
     "load_bundle",
+    "only_expert",
     "save_bundle",
     "sparse_upcycle",
     "upcycle",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .load import load_bundle
     from .model_directory import save_bundle
     from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+    from .transformer_clipmoe import only_expert
     from .upcycling import fuse, sparse_upcycle, upcycle
 
 

@@ -48,7 +48,7 @@ class DeltaLinear(nn.Module):
         return self.base + self.up[expert] @ self.down[expert]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """As copies where the parameters are views of what the kernels have packed: transformers saves no such views."""
+        """As copies where the parameters are views of what the kernels packed: transformers saves no such views."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._parameters:
             tensor = destination[prefix + name]

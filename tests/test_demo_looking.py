@@ -23,7 +23,7 @@ from demo.looking import (
     shares_figure,
     strip,
 )
-from llava_clipmoe.modeling_clipmoe import Router
+from llava_clipmoe.experts_clipmoe import Router
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower, CLIPMoEVisionTowerS2
 from train_encoder.evaluate.routing import NoExperts
 

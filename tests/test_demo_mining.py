@@ -30,8 +30,8 @@ from demo.mining import Settings, main, mine
 from demo.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
 from demo.search import Criteria, Pool, search
 from llava_clipmoe.files import load_tensors, save_tensors
-from llava_clipmoe.model_directory import load_bundle
-from llava_clipmoe.modeling_clipmoe import only_expert
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.data import DataError, ImageTransform
 from train_encoder.features import encode_images
 

@@ -258,7 +258,7 @@ def test_a_picture_that_has_vanished_is_told_by_its_name(own, pairs):
 @needs_upstream
 def test_cosines_are_those_of_the_whole_clips(own):
     """Each against its CLIP's embedding of both pictures."""
-    from llava_clipmoe.model_directory import load_bundle
+    from llava_clipmoe.load import load_bundle
     from train_encoder.data import ImageTransform
     from train_encoder.features import encode_images
 

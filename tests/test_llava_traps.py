@@ -197,7 +197,7 @@ def test_4_upstreams_trainer_leaves_the_tower_frozen_in_eval_mode_and_uncheckpoi
     def checkpoint(*args, **kwargs):
         raise AssertionError("the frozen tower runs under gradient checkpointing")
 
-    monkeypatch.setattr("llava_clipmoe.modeling_clipmoe.checkpoint", checkpoint)
+    monkeypatch.setattr("llava_clipmoe.transformer_clipmoe.checkpoint", checkpoint)
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
     ids = torch.tensor([[1, 40, -200, 60], [1, 41, -200, 61]])
     loss = model(input_ids=ids, labels=ids.clone(), images=PIXELS, attention_mask=torch.ones_like(ids)).loss

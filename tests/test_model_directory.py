@@ -483,7 +483,7 @@ def test_a_stranger_loads_the_directory_with_trust_remote_code(tmp_path, moe, ba
 
 _OTHER_VERSION = """
 import json, sys, torch, transformers
-from llava_clipmoe.model_directory import load_bundle, save_bundle
+from llava_clipmoe import load_bundle, save_bundle
 folder, captions = sys.argv[1], json.loads(open(sys.argv[1] + "/captions.json").read())
 batch = torch.load(folder + "/batch.pt", weights_only=True)
 for kind in ("dense", "moe"):

@@ -198,7 +198,7 @@ def _say(text: str) -> None:
 def ran_out_of_memory(error: BaseException) -> bool:
     """True for the errors by which torch and its libraries say that the memory is full, on a GPU or a CPU."""
     words = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
         and (
             should_reduce_batch_size(error)

@@ -28,11 +28,13 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.compression import Decomposed, Moments, compress, second_moments
-from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
 from llava_clipmoe.files import write_json, write_text
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, public_name, save_bundle
-from llava_clipmoe.modeling_clipmoe import active_parameters
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_card import public_name
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import moe_config
 
 from .compare_flops import vision_macs

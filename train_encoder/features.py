@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_json
-from llava_clipmoe.model_directory import ClipBundle
 
 from .config import digest
 from .data import BadImage, ImageCache, ImageTransform, PairSource, normalise

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import read_json, write_json
-from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import only_expert
+from llava_clipmoe.transformer_clipmoe import only_expert
 
 from .config import digest
 from .data import check_images

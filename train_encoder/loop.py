@@ -21,10 +21,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import remove_leftovers
-from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, end_of_text
+from llava_clipmoe.losses_clipmoe import end_of_text
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 from .alone import Alone
 from .checkpoint import MOMENTS, load_checkpoint, save_checkpoint

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
+from llava_clipmoe.common_clipmoe import count_experts
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.experts_clipmoe import count_experts
-from llava_clipmoe.modeling_clipmoe import text_token_mask
+from llava_clipmoe.losses_clipmoe import text_token_mask
 
 from .config import OptimConfig
 

@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, public_name, save_bundle
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_card import public_name
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import with_text_positions
 
 from .allocator import keep_freed_memory

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llava_clipmoe.bundle import OPENAI_MEAN, OPENAI_STD, ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.model_directory import OPENAI_MEAN, OPENAI_STD, ClipBundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 

@@ -21,9 +21,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import write_json
-from llava_clipmoe.model_directory import ClipBundle, load_bundle
-from llava_clipmoe.modeling_clipmoe import only_expert
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.transformer_clipmoe import only_expert
 
 from ..config import DataConfig
 from ..data import BadImage, DataError, PairSource, check_images

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import only_expert
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.transformer_clipmoe import only_expert
 
 from ..config import DataConfig
 from ..data import BadImage, ImageTransform, decode_image

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import read_json, replace_surrogates
-from llava_clipmoe.model_directory import ClipBundle
 
 from ..config import DataConfig, digest
 from ..data import PairSource, decode_image

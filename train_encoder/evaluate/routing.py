@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from llava_clipmoe.model_directory import ClipBundle
-from llava_clipmoe.modeling_clipmoe import CLIPMoESparseMLP, text_token_mask
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.losses_clipmoe import text_token_mask
+from llava_clipmoe.transformer_clipmoe import CLIPMoESparseMLP
 
 from ..data import BadImage, ImageTransform, PairSource, normalise
 from ..features import Precision, inference, pick_device, tokenise

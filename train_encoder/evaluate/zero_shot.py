@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from llava_clipmoe.model_directory import ClipBundle
+from llava_clipmoe.bundle import ClipBundle
 
 from ..config import DataConfig
 from ..data import BadImage, ImageTransform, decode_image

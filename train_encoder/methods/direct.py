@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_clipmoe.model_directory import ClipBundle, load_bundle, save_bundle
-from llava_clipmoe.modeling_clipmoe import active_parameters
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.configuration_clipmoe import active_parameters
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import is_ffn
 
 from ..pipeline import Pipeline

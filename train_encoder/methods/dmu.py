@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
-from llava_clipmoe.model_directory import ClipBundle, load_bundle
+from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import check_stage, ffn_state, upcycle
 
 from ..clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
-from llava_clipmoe.model_directory import ClipBundle, load_bundle
+from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import (
     default_fusion_layers,
     expert_state,

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.model_directory import ClipBundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import ffn_state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from llava_clipmoe.model_directory import ClipBundle
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.upcycling import sparse_upcycle
 
 from .mixture import Mixture
