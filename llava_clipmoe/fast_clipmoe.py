@@ -47,8 +47,8 @@ from .kernels_clipmoe import (
     whole_ffn,
 )
 
-GRAPH_TOKENS = 10_000
-"""Up to so many tokens (17 pictures of 336 px) a graph pays: beyond, the card works longer than Python needs."""
+GRAPH_TOKENS = 6_000
+"""Up to so many tokens (10 tiles of 336 px) a graph is made: beyond, the card works longer than Python needs."""
 MAX_GRAPHS = 8
 """A graph keeps the memory of its input and results."""
 
@@ -117,7 +117,9 @@ def mixture(block: nn.Module, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.T
     router, experts, dtype = block.router, block.experts, working_dtype(x_ND)
     routing = route(router.jittered(x_ND), router.weight, router.num_experts_per_tok)
     if isinstance(experts, DeltaExperts):
-        y_ND = delta_ffn(_packed_delta(experts, dtype), x_ND, routing.weights, order_if_it_pays(routing.experts))
+        y_ND = delta_ffn(
+            _packed_delta(experts, dtype), x_ND, routing.weights, order_if_it_pays(routing.experts, experts.num_experts)
+        )
     else:
         y_ND = whole_ffn(pack_ffn(experts, dtype), x_ND, routing.weights, routing.experts)
     if block.fusion_gate is not None:
