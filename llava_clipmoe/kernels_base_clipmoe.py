@@ -44,7 +44,7 @@ TILES = {
     ("delta of rank 128", 2): {227: Tile(128, 32, 2, 8, 2), 0: Tile(64, 32, 1, 4, 2)},
     ("delta of rank 256", 2): {227: Tile(64, 32, 1, 8, 2), 0: Tile(32, 16, 1, 4, 2)},
     ("delta back of rank 64", 2): {227: Tile(64, 16, 2, 4, 2), 0: Tile(32, 16, 2, 2, 2)},
-    ("delta back of rank 128", 2): {227: Tile(64, 32, 1, 4, 2), 0: Tile(64, 16, 1, 4, 2)},
+    ("delta back of rank 128", 2): {227: Tile(64, 32, 1, 4, 2), 0: Tile(32, 16, 1, 2, 2)},
     ("delta back of rank 256", 2): {227: Tile(64, 16, 1, 8, 2), 0: Tile(32, 16, 1, 4, 2)},
     ("delta of rank 64", 4): {0: Tile(16, 32, 2, 4, 2)},
     ("delta of rank 128", 4): {0: Tile(16, 16, 1, 4, 2)},

@@ -204,7 +204,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
                   BN: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
     """A tile of tokens and a part of H:  Y1 = [base h | z_0 .. z_E]  ->  Y2 = [sum w_e h_e | u_0 .. u_E | weights].
 
-    u_e is a sum over H: with SPLIT parts of H, each goes to PARTS [SPLIT,N,E R2] in fp32. Of the experts that my tokens
+    u_e is a sum over H: with SPLIT each part of H goes to PARTS [parts,N,E R2], fp32. Of the experts that my tokens
     use, one launch takes STEP, from number `earlier` on; what earlier launches left in Y2 is added to.
     """
     token, real = _tokens(ORDER, n, SORTED, BIG, BM)
@@ -216,7 +216,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
         end = tl.minimum(start + part_width, hidden)
         U = Y2 + hidden
         u_width = width2
-        if SPLIT > 1:
+        if SPLIT:
             U = PARTS + part.to(tl.int64) * n * (E * R2)
             u_width = E * R2
         e0 = _number_at(used, earlier)
@@ -228,7 +228,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
             _delta_pass(Y1, WEIGHTS, UP, BIAS, DOWN, Y2, U, token, real, e0, e0, earlier, start, end, hidden, width1,
                         width2, u_width, False, E, R1, R2, QUICK, EVEN, BM, BN, BR1, BR2)  # fmt: skip
         if earlier == 0:
-            if SPLIT == 1:
+            if not SPLIT:
                 _zeros_of_unused(U, token, real, used, u_width, E, R2, BM, BR2)
             if part == 0:
                 expert = tl.arange(0, _WIDE)
@@ -319,7 +319,7 @@ def _plan(kind: str, packed: PackedDelta, y1: torch.Tensor, order_N: torch.Tenso
     constants = {
         "E": e, "R1": r1, "R2": r2, "BR1": br1, "BR2": br2, "BM": tile.rows, "BN": tile.cols, "QUICK": packed.quick,
         "SORTED": order_N is not None, "BIG": n * max(y1.shape[1], packed.second.shape[1]) >= 2**31,
-        "SPLIT": split, "STEP": tile.inner, "EVEN": hidden % tile.cols == 0,
+        "SPLIT": split > 1, "STEP": tile.inner, "EVEN": hidden % tile.cols == 0,
     }  # fmt: skip
     return _Plan(tile, (triton.cdiv(n, tile.rows), split), part_width, constants)
 
@@ -418,11 +418,11 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHT
                        SORTED: tl.constexpr, BIG: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
                        EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR1: tl.constexpr,
                        BR2: tl.constexpr):  # fmt: skip
-    """Gradients G2 of Y2 [mixed h | u | weights] -> gradients G1 of Y1 [base h | z], and of the weights [SPLIT,N,E].
+    """Gradients G2 of Y2 [mixed h | u | weights] -> gradients G1 of Y1 [base h | z], and of the weights [parts,N,E].
 
     h_e is computed again from Y1. With g_e = G2's h + down_e^T (G2's u_e), the gradient of w_e h_e:
     t_e's gradient is w_e g_e act'(t_e), summed over experts it is the base's, times up_e it is z_e's (a sum over H:
-    with SPLIT parts, each goes to PARTS); w_e's is the sum over H of g_e h_e, and what came through the biases of fc2.
+    with SPLIT each part goes to PARTS); w_e's is the sum over H of g_e h_e, and what came through the biases of fc2.
     """
     token, real = _tokens(ORDER, n, SORTED, BIG, BM)
     used = _used_experts(WEIGHTS, token, real, E)
@@ -433,7 +433,7 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHT
         end = tl.minimum(start + part_width, hidden)
         Z_GRAD = G1 + hidden
         z_width = width1
-        if SPLIT > 1:
+        if SPLIT:
             Z_GRAD = PARTS + part.to(tl.int64) * n * (E * R1)
             z_width = E * R1
         MINE = WEIGHTS_GRAD + part.to(tl.int64) * n * E
@@ -448,7 +448,7 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHT
                              end, hidden, width1, width2, z_width, False, E, R1, R2, QUICK, EVEN, BM, BN, BR1,
                              BR2)  # fmt: skip
         if earlier == 0:
-            if SPLIT == 1:
+            if not SPLIT:
                 _zeros_of_unused(Z_GRAD, token, real, used, z_width, E, R1, BM, BR1)
             _zeros_of_unused(MINE, token, real, used, E, E, 1, BM, 1)
 
