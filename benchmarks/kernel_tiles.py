@@ -32,6 +32,7 @@ TRIED = {
     "delta back of rank 64": [(64, 32, 2, 4, 2), (128, 32, 2, 8, 2), (32, 16, 2, 2, 2)],
     "grouped": [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3),
                 (128, 128, 32, 4, 4)],
+    "grouped, few rows": [(64, 256, 64, 4, 3), (64, 64, 64, 4, 4), (128, 128, 64, 8, 3)],
     "rows": [(1, 1024, 0, 4, 1), (1, 4096, 0, 8, 1)],
     "rows back": [(16, 256, 0, 4, 1), (8, 1024, 0, 8, 1)],
     "route": [(16, 16, 256, 4, 2), (32, 16, 128, 4, 2)],
@@ -107,7 +108,8 @@ def works(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Wo
 
     fused = lambda: F.grouped_mm(rows, whole.weight1.transpose(1, 2), offs=pairs.sorted.ends)  # noqa: E731
     twins = {"grouped_mm, no bias": fused} if grouped_mm_pays(x) else {}
-    yield Work("grouped", grouped, 2 * n * k * d * h, (n * k * (d + h) + e * d * h) * two,
+    kind = kernels_whole_clipmoe.grouped_kind(n * k, h, x)
+    yield Work(kind, grouped, 2 * n * k * d * h, (n * k * (d + h) + e * d * h) * two,
                {**twins, "cuBLAS, as many rows of one expert": lambda: F.linear(rows, whole.weight1[0])})  # fmt: skip
 
 

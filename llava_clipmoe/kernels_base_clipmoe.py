@@ -52,8 +52,10 @@ TILES = {
     ("delta back of rank 64", 4): {0: Tile(16, 32, 1, 4, 2)},
     ("delta back of rank 128", 4): {0: Tile(16, 16, 1, 4, 2)},
     ("delta back of rank 256", 4): {0: Tile(16, 16, 1, 8, 1)},
-    ("grouped", 2): {227: Tile(128, 256, 64, 8, 4), 163: Tile(128, 128, 64, 8, 4), 0: Tile(128, 128, 64, 8, 3)},
+    ("grouped", 2): {227: Tile(128, 256, 64, 8, 4), 163: Tile(128, 256, 64, 8, 3), 0: Tile(128, 128, 64, 8, 3)},
     ("grouped", 4): {0: Tile(32, 32, 32, 4, 2)},
+    ("grouped, few rows", 2): {0: Tile(64, 128, 64, 4, 4)},
+    ("grouped, few rows", 4): {0: Tile(32, 32, 32, 4, 2)},
     ("gate", 2): {0: Tile(64, 128, 64, 4, 3)},
     ("gate", 4): {0: Tile(32, 32, 32, 4, 2)},
     ("rows", 2): {0: Tile(1, 2048, 0, 4, 1)},  # whatever goes over rows without a product

@@ -29,6 +29,7 @@ from .kernels_base_clipmoe import (
 )
 from .kernels_dense_clipmoe import PackedFFN, bias_act
 
+FEW_TILES = 264  # two for each multiprocessor of an H100: with fewer large tiles, small ones
 GROUP = 8  # tiles of rows that go over the weights together: what they read is then still in the card's cache
 
 # --------------------------------------------------------------------------------------------------- grouped product
@@ -131,9 +132,17 @@ def _product(
     return out if bias is None else bias_act(out, bias, quick, out=out, ends_E=pairs.sorted.ends)
 
 
+def grouped_kind(m: int, cols: int, like: torch.Tensor) -> str:
+    """Which line of the table of tiles a grouped product of m rows and this many columns takes."""
+    tile = find_tile("grouped", like)
+    few = triton.cdiv(m, tile.rows) * triton.cdiv(cols, tile.cols) < FEW_TILES
+    return "grouped, few rows" if few else "grouped"
+
+
 def _grouped(pairs, a, weight, gather, bias, quick) -> torch.Tensor:
     """`_product` by the kernel here."""
-    (e, cols, inner), m, tile = weight.shape, len(pairs.sorted.order), find_tile("grouped", a)
+    (e, cols, inner), m = weight.shape, len(pairs.sorted.order)
+    tile = find_tile(grouped_kind(m, cols, a), a)
     out = a.new_empty(m, cols)
     tiles = triton.cdiv(m, tile.rows) + e - 1 if m else 0  # each expert may have a last tile that is not full
     launch(

@@ -426,6 +426,12 @@ def both_products(request, monkeypatch):
     )
 
 
+def test_few_rows_take_small_tiles():
+    like = torch.zeros(1, dtype=torch.float16, device=DEVICE)
+    assert kernels_whole_clipmoe.grouped_kind(2 * 577, 1024, like) == "grouped, few rows"
+    assert kernels_whole_clipmoe.grouped_kind(64 * 577, 1024, like) == "grouped"
+
+
 def test_grouped_mm_is_for_hopper_and_bf16():
     x = torch.zeros(2, 2, dtype=torch.bfloat16, device=DEVICE)
     fused = (
@@ -459,6 +465,7 @@ def test_whole_of_any_number_of_tokens(request, both_products, n, kind, small):
 def test_whole_in_many_tiles(monkeypatch, cols, inner):
     """Several groups of tiles, the last of them smaller; sizes that are multiples of the tile (no masks) and not."""
     monkeypatch.setitem(TILES, ("grouped", 4), {0: Tile(16, cols, inner, 4, 1)})
+    monkeypatch.setattr(kernels_whole_clipmoe, "FEW_TILES", 0)
     monkeypatch.setattr(kernels_whole_clipmoe, "GROUP", 3)
     (experts, packed), x = make_whole(torch.float32, 4, 2), draw(90, D, dtype=torch.float32)
     weights_NE, weights, chosen = routing(90, 4, 2)

@@ -113,6 +113,8 @@ def run_everything(kernels, bias_act, dtype: torch.dtype) -> None:
         kernels.delta_ffn(packed, x, weights, kernels.order_by_set(chosen, 4)).sum().backward()
     packed = kernels.pack_ffn(Experts(config), dtype)
     kernels.whole_ffn(packed, x, weights, chosen).sum().backward()
+    many = torch.zeros(2048, 1024, dtype=dtype)
+    kernels.whole_ffn(packed, many, torch.zeros(2048, 4), torch.zeros(2048, 2, dtype=torch.int64))
     one = kernels.PackedFFN(*(tensor[0] for tensor in packed[:4]), False)
     y = kernels.dense_ffn(one, x)
     y.sum().backward()
