@@ -100,16 +100,16 @@ def works(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Wo
 
     yield from delta_works(sizes, dtype, said, draw, dense)
     whole = kernels.PackedFFN(draw(e, h, d), draw(e, h), draw(e, d, h), draw(e, d), True)
-    pairs = kernels_whole_clipmoe._Pairs(kernels_whole_clipmoe.sort_experts(said.experts, e), said.experts)
+    pairs = kernels_whole_clipmoe.Pairs(kernels_whole_clipmoe.sort_experts(said.experts, e), said.experts)
     rows = x.index_select(0, pairs.tokens())
 
-    def grouped() -> torch.Tensor:
-        return kernels_whole_clipmoe._grouped(pairs, x, whole.weight1, True, whole.bias1, True)
+    def product() -> torch.Tensor:
+        return kernels_whole_clipmoe.grouped(pairs, x, whole.weight1, True, whole.bias1, True)
 
     fused = lambda: F.grouped_mm(rows, whole.weight1.transpose(1, 2), offs=pairs.sorted.ends)  # noqa: E731
     twins = {"grouped_mm, no bias": fused} if grouped_mm_pays(x) else {}
     kind = kernels_whole_clipmoe.grouped_kind(n * k, h, x)
-    yield Work(kind, grouped, 2 * n * k * d * h, (n * k * (d + h) + e * d * h) * two,
+    yield Work(kind, product, 2 * n * k * d * h, (n * k * (d + h) + e * d * h) * two,
                {**twins, "cuBLAS, as many rows of one expert": lambda: F.linear(rows, whole.weight1[0])})  # fmt: skip
 
 

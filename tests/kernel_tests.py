@@ -344,6 +344,30 @@ def packed_on_device(experts: DeltaExperts, dtype) -> kernels.PackedDelta:
     return packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_what_belongs_to_an_expert_that_was_not_chosen_is_zero(small_tiles, poisoned, monkeypatch, split):
+    """Of tiles that do not use it at all, too."""
+    monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
+    experts, x = make_delta(torch.float32, 4, 2), draw(N, D, dtype=torch.float32)
+    weights_NE, weights, chosen = routing(N, 4, 2, "unused")
+    given, x_there = on_device(weights_NE).requires_grad_(), on_device(x.float()).requires_grad_()
+    assert torch.empty(3).isnan().all()
+    out = delta_ffn(packed_on_device(experts, torch.float32), x_there, given)
+    near(out, experts(x, weights, chosen).detach(), 1e-5)
+    out.sum().backward()
+    assert x_there.grad.isfinite().all()
+    assert torch.equal(given.grad.cpu() != 0, weights_NE != 0)
+
+
 @backward
 @pytest.mark.parametrize(("sort", "split"), [(False, 1), (True, 1), (True, 2)])
 def test_delta_backward(small_tiles, monkeypatch, dtype, act, e, k, sort, split):
