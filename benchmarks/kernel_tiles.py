@@ -117,6 +117,7 @@ def delta_works(sizes: Sizes, dtype: torch.dtype, said, draw, dense) -> Iterator
     """What stands between the products of delta experts, forward and backward."""
     from llava_clipmoe import kernels_delta_clipmoe as kernels
     from llava_clipmoe.experts_clipmoe import DeltaExperts
+    from llava_clipmoe.kernels_pack_clipmoe import pack_delta
 
     n, h, k, r = sizes.tokens, sizes.hidden, sizes.chosen, sizes.rank
     config = SimpleNamespace(
@@ -127,7 +128,7 @@ def delta_works(sizes: Sizes, dtype: torch.dtype, said, draw, dense) -> Iterator
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.copy_(draw(*parameter.shape))
-    packed = kernels.pack_delta(experts)
+    packed = pack_delta(experts)
     order = kernels.order_if_it_pays(said.experts, sizes.experts)
     y1, y2_grad = draw(n, len(packed.first)), draw(n, packed.second.shape[1])
     yield Work("delta of rank 64", lambda: kernels._delta_middle(packed, y1, said.weights, order), 4 * n * k * h * r,

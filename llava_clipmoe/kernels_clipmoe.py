@@ -40,8 +40,9 @@ from .kernels_base_clipmoe import (
     tl,
     triton,
 )
-from .kernels_delta_clipmoe import PackedDelta, delta_ffn, order_by_set, order_if_it_pays, pack_delta, share_delta
-from .kernels_dense_clipmoe import PackedFFN, add_layer_norm, bias_act_, dense_ffn, ffn, fuse, pack_ffn
+from .kernels_delta_clipmoe import delta_ffn, order_by_set, order_if_it_pays
+from .kernels_dense_clipmoe import add_layer_norm, bias_act_, dense_ffn, ffn, fuse
+from .kernels_pack_clipmoe import PackedDelta, PackedFFN, pack_delta, pack_ffn, share_delta
 from .kernels_whole_clipmoe import Pairs, grouped, whole_ffn
 
 __all__ = [

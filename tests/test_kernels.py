@@ -95,7 +95,7 @@ class Compiler:
 
 
 MODULES = ["kernels_base_clipmoe", "kernels_clipmoe", "kernels_delta_clipmoe", "kernels_dense_clipmoe",
-           "kernels_whole_clipmoe"]  # fmt: skip
+           "kernels_whole_clipmoe", "kernels_pack_clipmoe"]  # fmt: skip
 SHARED_KIB = {80: 163, 89: 99, 90: 227}  # that one program may have: A100, 4090, H100
 
 
@@ -138,7 +138,8 @@ def test_kernels_compile_for_cards_that_are_not_here(arch, dtype, monkeypatch, t
     modules = [importlib.import_module(f"llava_clipmoe.{name}") for name in MODULES]
     base, kernels, compiler = modules[0], modules[1], Compiler(arch, tmp_path)
     for module in modules:
-        monkeypatch.setattr(module, "launch", compiler)
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", compiler)
     monkeypatch.setattr(base, "shared_kib", lambda device: SHARED_KIB[arch])
     run_everything(kernels, modules[3].bias_act, dtype)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
