@@ -188,7 +188,7 @@ def table(arguments: Arguments, device: torch.device) -> list[list[str]]:
     started, best, lines = time.perf_counter(), {}, []
     pictures = [(torch.float16, 32), (torch.float16, 1), (torch.bfloat16, 32), (torch.bfloat16, 1)]
     for dtype, number in pictures:
-        sizes = Sizes(5 * number, 32, 64, rank=16) if arguments.tiny else Sizes(577 * number)
+        sizes = Sizes(number, 32, 64, rank=16) if arguments.tiny else Sizes(577 * number)
         for work in works(sizes, dtype, device):
             in_use = tuple(base.find_tile(work.kernel, torch.empty(0, device=device, dtype=dtype)))
             first = work.kernel not in best
