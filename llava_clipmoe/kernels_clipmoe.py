@@ -9,9 +9,8 @@ How to read a kernel, for who knows torch and not Triton: the function under `@t
 for each tile of the result. `tl.program_id` says which tile is mine, `tl.arange` makes its row and column numbers, and
 a pointer plus such numbers is a tile of addresses to load or to store. The `mask` keeps a tile that hangs over the edge
 from touching what is not there. Sizes of tiles are `tl.constexpr`, powers of two, and at least 16 where `tl.dot` (a
-product of small matrices) needs it; all are chosen in
-`kernels_base_clipmoe`. Capitals are pointers and constants, small letters
-values.
+product of small matrices) needs it; all are chosen in `kernels_base_clipmoe`. Capitals are pointers and constants,
+small letters values.
 
 No forward pass here asks the device for a number (`.item()`, `.tolist()`, `nonzero`, ...): the CPU never waits, and a
 CUDA graph can hold all of it. Nothing is summed by atomics: the same input gives the same bits.
@@ -38,12 +37,14 @@ from .kernels_base_clipmoe import (
     find_tile,
     launch,
     refuse_experts,
+    sort_experts,
     tl,
     triton,
 )
-from .kernels_delta_clipmoe import PackedDelta, delta_ffn, order_by_set, order_if_it_pays, pack_delta, share_delta
-from .kernels_dense_clipmoe import PackedFFN, add_layer_norm, bias_act_, dense_ffn, ffn, fuse, pack_ffn
-from .kernels_whole_clipmoe import whole_ffn
+from .kernels_delta_clipmoe import delta_ffn, order_by_set, order_if_it_pays
+from .kernels_dense_clipmoe import add_layer_norm, bias_act_, dense_ffn, ffn, fuse
+from .kernels_pack_clipmoe import PackedDelta, PackedFFN, pack_delta, pack_ffn, share_delta
+from .kernels_whole_clipmoe import Pairs, grouped, whole_ffn
 
 __all__ = [
     "MAX_EXPERTS", "MAX_RANK", "PackedDelta", "PackedFFN", "Routing", "add_layer_norm", "bias_act_", "check",
@@ -164,7 +165,7 @@ def check(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
 def _comparisons(device: torch.device, dtype: torch.dtype):
     """Yields (what, result of a kernel, the same by the loop on the CPU in fp64)."""
-    n, d, h, e, k, generator = 70, 40, 72, 4, 2, torch.Generator().manual_seed(0)
+    n, d, h, e, k, generator = 70, 64, 256, 4, 2, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return (0.3 * torch.randn(*shape, generator=generator)).to(dtype).double()
@@ -195,12 +196,14 @@ def _comparisons(device: torch.device, dtype: torch.dtype):
         yield "the router's weights", routing.weights, torch.zeros(n, e).double().scatter(1, chosen, weights)
 
         expected, packed = delta(x, weights, chosen), pack_delta(delta.to(device), dtype)
-        for order in (None, order_by_set(routing.experts)):
+        for order in (None, order_by_set(routing.experts, e)):
             yield f"delta experts ({hidden_act})", delta_ffn(packed, given(x), routing.weights, order), expected
         expected, packed = whole(x, weights, chosen), pack_ffn(whole.to(device), dtype)
         yield f"whole experts ({hidden_act})", whole_ffn(packed, given(x), *routing[1:]), expected
         one = PackedFFN(*(tensor[0] for tensor in packed[:4]), packed.quick)
         yield f"the dense FFN ({hidden_act})", dense_ffn(one, given(x)), whole.cpu().single(x, 0)
+        yield from _of_large_tiles(packed, given(x), routing, whole, x, chosen)
+        yield from _of_training(one, given(x), whole, x)
 
     gate, bias, base, y = draw(d, d), draw(d), draw(n, d), draw(n, d)
     share = F.linear(x, gate, bias).sigmoid()
@@ -208,3 +211,24 @@ def _comparisons(device: torch.device, dtype: torch.dtype):
     both, norm = add_layer_norm(given(x), given(y), given(gate[0]), given(bias), 1e-5)
     yield "the residual", both, x + y
     yield "the layer norm", norm, F.layer_norm(both.double().cpu(), (d,), gate[0], bias, 1e-5)
+
+
+def _of_large_tiles(packed, x_there, routing, whole, x, chosen):
+    """The grouped product with the tile that many tokens take."""
+    pairs = Pairs(sort_experts(routing.experts, len(packed.weight1)), routing.experts)
+    found = grouped(pairs, x_there, packed.weight1, True, packed.bias1, packed.quick, kind="grouped")
+    hidden_ENH = whole.act(torch.einsum("nd,ehd->enh", x, whole.fc1.weight) + whole.fc1.bias[:, None])
+    order = chosen.flatten().argsort(stable=True)
+    yield "the grouped product", found, hidden_ENH[chosen.flatten()[order], order // chosen.shape[1]]
+
+
+def _of_training(one: PackedFFN, x_there, whole, x):
+    """Gradients of the dense FFN in training: of x, and of the first bias, which a kernel sums."""
+    with torch.enable_grad():
+        x_there, bias_there = x_there.requires_grad_(), one.bias1.clone().requires_grad_()
+        out = ffn(x_there, one.weight1, bias_there, one.weight2, one.bias2, one.quick)
+        found = torch.autograd.grad(out.sum(), (x_there, bias_there))
+        x = x.clone().requires_grad_()
+        expected = torch.autograd.grad(whole.single(x, 0).sum(), (x, whole.fc1.bias))
+    yield "the gradient of x", found[0], expected[0]
+    yield "the gradient of a bias", found[1], expected[1][0]

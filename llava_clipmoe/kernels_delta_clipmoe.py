@@ -13,13 +13,9 @@ R1, R2 ranks of the differences of fc1 and fc2, padded to a multiple of 16
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from .common_clipmoe import quick_gelu
-from .experts_delta_clipmoe import DeltaExperts
 from .kernels_base_clipmoe import (
     _WIDE,
-    MAX_RANK,
     Tile,
     _activate,
     _activate_and_slope,
@@ -28,80 +24,15 @@ from .kernels_base_clipmoe import (
     call,
     find_tile,
     launch,
-    refuse_experts,
     sort_experts,
     tl,
     triton,
 )
+from .kernels_pack_clipmoe import PackedDelta
 
 ENOUGH_PROGRAMS = 512  # about four for each multiprocessor of an H100; with fewer, H is split
 MAX_SPLIT = 16
 SORT_FROM = 4096  # tokens from which sorting them by their set of experts should pay
-
-# -------------------------------------------------------------------------------------------------------------- pack
-
-
-class PackedDelta(NamedTuple):
-    """The tensors of `DeltaExperts`, laid out so that both of the large products are one each."""
-
-    first: torch.Tensor  # [H + E R1, D]: the base's fc1, then every expert's `down` of fc1
-    second: torch.Tensor  # [D, H + E R2 + 16]: the base's fc2, every expert's `up` of fc2, the biases of fc2, zeros
-    up: torch.Tensor  # [E,H,R1] of fc1
-    bias: torch.Tensor  # [E,H] of fc1
-    down: torch.Tensor  # [E,R2,H] of fc2
-    quick: bool  # quick_gelu, else gelu
-
-
-def pack_delta(experts: DeltaExperts, dtype: torch.dtype | None = None) -> PackedDelta:
-    """A copy, once, after loading. Ranks are padded with zeros to a multiple of 16, the E biases to 16:
-    where rows start at multiples of 16 numbers, a kernel loads and stores 8 of them at once."""
-    fc1, fc2, number = experts.fc1, experts.fc2, experts.num_experts
-    refuse_experts(number)
-    if max(fc1.up.shape[-1], fc2.up.shape[-1]) > MAX_RANK:
-        raise ValueError(f"the kernels go up to rank {MAX_RANK}, this model has {fc1.up.shape[-1]} and "
-                         f"{fc2.up.shape[-1]}: use the loop.")  # fmt: skip
-
-    def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        missing = -tensor.shape[dim] % 16
-        return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, missing])
-
-    with torch.no_grad():
-        first = torch.cat([fc1.base, padded(fc1.down, 1).flatten(0, 1)])
-        up2 = padded(fc2.up, 2).permute(1, 0, 2).flatten(1)  # [D, E R2]
-        second = torch.cat([fc2.base, up2, padded(fc2.bias, 0).t()], dim=1)
-        tensors = (first, second, padded(fc1.up, 2), fc1.bias, padded(fc2.down, 1))
-        return PackedDelta(*(t.detach().to(dtype or t.dtype).contiguous() for t in tensors), experts.act is quick_gelu)
-
-
-def share_delta(experts: DeltaExperts) -> PackedDelta:
-    """`pack_delta` in the memory of the module: from now on its parameters are views of the packed tensors, with the
-    same values, so that the weights are held once. Moving or casting the module takes them apart again."""
-    packed = pack_delta(experts)
-    for name, view in _views(packed, experts.fc1.up.shape[-1], experts.fc2.up.shape[-1]).items():
-        parameter = experts.get_parameter(name)
-        if view.shape != parameter.shape or view.dtype != parameter.dtype:
-            raise ValueError(f"{name} is {parameter.dtype} {tuple(parameter.shape)}, its packed form {view.dtype} "
-                             f"{tuple(view.shape)}: all tensors of the experts must have one dtype.")  # fmt: skip
-    for name, view in _views(packed, experts.fc1.up.shape[-1], experts.fc2.up.shape[-1]).items():
-        experts.get_parameter(name).data = view
-    return packed
-
-
-def _views(packed: PackedDelta, rank1: int, rank2: int) -> dict[str, torch.Tensor]:
-    """The parameters of the module as parts of the packed tensors, padding left out."""
-    (e, hidden, r1), r2, d = packed.up.shape, packed.down.shape[1], len(packed.second)
-    base2, up2, bias2 = packed.second.split([hidden, e * r2, packed.second.shape[1] - hidden - e * r2], dim=1)
-    return {
-        "fc1.base": packed.first[:hidden],
-        "fc1.down": packed.first[hidden:].view(e, r1, -1)[:, :rank1],
-        "fc1.up": packed.up[..., :rank1],
-        "fc1.bias": packed.bias,
-        "fc2.base": base2,
-        "fc2.up": up2.view(d, e, r2).permute(1, 0, 2)[..., :rank2],
-        "fc2.bias": bias2[:, :e].t(),
-        "fc2.down": packed.down[:, :rank2],
-    }
-
 
 # ------------------------------------------------------------------------------------- what both kernels begin with
 
@@ -205,7 +136,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
                   BN: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
     """A tile of tokens and a part of H:  Y1 = [base h | z_0 .. z_E]  ->  Y2 = [sum w_e h_e | u_0 .. u_E | weights].
 
-    u_e is a sum over H: with SPLIT parts of H, each goes to PARTS [SPLIT,N,E R2] in fp32. Of the experts that my tokens
+    u_e is a sum over H: with SPLIT each part of H goes to PARTS [parts,N,E R2], fp32. Of the experts that my tokens
     use, one launch takes STEP, from number `earlier` on; what earlier launches left in Y2 is added to.
     """
     token, real = _tokens(ORDER, n, SORTED, BIG, BM)
@@ -217,7 +148,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
         end = tl.minimum(start + part_width, hidden)
         U = Y2 + hidden
         u_width = width2
-        if SPLIT > 1:
+        if SPLIT:
             U = PARTS + part.to(tl.int64) * n * (E * R2)
             u_width = E * R2
         e0 = _number_at(used, earlier)
@@ -229,7 +160,7 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
             _delta_pass(Y1, WEIGHTS, UP, BIAS, DOWN, Y2, U, token, real, e0, e0, earlier, start, end, hidden, width1,
                         width2, u_width, False, E, R1, R2, QUICK, EVEN, BM, BN, BR1, BR2)  # fmt: skip
         if earlier == 0:
-            if SPLIT == 1:
+            if not SPLIT:
                 _zeros_of_unused(U, token, real, used, u_width, E, R2, BM, BR2)
             if part == 0:
                 expert = tl.arange(0, _WIDE)
@@ -320,7 +251,7 @@ def _plan(kind: str, packed: PackedDelta, y1: torch.Tensor, order_N: torch.Tenso
     constants = {
         "E": e, "R1": r1, "R2": r2, "BR1": br1, "BR2": br2, "BM": tile.rows, "BN": tile.cols, "QUICK": packed.quick,
         "SORTED": order_N is not None, "BIG": n * max(y1.shape[1], packed.second.shape[1]) >= 2**31,
-        "SPLIT": split, "STEP": tile.inner, "EVEN": hidden % tile.cols == 0,
+        "SPLIT": split > 1, "STEP": tile.inner, "EVEN": hidden % tile.cols == 0,
     }  # fmt: skip
     return _Plan(tile, (triton.cdiv(n, tile.rows), split), part_width, constants)
 
@@ -419,11 +350,11 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHT
                        SORTED: tl.constexpr, BIG: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
                        EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR1: tl.constexpr,
                        BR2: tl.constexpr):  # fmt: skip
-    """Gradients G2 of Y2 [mixed h | u | weights] -> gradients G1 of Y1 [base h | z], and of the weights [SPLIT,N,E].
+    """Gradients G2 of Y2 [mixed h | u | weights] -> gradients G1 of Y1 [base h | z], and of the weights [parts,N,E].
 
     h_e is computed again from Y1. With g_e = G2's h + down_e^T (G2's u_e), the gradient of w_e h_e:
     t_e's gradient is w_e g_e act'(t_e), summed over experts it is the base's, times up_e it is z_e's (a sum over H:
-    with SPLIT parts, each goes to PARTS); w_e's is the sum over H of g_e h_e, and what came through the biases of fc2.
+    with SPLIT each part goes to PARTS); w_e's is the sum over H of g_e h_e, and what came through the biases of fc2.
     """
     token, real = _tokens(ORDER, n, SORTED, BIG, BM)
     used = _used_experts(WEIGHTS, token, real, E)
@@ -434,7 +365,7 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHT
         end = tl.minimum(start + part_width, hidden)
         Z_GRAD = G1 + hidden
         z_width = width1
-        if SPLIT > 1:
+        if SPLIT:
             Z_GRAD = PARTS + part.to(tl.int64) * n * (E * R1)
             z_width = E * R1
         MINE = WEIGHTS_GRAD + part.to(tl.int64) * n * E
@@ -449,7 +380,7 @@ def _delta_back_kernel(Y1, G2, WEIGHTS, ORDER, UP, BIAS, DOWN, G1, PARTS, WEIGHT
                              end, hidden, width1, width2, z_width, False, E, R1, R2, QUICK, EVEN, BM, BN, BR1,
                              BR2)  # fmt: skip
         if earlier == 0:
-            if SPLIT == 1:
+            if not SPLIT:
                 _zeros_of_unused(Z_GRAD, token, real, used, z_width, E, R1, BM, BR1)
             _zeros_of_unused(MINE, token, real, used, E, E, 1, BM, 1)
 

@@ -6,12 +6,9 @@ Products are cuBLAS's; what is fused is what lies between them. Copied beside th
 Shape suffixes:  N tokens   D width   H FFN width   E experts
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from .common_clipmoe import quick_gelu
 from .kernels_base_clipmoe import (
     _WIDE,
     _activate,
@@ -23,23 +20,7 @@ from .kernels_base_clipmoe import (
     tl,
     triton,
 )
-
-
-class PackedFFN(NamedTuple):
-    """A dense FFN's tensors, or those of E whole experts (then each has E in front)."""
-
-    weight1: torch.Tensor  # [H,D]
-    bias1: torch.Tensor  # [H]
-    weight2: torch.Tensor  # [D,H]
-    bias2: torch.Tensor  # [D]
-    quick: bool  # quick_gelu, else gelu
-
-
-def pack_ffn(ffn: torch.nn.Module, dtype: torch.dtype | None = None) -> PackedFFN:
-    """Of `Experts` or `CLIPMoEMLP`: the same memory where the dtype is the same."""
-    tensors = (ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias)
-    return PackedFFN(*(t.detach().to(dtype or t.dtype).contiguous() for t in tensors), ffn.act is quick_gelu)
-
+from .kernels_pack_clipmoe import PackedFFN
 
 # -------------------------------------------------------------------------------------------------- bias + activation
 

@@ -27,8 +27,10 @@ from .kernels_base_clipmoe import (
     tl,
     triton,
 )
-from .kernels_dense_clipmoe import PackedFFN, bias_act
+from .kernels_dense_clipmoe import bias_act
+from .kernels_pack_clipmoe import PackedFFN
 
+FEW_TILES = 264  # two for each multiprocessor of an H100: with fewer large tiles, small ones
 GROUP = 8  # tiles of rows that go over the weights together: what they read is then still in the card's cache
 
 # --------------------------------------------------------------------------------------------------- grouped product
@@ -100,7 +102,7 @@ def _grouped_kernel(A, ORDER, ENDS, W, BIAS, OUT, m, tiles, cols, inner, step_e,
                  mask=real[:, None] & (c[None, :] < cols))  # fmt: skip
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """The token-expert pairs of a batch."""
 
     sorted: Sorted
@@ -117,23 +119,31 @@ def uses_grouped_mm(x: torch.Tensor) -> bool:
 
 
 def _product(
-    pairs: _Pairs, a: torch.Tensor, weight: torch.Tensor, gather: bool = False, bias=None, quick: bool | None = None
+    pairs: Pairs, a: torch.Tensor, weight: torch.Tensor, gather: bool = False, bias=None, quick: bool | None = None
 ) -> torch.Tensor:
     """Rows [N or M, inner] times their expert's weight [E,cols,inner] (of any strides) -> [M,cols], sorted by expert.
 
     gather: the rows are tokens, not sorted pairs. With bias [E,cols] and quick: act(product + bias).
     """
     if not uses_grouped_mm(a):
-        return _grouped(pairs, a, weight, gather, bias, quick)
+        return grouped(pairs, a, weight, gather, bias, quick)
     if gather:
         a = a.index_select(0, pairs.tokens())
     out = F.grouped_mm(a, weight.transpose(1, 2), offs=pairs.sorted.ends)
     return out if bias is None else bias_act(out, bias, quick, out=out, ends_E=pairs.sorted.ends)
 
 
-def _grouped(pairs, a, weight, gather, bias, quick) -> torch.Tensor:
-    """`_product` by the kernel here."""
-    (e, cols, inner), m, tile = weight.shape, len(pairs.sorted.order), find_tile("grouped", a)
+def grouped_kind(m: int, cols: int, like: torch.Tensor) -> str:
+    """Which line of the table of tiles a grouped product of m rows and this many columns takes."""
+    tile = find_tile("grouped", like)
+    few = triton.cdiv(m, tile.rows) * triton.cdiv(cols, tile.cols) < FEW_TILES
+    return "grouped, few rows" if few else "grouped"
+
+
+def grouped(pairs, a, weight, gather=False, bias=None, quick=None, kind=None) -> torch.Tensor:
+    """`_product` by the kernel here. kind: of tile, else by size."""
+    (e, cols, inner), m = weight.shape, len(pairs.sorted.order)
+    tile = find_tile(kind or grouped_kind(m, cols, a), a)
     out = a.new_empty(m, cols)
     tiles = triton.cdiv(m, tile.rows) + e - 1 if m else 0  # each expert may have a last tile that is not full
     launch(
@@ -164,7 +174,7 @@ def _combine_kernel(Y, PLACES, EXPERTS, WEIGHTS, BIAS, OUT, d, E: tl.constexpr, 
     tl.store(OUT + token * d + c, total.to(OUT.dtype.element_ty), mask=c < d)
 
 
-def _combine(pairs: _Pairs, y_MD: torch.Tensor, weights_NE=None, bias_ED=None) -> torch.Tensor:
+def _combine(pairs: Pairs, y_MD: torch.Tensor, weights_NE=None, bias_ED=None) -> torch.Tensor:
     """Sorted pairs' results -> tokens [N,D]: weighted, with their expert's bias, or (without these) just summed."""
     (n, k), d, tile = pairs.experts.shape, y_MD.shape[1], find_tile("rows", y_MD)
     out_ND = y_MD.new_empty(n, d)
@@ -193,7 +203,7 @@ class _WholeFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weights_NE, experts_NK, packed):
         x_ND, weights_NE, experts_NK = x_ND.contiguous(), weights_NE.contiguous(), experts_NK.contiguous()
-        pairs = _Pairs(sort_experts(experts_NK, len(packed.weight1)), experts_NK)
+        pairs = Pairs(sort_experts(experts_NK, len(packed.weight1)), experts_NK)
         ctx.save_for_backward(x_ND, weights_NE, experts_NK, *pairs.sorted)
         ctx.packed = packed
         h_MH = _product(pairs, x_ND, packed.weight1, gather=True, bias=packed.bias1, quick=packed.quick)
@@ -202,7 +212,7 @@ class _WholeFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, out_grad):
         x_ND, weights_NE, experts_NK, *places = ctx.saved_tensors
-        packed, pairs, out_grad = ctx.packed, _Pairs(Sorted(*places), experts_NK), out_grad.contiguous()
+        packed, pairs, out_grad = ctx.packed, Pairs(Sorted(*places), experts_NK), out_grad.contiguous()
         t_MH = _product(pairs, x_ND, packed.weight1, gather=True)  # again, and kept by nobody
         h_grad_MH = _product(pairs, out_grad, packed.weight2.transpose(1, 2), gather=True)
         bias_grad_NE = out_grad.float() @ packed.bias2.float().t()

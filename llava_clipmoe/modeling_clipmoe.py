@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # transformers 4 copies only the files that are named here
     from .kernels_clipmoe import check  # noqa: F401
     from .kernels_delta_clipmoe import delta_ffn  # noqa: F401
     from .kernels_dense_clipmoe import dense_ffn  # noqa: F401
+    from .kernels_pack_clipmoe import pack_delta  # noqa: F401
     from .kernels_whole_clipmoe import whole_ffn  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------- towers

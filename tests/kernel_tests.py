@@ -345,6 +345,30 @@ def packed_on_device(experts: DeltaExperts, dtype) -> kernels.PackedDelta:
     return packed._replace(**{name: on_device(getattr(packed, name)) for name in packed._fields[:-1]})
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_what_belongs_to_an_expert_that_was_not_chosen_is_zero(small_tiles, poisoned, monkeypatch, split):
+    """Of tiles that do not use it at all, too."""
+    monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
+    experts, x = make_delta(torch.float32, 4, 2), draw(N, D, dtype=torch.float32)
+    weights_NE, weights, chosen = routing(N, 4, 2, "unused")
+    given, x_there = on_device(weights_NE).requires_grad_(), on_device(x.float()).requires_grad_()
+    assert torch.empty(3).isnan().all()
+    out = delta_ffn(packed_on_device(experts, torch.float32), x_there, given)
+    near(out, experts(x, weights, chosen).detach(), 1e-5)
+    out.sum().backward()
+    assert x_there.grad.isfinite().all()
+    assert torch.equal(given.grad.cpu() != 0, weights_NE != 0)
+
+
 @backward
 @pytest.mark.parametrize(("sort", "split"), [(False, 1), (True, 1), (True, 2)])
 def test_delta_backward(small_tiles, monkeypatch, dtype, act, e, k, sort, split):
@@ -427,6 +451,12 @@ def both_products(request, monkeypatch):
     )
 
 
+def test_few_rows_take_small_tiles():
+    like = torch.zeros(1, dtype=torch.float16, device=DEVICE)
+    assert kernels_whole_clipmoe.grouped_kind(2 * 577, 1024, like) == "grouped, few rows"
+    assert kernels_whole_clipmoe.grouped_kind(64 * 577, 1024, like) == "grouped"
+
+
 def test_grouped_mm_is_for_hopper_and_bf16():
     x = torch.zeros(2, 2, dtype=torch.bfloat16, device=DEVICE)
     fused = (
@@ -460,6 +490,7 @@ def test_whole_of_any_number_of_tokens(request, both_products, n, kind, small):
 def test_whole_in_many_tiles(monkeypatch, cols, inner):
     """Several groups of tiles, the last of them smaller; sizes that are multiples of the tile (no masks) and not."""
     monkeypatch.setitem(TILES, ("grouped", 4), {0: Tile(16, cols, inner, 4, 1)})
+    monkeypatch.setattr(kernels_whole_clipmoe, "FEW_TILES", 0)
     monkeypatch.setattr(kernels_whole_clipmoe, "GROUP", 3)
     (experts, packed), x = make_whole(torch.float32, 4, 2), draw(90, D, dtype=torch.float32)
     weights_NE, weights, chosen = routing(90, 4, 2)

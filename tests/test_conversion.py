@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_clipmoe import conversion
+from llava_clipmoe import conversion, open_clip_models
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.conversion import load_checkpoint, to_openai_state
 from llava_clipmoe.convert_command import convert, main
@@ -216,7 +216,7 @@ def test_there_and_back_is_bit_exact(tmp_path, moe_layers, suffix):
     k = 2 if moe_layers else None
     bundle = convert(save_pt(state, tmp_path / "in.pt"), tmp_path / "ours", num_experts_per_tok=k)
     convert(tmp_path / "ours", tmp_path / f"out{suffix}", to="openai")
-    back = conversion._read_state(tmp_path / f"out{suffix}")
+    back = conversion.read_state(tmp_path / f"out{suffix}")
     # The official code reads rows 0-19 of one table of positions and the others of the second: so both are whole now.
     whole = torch.cat([state["positional_embedding"][:20], state["positional_embedding_res"][20:]])
     state["positional_embedding"] = state["positional_embedding_res"] = whole
@@ -351,7 +351,7 @@ def test_open_clip_models_of_another_kind_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-336-quickgelu", "ViT-H-14", "ViT-bigG-14", "ViT-L-14-336"])
 def test_open_clips_own_clips_are_accepted(name):
-    settings = conversion._open_clip_settings(name)
+    settings = open_clip_models._open_clip_settings(name)
     assert settings["quick_gelu"] == name.endswith("quickgelu")
     assert settings["vision_cfg"]["head_width"] == {"ViT-H-14": 80, "ViT-bigG-14": 104}.get(name, 64)
 

@@ -96,11 +96,11 @@ class Compiler:
 
 
 MODULES = ["kernels_base_clipmoe", "kernels_clipmoe", "kernels_delta_clipmoe", "kernels_dense_clipmoe",
-           "kernels_whole_clipmoe"]  # fmt: skip
+           "kernels_whole_clipmoe", "kernels_pack_clipmoe"]  # fmt: skip
 SHARED_KIB = {80: 163, 89: 99, 90: 227}  # that one program may have: A100, 4090, H100
 
 
-def run_everything(kernels, dtype: torch.dtype) -> None:
+def run_everything(kernels, bias_act, dtype: torch.dtype) -> None:
     """Every kernel at the width of ViT-L, forward and backward, at sizes at which a launch would choose its tiles."""
     config = SimpleNamespace(
         num_experts=4, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, hidden_act="quick_gelu",
@@ -114,10 +114,16 @@ def run_everything(kernels, dtype: torch.dtype) -> None:
         kernels.delta_ffn(packed, x, weights, kernels.order_by_set(chosen, 4)).sum().backward()
     packed = kernels.pack_ffn(Experts(config), dtype)
     kernels.whole_ffn(packed, x, weights, chosen).sum().backward()
+    many = torch.zeros(2048, 1024, dtype=dtype)
+    kernels.whole_ffn(packed, many, torch.zeros(2048, 4), torch.zeros(2048, 2, dtype=torch.int64))
     one = kernels.PackedFFN(*(tensor[0] for tensor in packed[:4]), False)
     y = kernels.dense_ffn(one, x)
     y.sum().backward()
+    trained = [tensor.clone().requires_grad_() for tensor in one[:4]]
+    kernels.ffn(x, *trained, True).sum().backward()
     with torch.no_grad():
+        hidden, ends = torch.zeros(64, 4096, dtype=dtype), torch.zeros(4, dtype=torch.int32)
+        bias_act(hidden, packed.bias1, True, out=hidden, ends_E=ends)  # beside torch's grouped_mm
         kernels.add_layer_norm(x, y, one.bias2, one.bias2, 1e-5)
         kernels.fuse(x, torch.zeros(1024, 1024, dtype=dtype), one.bias2, y, y)
 
@@ -133,9 +139,10 @@ def test_kernels_compile_for_cards_that_are_not_here(arch, dtype, monkeypatch, t
     modules = [importlib.import_module(f"llava_clipmoe.{name}") for name in MODULES]
     base, kernels, compiler = modules[0], modules[1], Compiler(arch, tmp_path)
     for module in modules:
-        monkeypatch.setattr(module, "launch", compiler)
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", compiler)
     monkeypatch.setattr(base, "shared_kib", lambda device: SHARED_KIB[arch])
-    run_everything(kernels, dtype)
+    run_everything(kernels, modules[3].bias_act, dtype)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {name for name, *_ in compiler.done} == written
     for (name, tile, constants), found in compiler.done.items():
@@ -143,6 +150,22 @@ def test_kernels_compile_for_cards_that_are_not_here(arch, dtype, monkeypatch, t
         assert found["spilled"] == 0, (name, tile, constants, found["spilled"])
         assert "tf32" not in found["ptx"], name  # it would round fp32
         assert "f16.f16.f16.f16" not in found["ptx"], name  # products of halves are summed in fp32
+
+
+@needs_triton
+def test_the_benchmark_of_tiles(tmp_path):
+    """At tiny sizes; what it measures needs a GPU, and without one it says so."""
+    program, output = TESTS.parents[1] / "benchmarks" / "kernel_tiles.py", tmp_path / "tiles.md"
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, str(program), "--tiny", "--output", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5_000:]
+    lines = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert sum("in use" in line for line in lines) == sum("best" in line for line in lines) == 4 * 6
+    assert "delta back of rank 64" in done.stdout
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+        assert done.returncode == 2 and "needs a GPU" in done.stderr
 
 
 def test_without_triton_the_model_loads_and_the_kernels_say_what_to_do(monkeypatch):
