@@ -1,6 +1,6 @@
 """A tower's blocks on a GPU: the kernels in the place of the modules, and, without gradients, CUDA graphs.
 
-Copied beside the weights of a saved model, and imported only on a GPU (see `kernels_for` in `experts_clipmoe`). The
+Copied beside the weights of a saved model, and imported only on a GPU (see `kernels_for` in `gpu_clipmoe`). The
 modules in `modeling_clipmoe` are what this must equal:
 
 - `mixture` and `feed_forward` are one block's router and experts, and its dense FFN. With gradients too.
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -53,10 +51,6 @@ MAX_GRAPHS = 8
 """A graph keeps the memory of its input and results."""
 
 log = logging.getLogger("llava_clipmoe")
-
-
-def this_module() -> ModuleType:
-    return sys.modules[__name__]
 
 
 @functools.cache

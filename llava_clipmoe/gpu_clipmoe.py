@@ -7,6 +7,7 @@ files.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 from types import ModuleType
@@ -36,12 +37,11 @@ def kernels_for(x: torch.Tensor) -> ModuleType | None:
 @functools.cache
 def _import_kernels() -> ModuleType | None:
     """None, and one line that says why, where there is no triton."""
-    try:
-        from .fast_clipmoe import this_module
+    try:  # by name: transformers 4 follows the imports that it reads in these files, round and round in a circle
+        return importlib.import_module(".fast_clipmoe", __package__)
     except ImportError as error:
         logging.getLogger("llava_clipmoe").warning("llava-clipmoe: the GPU kernels are not used: %s", error)
         return None
-    return this_module()
 
 
 def _is_compiling() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -536,3 +537,17 @@ def test_the_other_transformers_version_reads_and_writes_the_same_bytes(tmp_path
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copy(tmp_path / "dense" / file, tmp_path / "theirs")
     assert_same(features(load_bundle(tmp_path / "theirs").model, batch), features(dense.model, batch), tolerance=0)
+
+
+def test_the_modeling_files_import_each_other_in_no_circle():
+    """transformers 4 follows what it reads as imports until nothing new comes: with a circle, for ever."""
+    folder = Path(model_directory.__file__).parent
+    imports = {
+        file: {f"{name}.py" for name in re.findall(r"^\s*from\s+\.(\w+)\s+import", (folder / file).read_text(), re.M)}
+        for file in model_directory.MODELING_FILES
+    }
+    assert imports["modeling_clipmoe.py"] == set(imports) - {"modeling_clipmoe.py"}  # it copies those alone
+    while imports:
+        leaves = {file for file, wanted in imports.items() if not wanted & imports.keys()}
+        assert leaves, f"a circle among {sorted(imports)}"
+        imports = {file: wanted for file, wanted in imports.items() if file not in leaves}
