@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from demo_browser import CHROMIUM, open_tab, panel, picture_loaded
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+from tiny.browser import CHROMIUM, open_tab, panel, picture_loaded
 
 MOST_BYTES = 250 * 1024
 MARGIN = 16

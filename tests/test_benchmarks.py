@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from tiny_llava import upstream_is_installed
+from tiny.llavas import upstream_is_installed
 
 from train_encoder.recipes import RECIPES
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 import pytest
 from PIL import Image
-from tiny_llava import upstream_is_installed
+from tiny.llavas import upstream_is_installed
 
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
-from demo.asking import Board, Cell, ask_all
-from demo.models import Eye, Generation
-from demo.turns import QueueFull, Stopped, Turns
+from demo.llava.ask import Board, Cell, ask_all
+from demo.llava.generate import Generation, Llava
+from demo.llava.turns import QueueFull, Stopped, Turns
 
-pytest_plugins = ["eye_fixtures"]
+pytest_plugins = ["tiny.loaded_llavas"]
 
 SECONDS = 30
 """Longest wait for another thread: far more than it takes, so that only what hangs fails."""
@@ -146,7 +146,7 @@ PLACES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.fixture(params=["own", "shared"])
-def eyes(request) -> tuple[Eye, Eye]:
+def eyes(request) -> tuple[Llava, Llava]:
     return request.getfixturevalue(request.param)
 
 
@@ -154,7 +154,7 @@ def states(board: Board) -> list[str]:
     return [board[place].state for place in PLACES]
 
 
-def has_free_turn(eye: Eye) -> bool:
+def has_free_turn(eye: Llava) -> bool:
     """Whether one who would not wait gets in."""
     eye.llm.turns.most_waiting, before = 0, eye.llm.turns.most_waiting
     try:
@@ -190,7 +190,7 @@ def test_boards_already_shown_do_not_change(own):
 class Watched:
     """Counts how many of the towers look at once, and makes each look last a while."""
 
-    def __init__(self, eyes: tuple[Eye, Eye], monkeypatch, seconds: float):
+    def __init__(self, eyes: tuple[Llava, Llava], monkeypatch, seconds: float):
         self.inside, self.most, self.order, self.lock = 0, 0, [], threading.Lock()
         for number, eye in enumerate(eyes):
             monkeypatch.setattr(eye.tower, "forward", self.slowed(eye.tower.forward, number, seconds))

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
-from demo_browser import (
+from PIL import Image
+from tiny.browser import (
     MAX_BYTES,
     REPOSITORY,
     SCRIPT,
@@ -25,9 +26,8 @@ from demo_browser import (
     told,
     upload,
 )
-from PIL import Image
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
-from tiny_llava import make_towers, upstream_is_installed
+from tiny.llavas import make_towers, upstream_is_installed
 
-from demo.looking import (
+from demo.visualize import (
     Routing,
     as_seen,
     difference,

@@ -21,14 +21,16 @@ pytest.importorskip("open_clip", reason="the trainer's packages are not installe
 pytest.importorskip("imagehash", reason="needs the `demo` extra")
 
 import imagehash
-from tiny_llava import make_towers
+from tiny.llavas import make_towers
 
-from demo import embeddings, mining
-from demo import search as searching
-from demo.images import NearDuplicates, Pictures, looks
-from demo.mining import Settings, main, mine
-from demo.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
-from demo.search import Criteria, Pool, search
+from demo.mining import command as mining
+from demo.mining import encode, encoders
+from demo.mining import search as searching
+from demo.mining.command import Settings, main, mine
+from demo.mining.duplicates import NearDuplicates, looks
+from demo.mining.images import Pictures
+from demo.mining.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
+from demo.mining.search import Criteria, Pool, search
 from llava_clipmoe.files import load_tensors, save_tensors
 from llava_clipmoe.model_directory import load_bundle
 from llava_clipmoe.modeling_clipmoe import only_expert
@@ -410,7 +412,7 @@ def test_questions_that_cannot_be_used_are_refused(run, photos, tmp_path, text, 
 def test_a_second_run_with_other_thresholds_encodes_nothing(run, photos, monkeypatch):
     first, summary = run(photos)
     assert summary["counts"]["encoded_now"] == 9
-    monkeypatch.setattr(embeddings, "encode_images", None)  # a call would be an error
+    monkeypatch.setattr(encoders, "encode_images", None)  # a call would be an error
     again, summary = run(photos, batch_size=4)
     assert summary["counts"]["encoded_now"] == 0 and again == first
     other, _ = run(photos, per_image=9, reference="experts")
@@ -448,7 +450,7 @@ def test_a_killed_run_goes_on_where_it_was(run, photos, monkeypatch):
             raise KeyboardInterrupt
         return real(self, i)
 
-    monkeypatch.setattr(embeddings, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(encode, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(Pictures, "image", killed)
     with pytest.raises(KeyboardInterrupt):
         run(photos, batch_size=2)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_llava import (
+from tiny.llavas import (
     COLOURS,
     make_language_model,
     make_llava,
@@ -26,18 +26,10 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 if not upstream_is_installed():
     pytest.skip("upstream LLaVA (llava-torch) is not installed here", allow_module_level=True)
 
-from demo.models import (
-    Eye,
-    Generation,
-    ModelGone,
-    Models,
-    check_models,
-    conversation_of,
-    load_eyes,
-    separator_of,
-)
+from demo.llava.generate import Generation, Llava, ModelGone, separator_of
+from demo.llava.load import Models, check_models, conversation_of, load_llavas
 
-pytest_plugins = ["eye_fixtures"]
+pytest_plugins = ["tiny.loaded_llavas"]
 pytestmark = pytest.mark.usefixtures("upstream")
 
 QUESTION = "What colour is the square?"
@@ -71,7 +63,7 @@ def upstream_answers(tokenizer: Any, model: Any, picture: Image.Image, question:
     return tokenizer.decode(out[0], skip_special_tokens=True).strip()
 
 
-def said(eye: Eye, picture: Image.Image, how: Generation = SHORT, **more: Any) -> str:
+def said(eye: Llava, picture: Image.Image, how: Generation = SHORT, **more: Any) -> str:
     return list(eye.stream(picture, QUESTION, how, **more))[-1]
 
 
@@ -87,7 +79,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 class Steps:
     """Counts the forward passes of a language model: one a token."""
 
-    def __init__(self, eye: Eye):
+    def __init__(self, eye: Llava):
         self.count = 0
         self.handle = eye.llm.model.register_forward_hook(self.one_more)
 
@@ -152,7 +144,7 @@ def test_a_warm_answer_is_drawn_from_the_distribution_and_a_cold_one_is_not(own)
 
 def test_text_after_the_templates_separator_is_not_shown(own):
     """A model that goes on after its answer talks to itself; generation ends there too."""
-    from demo.models import _growing
+    from demo.llava.generate import _growing
 
     read = []
 
@@ -201,10 +193,10 @@ def test_two_eyes_of_one_language_model_never_look_through_each_other(shared, tm
     expected = [[said(eye, picture) for picture in PICTURES] for eye in shared]
     assert not set(expected[0]) & set(expected[1]), "the eyes must differ for this to show anything"
 
-    def stream(eye: Eye) -> list[str]:
+    def stream(eye: Llava) -> list[str]:
         return [said(eye, picture) for picture in PICTURES]
 
-    def batches(eye: Eye) -> list[str]:
+    def batches(eye: Llava) -> list[str]:
         found = eye.answer_files(files, [QUESTION] * len(files), batch_size=1, max_new_tokens=20)
         return [text for batch in found for text in batch]
 
@@ -229,7 +221,7 @@ def test_a_projector_for_another_width_is_refused(two_projectors, tmp_path):
     moe, _ = make_towers(tmp_path)
     right = make_llava(tmp_path / "llava-v1-wide", moe, wide, whole=False)
     with pytest.raises(ValueError, match="width 64, the shared one has 32"):
-        load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None)
+        load_llavas(Models(left, right, llm, device="cpu"), say=lambda line: None)
 
 
 def test_towers_that_are_stored_in_half_compute_in_float32_on_the_cpu(two_projectors, tmp_path):
@@ -246,7 +238,7 @@ def test_towers_that_are_stored_in_half_compute_in_float32_on_the_cpu(two_projec
         copies.append(shutil.copytree(side, tmp_path / side.name))
         write_json(copies[-1] / "config.json", {**config, "mm_vision_tower": str(tower)})
     for left, right in (copies, reversed(copies)):
-        for eye in load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None):
+        for eye in load_llavas(Models(left, right, llm, device="cpu"), say=lambda line: None):
             assert eye.tower.dtype == torch.float32 and eye.tower.device.type == "cpu", eye.name
 
 
@@ -266,8 +258,8 @@ def test_a_quantised_language_model_answers(tmp_path, bits, one_language_model):
         make_llava(tmp_path / n, t, llm, i, whole=whole) for i, (n, t) in enumerate(zip(names, towers, strict=True))
     ]
     base = llm if one_language_model else None
-    full = load_eyes(Models(*sides, base, device="cpu"), say=lambda line: None)
-    small = load_eyes(Models(*sides, base, bits=bits, device="cpu"), say=lambda line: None)
+    full = load_llavas(Models(*sides, base, device="cpu"), say=lambda line: None)
+    small = load_llavas(Models(*sides, base, bits=bits, device="cpu"), say=lambda line: None)
     kind = {8: "Linear8bitLt", 4: "Linear4bit"}[bits]
     for eye, reference in zip(small, full, strict=True):
         assert type(eye.llm.model.model.layers[0].mlp.up_proj).__name__ == kind
@@ -317,7 +309,7 @@ def test_closing_the_iterator_ends_the_answer_and_frees_the_turn(own, full_lengt
 
 def test_who_has_stopped_before_the_turn_comes_does_not_start(own):
     """Reading a picture with a large model takes long: a stopped question must not cost it."""
-    from demo.turns import Stopped
+    from demo.llava.turns import Stopped
 
     stop = threading.Event()
     stop.set()
@@ -361,7 +353,7 @@ def test_an_error_in_mid_answer_reaches_the_reader_after_what_was_said(own, monk
 
 def test_a_vanished_directory_is_told_and_answers_still_come(two_llavas, tmp_path):
     copies = [shutil.copytree(directory, tmp_path / directory.name) for directory in two_llavas]
-    eyes = load_eyes(Models(*copies, device="cpu"), say=lambda line: None)
+    eyes = load_llavas(Models(*copies, device="cpu"), say=lambda line: None)
     before = said(eyes[1], PICTURES[0])
     eyes[1].check_files()
     shutil.rmtree(copies[1])
@@ -422,7 +414,7 @@ def test_the_separator_ends_an_answer_in_its_template():
 
 def test_another_template_is_another_prompt(own, two_llavas):
     """The setting wins over the name."""
-    eyes = load_eyes(Models(*two_llavas, device="cpu", conversation="llava_v0"), say=lambda line: None)
+    eyes = load_llavas(Models(*two_llavas, device="cpu", conversation="llava_v0"), say=lambda line: None)
     assert eyes[0].llm.conversation == "llava_v0" and own[0].llm.conversation == "llava_v1"
     ids = [eye.inputs(PICTURES[0], QUESTION)["inputs"][0].tolist() for eye in (eyes[0], own[0])]
     assert ids[0] != ids[1] and ids[0].count(-200) == ids[1].count(-200) == 1  # each has the picture in it
@@ -432,23 +424,23 @@ def test_eyes_are_called_after_their_towers(own, two_llavas):
     assert [eye.name for eye in own] == ["CLIP", "CLIP-MoE"]
     assert [eye.is_moe for eye in own] == [False, True]
     assert Path(own[0].tower_source).name == "clip" and Path(own[1].tower_source).name == "clip-moe"
-    swapped = load_eyes(Models(*reversed(two_llavas), device="cpu"), say=lambda line: None)
+    swapped = load_llavas(Models(*reversed(two_llavas), device="cpu"), say=lambda line: None)
     assert [eye.name for eye in swapped] == ["CLIP-MoE", "CLIP"]
 
 
 def test_two_eyes_of_one_kind_are_called_after_their_directories(two_llavas, tmp_path):
     other = shutil.copytree(two_llavas[0], tmp_path / "llava-v1-other")
-    eyes = load_eyes(Models(two_llavas[0], other, device="cpu"), say=lambda line: None)
+    eyes = load_llavas(Models(two_llavas[0], other, device="cpu"), say=lambda line: None)
     assert [eye.name for eye in eyes] == ["llava-v1-clip", "llava-v1-other"]
     twin = shutil.copytree(two_llavas[0], tmp_path / "elsewhere" / two_llavas[0].name)
-    eyes = load_eyes(Models(two_llavas[0], twin, device="cpu"), say=lambda line: None)
+    eyes = load_llavas(Models(two_llavas[0], twin, device="cpu"), say=lambda line: None)
     assert [eye.name for eye in eyes] == ["llava-v1-clip (left)", "llava-v1-clip (right)"]
 
 
 def test_own_names_are_taken_and_equal_ones_refused_before_anything_is_loaded(two_llavas):
-    eyes = load_eyes(Models(*two_llavas, names=("old", "new"), device="cpu"), say=lambda line: None)
+    eyes = load_llavas(Models(*two_llavas, names=("old", "new"), device="cpu"), say=lambda line: None)
     assert [eye.name for eye in eyes] == ["old", "new"]
-    with pytest.raises(ValueError, match="both eyes are called 'same'"):
+    with pytest.raises(ValueError, match="both LLaVAs are called 'same'"):
         check_models(Models(*two_llavas, names=("same", "same")))
 
 
@@ -459,9 +451,9 @@ def test_what_is_missing_is_said_before_anything_is_loaded(two_llavas, two_proje
     left, right = two_llavas
     llm, eye, _ = two_projectors
     nothing = tmp_path / "nothing"
-    with pytest.raises(FileNotFoundError, match=r"no LLaVA at .*nothing \(the left eye\).*make llava-quickstart"):
+    with pytest.raises(FileNotFoundError, match=r"no LLaVA at .*nothing \(the left one\).*make llava-quickstart"):
         check_models(Models(nothing, right))
-    with pytest.raises(FileNotFoundError, match=r"\(the right eye\).*--left DIR --right DIR"):
+    with pytest.raises(FileNotFoundError, match=r"\(the right one\).*--left DIR --right DIR"):
         check_models(Models(left, nothing))
     with pytest.raises(ValueError, match=r"llama is no LLaVA: its config.json names no mm_vision_tower"):
         check_models(Models(left, llm))
@@ -485,7 +477,7 @@ def test_a_pickle_in_the_place_of_a_projector_is_not_run(two_projectors, tmp_pat
     bad = shutil.copytree(right, tmp_path / "llava-v1-bad")
     torch.save({"model.mm_projector.0.weight": Evil(tmp_path / "was-run")}, bad / "mm_projector.bin")
     with pytest.raises(ValueError):
-        load_eyes(Models(left, bad, llm, device="cpu"), say=lambda line: None)
+        load_llavas(Models(left, bad, llm, device="cpu"), say=lambda line: None)
     assert not (tmp_path / "was-run").exists()
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import re
 
 import pytest
-from demo_browser import (
+from tiny.browser import (
     LEFT,
     RIGHT,
     TABS,
@@ -24,7 +24,7 @@ from demo_browser import (
     upload,
 )
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
 
 
@@ -101,7 +101,7 @@ def test_another_pair_by_the_keyboard_and_by_chance(visit, site, eyes):
 
 
 def test_two_pictures_of_ones_own(visit, site, eyes, tmp_path):
-    from demo.similarity import Similarity
+    from demo.llava.similarity import Similarity
 
     pictures = [draw("circle", "red", 2), draw("square", "green", 3), draw("square", "black")]
     for n, picture in enumerate(pictures):

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from demo_browser import (
+from tiny.browser import (
     LEFT,
     RIGHT,
     answers,
@@ -24,7 +24,7 @@ from demo_browser import (
     wait_for,
 )
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
 from train_encoder import openmoji
-from train_llava import conversations as c
+from train_llava.quickstart import conversations as c
 
 
 @pytest.fixture(scope="module")

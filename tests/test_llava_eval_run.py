@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("llava", reason="upstream LLaVA is not installed")
 
 from PIL import Image
-from tiny_llava import make_language_model, make_towers
+from tiny.llavas import make_language_model, make_towers
 
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, read_answers, read_jsonl, write_jsonl

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from . import converters, questions, scorers
 from .answers import EvalError, Row, read_json, read_jsonl, read_text
+from .letters import letter
 from .scorers import Choice, Metrics
 
 EVAL_ZIP = "eval.zip of LLaVA-1.5 (linked in docs/Evaluation.md of github.com/haotian-liu/LLaVA)"
@@ -181,7 +182,7 @@ def _mmbench(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metr
     for question, answer in zip(asked, answers, strict=True):
         base = question["question_id"] % questions.CIRCULAR_STEP
         shown = dict(zip(sorted(question["option_char"]), question["options"], strict=True))
-        said = scorers.letter(answer["text"], shown)
+        said = letter(answer["text"], shown)
         original = None if said is None else question["option_char"][ord(said) - ord("A")]
         rows.append(Choice(base, question["category"], original, question["answer"], forms[base] == question["forms"]))
     return scorers.choices(rows)
@@ -189,7 +190,7 @@ def _mmbench(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metr
 
 def _choices(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> list[Choice]:
     return [Choice(question["question_id"], question.get("category", "all"),
-                   scorers.letter(answer["text"], question["options"]), question["answer"])
+                   letter(answer["text"], question["options"]), question["answer"])
             for question, answer in zip(asked, answers, strict=True)]  # fmt: skip
 
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import base64
 import csv
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llava_clipmoe.files import atomic_file
+from llava_clipmoe.processes import Children, exit_on_sigterm
 
 from .answers import EvalError, Row, match, merge, read_answers, write_jsonl
 from .benchmarks import Benchmark
@@ -177,35 +176,12 @@ def _is_text(cell: object) -> bool:
 
 
 def _run_processes(commands: Sequence[Sequence[str]], gpus: Sequence[str]) -> list[int]:
-    """Run all commands at once, wait for them, -> their exit statuses. None outlives us."""
-    processes: list[subprocess.Popen] = []
-    with _terminated_like_interrupted():
-        try:
-            for command, gpu in zip(commands, gpus, strict=False):
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
-                processes.append(subprocess.Popen(command, env=environment))
-            return [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-            for process in processes:
-                process.wait()
+    """Run all commands at once and wait for them; -> their exit statuses. None of them outlives us."""
+    children = Children()
 
+    def run(command: Sequence[str], gpu: str) -> int | None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
+        return children.run(command, env=environment)
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (a cluster's time limit) ends us as Ctrl-C does: the runners are stopped and their answers merged."""
-
-    def stop(*_: object) -> None:
-        raise SystemExit(143)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever owns it looks after signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with exit_on_sigterm():
+        return children.run_all([partial(run, *pair) for pair in zip(commands, gpus, strict=False)])

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .letters import letter as letter
+from train_llava.judge import pairs_right
 
 Metrics = dict[str, Any]
 
@@ -234,7 +234,7 @@ def choices(rows: Sequence[Choice]) -> Metrics:
 
 def pairs(rows: Sequence[Choice]) -> Metrics:
     """MMVP: rows in the order of its file; a pair (two consecutive rows) counts when both answers are right."""
-    both = [one.right and two.right for one, two in zip(rows[::2], rows[1::2], strict=False)]
+    both = pairs_right([row.right for row in rows])
     return {
         "pair_accuracy": percent(sum(both), len(both)),
         "accuracy": percent(sum(row.right for row in rows), len(rows)),

@@ -1,0 +1,165 @@
+"""Compare: two pictures, one question, four answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from ..llava.ask import ask_all
+from ..session import Demo
+from ..uploads import check_question, read_picture
+from . import html
+from .errors import explain, explained
+
+HELP = (
+    "CLIP embeds both pictures as nearly the same point. Ask both eyes about both: an eye that gives the **same answer "
+    "twice**, though the truth differs, is blind to the difference. Choose a mined pair, or drop two pictures of yours."
+)
+NO_PAIRS = (
+    "No mined pairs are loaded: upload two pictures. `llava-clipmoe mine-pairs IMAGES` finds pairs in a folder; give "
+    "them to the demo with `--pairs FOLDER`."
+)
+
+
+class Compare(NamedTuple):
+    """What other tabs need of this one."""
+
+    pair: gr.State
+    """Index of the chosen pair; None while uploaded pictures are compared."""
+    pictures: tuple[gr.Image, gr.Image]
+    picker: gr.Dropdown
+    show_outputs: list[Any]
+    """What `show` fills."""
+
+
+def build(demo: Demo) -> Compare:
+    """Draw the tab (inside a gr.Tab)."""
+    some = bool(demo.pairs)
+    gr.Markdown(HELP if some else NO_PAIRS)
+    pair = gr.State(0 if some else None)
+    with gr.Row(visible=some, equal_height=True):
+        picker = gr.Dropdown(demo.choices(), value=0 if some else None, label="Mined pair", scale=4, min_width=220,
+                             elem_id="pair-picker")  # fmt: skip
+        surprise = gr.Button("Another pair", scale=1, min_width=120, elem_id="another-pair")
+    with gr.Row():
+        pictures = _picture_input(1), _picture_input(2)
+    cosines = gr.HTML(elem_id="cosines")
+    known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
+    with gr.Row(equal_height=True):
+        question = gr.Textbox(label="Question", placeholder="What do you want to know about both pictures?", scale=4,
+                              lines=1, max_lines=4, min_width=220, elem_id="question")  # fmt: skip
+        ask = gr.Button("Ask both", variant="primary", scale=1, min_width=110, elem_id="ask")
+        stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
+    board = gr.HTML(elem_id="board")
+
+    def chosen(index, request: gr.Request):
+        return show(demo, index, request.session_hash)
+
+    def another(now, request: gr.Request):
+        return _another(demo, now, request.session_hash)
+
+    def cleared(request: gr.Request):
+        return _uploaded(demo, None, 0, request.session_hash)
+
+    shown = [pair, *pictures, cosines, known, question, board]
+    picker.input(explained(chosen), picker, shown)
+    surprise.click(explained(another), pair, [picker, *shown])
+    for number, picture in enumerate(pictures, start=1):
+        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board])
+
+        def uploaded(path, index, request: gr.Request, number=number):
+            return _uploaded(demo, path, number, request.session_hash)
+
+        picture.upload(explained(uploaded), **given)
+        picture.clear(explained(cleared), None, given["outputs"])
+    known.input(lambda text: text, known, question)
+
+    def run(index, first, second, text, request: gr.Request):
+        yield from _ask(demo, index, first, second, text, request.session_hash)
+
+    asking = dict(
+        fn=explained(run),
+        inputs=[pair, *pictures, question],
+        outputs=[board, cosines],
+        show_progress="hidden",
+        concurrency_limit=16,
+    )
+    ask.click(**asking)
+    question.submit(**asking)
+    stop.click(demo.stopper("ask"), None, None, show_progress="hidden")
+    return Compare(pair, pictures, picker, shown)
+
+
+def _picture_input(number: int) -> gr.Image:
+    """The place for picture 1 or 2: drop, choose or paste a file. PNG: what is shown back is what was read."""
+    picture = gr.Image(
+        label=f"Picture {number}", type="filepath", format="png", sources=["upload", "clipboard"], height=260,
+        min_width=140, buttons=["fullscreen"], elem_id=f"picture-{number}",
+    )  # fmt: skip
+    # On this one component, not in a class of its own: Gradio writes a stub file beside every class that has events.
+    picture.preprocess = _path_only
+    return picture
+
+
+def _path_only(payload: Any) -> str | None:
+    """The path that the visitor sent, unopened. Gradio itself would open it with Pillow, wherever it leads; here
+    `Uploads` decides what is opened."""
+    return None if payload is None or payload.path is None else str(payload.path)
+
+
+def show(demo: Demo, index: int | None, session: str | None) -> tuple[Any, ...]:
+    """Values of `show_outputs` for a mined pair. Drops a question that still runs: it is about other pictures."""
+    demo.drop("ask", session)
+    if index is None or not demo.pairs:
+        return None, None, None, "", gr.Radio(visible=False), "", ""
+    pair = demo.pairs[index]
+    texts = list(dict.fromkeys(q.question for q in pair.questions))
+    first = texts[0] if texts else "What is in this picture?"
+    known = gr.Radio(texts, value=first if texts else None, visible=bool(texts))
+    pictures = (read_picture(path, demo.limits).image for path in pair.images)
+    return index, *pictures, html.cosines(pair.cosines), known, first, ""
+
+
+def _another(demo: Demo, now: int | None, session: str | None) -> tuple[Any, ...]:
+    others = [index for index in range(len(demo.pairs)) if index != now] or [0]
+    index = random.choice(others)
+    return index, *show(demo, index, session)
+
+
+def _uploaded(demo: Demo, path: str | None, number: int, session: str | None) -> tuple[Any, ...]:
+    """A picture was uploaded (None: removed). One that is refused leaves the place empty and says why."""
+    demo.drop("ask", session)
+    found = note = None
+    try:
+        if path:
+            found, note = demo.uploads.find(path)
+    except ValueError as error:
+        gr.Warning(explain(error), title=f"Picture {number} was not taken", duration=15)
+    if note:
+        gr.Info(note, title=f"Picture {number}")
+    return found, None, "", gr.Radio(visible=False), ""
+
+
+def _ask(
+    demo: Demo, index: int | None, first: str | None, second: str | None, text: str, session: str | None
+) -> Iterator[tuple[Any, ...]]:
+    question = check_question(text, demo.question_limit)
+    pictures = demo.pictures(index, first, second)
+    truth = demo.truth(index, question)
+    demo.warn_if_gone()
+    with demo.stoppable("ask", session) as stop:
+        for cells in ask_all(demo.llavas, pictures, question, demo.generation, stop, explain):
+            yield "" if stop.dropped else html.board(cells, demo.names, truth), gr.skip()
+        cosines = _cosines(demo, pictures) if index is None and not stop.dropped else gr.skip()
+        yield ("", gr.skip()) if stop.dropped else (gr.skip(), cosines)
+
+
+def _cosines(demo: Demo, pictures: tuple[Any, Any]) -> Any:
+    try:
+        return html.cosines(demo.similarity.cosines(*pictures), {})
+    except (ValueError, OSError) as error:  # the answers stand; only the cosines are missing
+        gr.Warning(explain(error), title="No cosines")
+        return gr.skip()
