@@ -90,8 +90,9 @@ def prepare(settings: Settings, console: Console) -> Demo:
 
     console.print("loading both models ...")
     llavas = load_llavas(settings.models, console.print)
-    return Demo(llavas, pairs, settings.output_dir, Uploads(settings.served, settings.upload_limits),
-                settings.generation)  # fmt: skip
+    return Demo(
+        llavas, pairs, settings.output_dir, Uploads(settings.served, settings.upload_limits), settings.generation
+    )
 
 
 def build_page(demo: Demo) -> gr.Blocks:

@@ -50,8 +50,6 @@ class Demo:
     def limits(self) -> Limits:
         return self.uploads.limits
 
-    # ----------------------------------------------------------------------------------------------- pairs and pictures
-
     def choices(self) -> list[tuple[str, int]]:
         """(a line about it, its index) of every pair: what differs, and how close the dense CLIP finds it."""
         return [(f"{index + 1} · {self._differs(pair)}", index) for index, pair in enumerate(self.pairs)]
@@ -86,8 +84,6 @@ class Demo:
         index = rng.choice(asked or range(len(self.pairs)))
         questions = self.pairs[index].questions
         return index, rng.choice(questions) if questions else None
-
-    # -------------------------------------------------------------------------------------------------- running actions
 
     def warn_if_gone(self) -> None:
         """A message on the page for every model directory that has vanished; answers go on from memory."""

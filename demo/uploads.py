@@ -105,8 +105,10 @@ class Uploads:
             with atomic_file(path) as temporary:
                 image.save(temporary, "PNG", compress_level=1)
         except (SaveError, OSError) as error:
-            raise BadUpload("This picture cannot be kept: the disk of the server is full or read-only. Free some "
-                            "space there and upload it again.") from error  # fmt: skip
+            raise BadUpload(
+                "This picture cannot be kept: the disk of the server is full or read-only. Free some "
+                "space there and upload it again."
+            ) from error
 
     def _forget_old(self) -> None:
         with contextlib.suppress(OSError):  # there is no folder yet, or another thread was faster

@@ -67,9 +67,6 @@ class Vote:
             raise ValueError("a vote has a question, a time and two models of different names.")
 
 
-# ------------------------------------------------------------------------------------------------------------- the file
-
-
 def append_vote(path: str | Path, vote: Vote) -> None:
     """Add a vote: on disk when this returns, and safe against other threads and (where there is fcntl) processes.
 
@@ -140,9 +137,6 @@ def _vote(row: Any) -> Vote:
     if not isinstance(row, dict):
         raise ValueError("a vote is a JSON object.")
     return Vote(**{f.name: row[f.name] for f in fields(Vote) if f.name in row})  # TypeError where one is missing
-
-
-# ------------------------------------------------------------------------------------------------------------ the score
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,13 @@ class _Asking:
 
 
 def ask_all(
-    llavas: Sequence[Llava], pictures: Sequence[Image.Image], question: str, how: Generation,
-    stop: threading.Event | None = None, explain: Callable[[Exception], str] = str,
-) -> Iterator[Board]:  # fmt: skip
+    llavas: Sequence[Llava],
+    pictures: Sequence[Image.Image],
+    question: str,
+    how: Generation,
+    stop: threading.Event | None = None,
+    explain: Callable[[Exception], str] = str,
+) -> Iterator[Board]:
     """Yields the board whenever it has changed, the last time when all four cells are done, stopped or failed.
 
     LLaVAs with language models of their own answer side by side, each one picture after the other. Setting `stop` ends

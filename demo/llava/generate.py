@@ -132,10 +132,14 @@ class Llava:
             )
             failed: list[BaseException] = []
             arguments = {
-                **self.inputs(picture, question), "streamer": streamer, "use_cache": True, "do_sample": False,
-                "max_new_tokens": how.max_new_tokens, "stopping_criteria": [StopWhenSet(stops)],
+                **self.inputs(picture, question),
+                "streamer": streamer,
+                "use_cache": True,
+                "do_sample": False,
+                "max_new_tokens": how.max_new_tokens,
+                "stopping_criteria": [StopWhenSet(stops)],
                 "pad_token_id": self.llm.tokenizer.eos_token_id,
-            }  # fmt: skip
+            }
             if how.temperature > 0:
                 arguments |= {"do_sample": True, "temperature": how.temperature}
             thread = threading.Thread(target=_generate, args=(model, arguments, streamer, failed), daemon=True)

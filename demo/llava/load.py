@@ -45,9 +45,6 @@ class Models:
     """Upstream's conversation template. Default: by the directory's name, as upstream's own command line does."""
 
 
-# --------------------------------------------------------------------------------------------------- before the loading
-
-
 def check_models(models: Models) -> None:
     """Raise FileNotFoundError or ValueError for what is missing, before anything is loaded."""
     for side, directory in (("left", models.left), ("right", models.right)):
@@ -85,9 +82,6 @@ def prepare_upstream() -> None:
     run.prepare()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-# ---------------------------------------------------------------------------------------------------------- the loading
 
 
 def load_llavas(models: Models, say: Callable[[str], None] = print) -> tuple[Llava, Llava]:

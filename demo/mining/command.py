@@ -41,6 +41,17 @@ OUTCOMES = {
     "dense": "are the widest gaps above the dense threshold: no pair passed the reference's too",
     "closest": "are the widest gaps among the closest pairs: no pair was above the dense threshold",
 }
+BOUNDS = {
+    "dense_threshold": (-1, 1),
+    "reference_threshold": (-1, 1),
+    "top": (1, 50_000),
+    "candidates": (1, 1_000_000),
+    "per_image": (1, 1_000_000),
+    "duplicate_bits": (0, 64),
+    "duplicate_colour": (-1, 255),
+    "batch_size": (1, 65_536),
+    "workers": (0, 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,7 @@ class Settings:
 
 def check(s: Settings) -> None:
     """Raises ValueError for settings that cannot be meant, and for an output folder with somebody's pictures in it."""
-    for name, low, high in (
-        ("dense_threshold", -1, 1), ("reference_threshold", -1, 1), ("top", 1, 50_000), ("candidates", 1, 1_000_000),
-        ("per_image", 1, 1_000_000), ("duplicate_bits", 0, 64), ("duplicate_colour", -1, 255),
-        ("batch_size", 1, 65_536), ("workers", 0, 1024),
-    ):  # fmt: skip
+    for name, (low, high) in BOUNDS.items():
         value = getattr(s, name)
         if not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} must be between {low} and {high:,}, not {value}.")
@@ -111,8 +118,8 @@ def check(s: Settings) -> None:
         raise ValueError("--only-with-questions needs --questions FILE.jsonl.")
     strangers = s.output_dir / PICTURES
     if strangers.exists() and not (s.output_dir / SUMMARY).exists():
-        raise ValueError(f"{strangers} exists and was not made by this command, which would replace it. Give another "
-                         "--output-dir.")  # fmt: skip
+        message = "exists and was not made by this command, which would replace it. Give another --output-dir."
+        raise ValueError(f"{strangers} {message}")
 
 
 # --- the steps ------------------------------------------------------------------------------------------------------
@@ -128,21 +135,19 @@ def mine(s: Settings) -> Path:
     pictures = open_pictures(s.images, split=s.split, leave_out=s.output_dir)
     questions = None if s.questions is None else Questions(s.questions, pictures)
     towers = open_towers(s.dense, s.moe, s.reference)
-    encoded = encode_pictures(
-        pictures, towers, s.cache or s.output_dir / "cache", device=s.device, precision=s.precision,
-        batch_size=s.batch_size, workers=s.workers,
-    )  # fmt: skip
+    loading = {"device": s.device, "precision": s.precision, "batch_size": s.batch_size, "workers": s.workers}
+    encoded = encode_pictures(pictures, towers, s.cache or s.output_dir / "cache", **loading)
     found, near_duplicates = _search(s, pictures, encoded, questions)
-    counts = {
-        "images": len(pictures), "skipped": len(encoded.bad), "encoded_now": encoded.encoded,
-        "above_dense_threshold": found.above, "near_duplicates": near_duplicates, "kept": len(found.first),
-    }  # fmt: skip
+    counts = {"images": len(pictures), "skipped": len(encoded.bad), "encoded_now": encoded.encoded}
+    counts |= {"above_dense_threshold": found.above, "near_duplicates": near_duplicates, "kept": len(found.first)}
+    skipped = [(_shown(pictures.names[row]), replace_surrogates(error)) for row, error in encoded.bad.items()]
     summary = {
-        "outcome": found.outcome, "counts": counts, "models": {tower.encoders[0]: tower.name for tower in towers},
+        "outcome": found.outcome,
+        "counts": counts,
+        "models": {tower.encoders[0]: tower.name for tower in towers},
         "settings": {name: _without_folders(value) for name, value in asdict(s).items()},
-        "skipped": [{"image": _shown(pictures.names[row]), "error": replace_surrogates(error)}
-                    for row, error in encoded.bad.items()],
-    }  # fmt: skip
+        "skipped": [{"image": name, "error": error} for name, error in skipped],
+    }
     pairs = _write(s, pictures, encoded, found, questions, summary)
     _report(console, s, pairs, found, summary, time.monotonic() - start)
     return s.output_dir

@@ -103,9 +103,12 @@ class _Encoding:
         count, flushed = len(self.pictures), time.monotonic()
         views = {tower.view: tower.preprocess() for tower in self.towers}
         batches = DataLoader(
-            _Decoded(self.pictures, views), batch_size, sampler=range(start, count), num_workers=workers,
+            _Decoded(self.pictures, views),
+            batch_size,
+            sampler=range(start, count),
+            num_workers=workers,
             collate_fn=_collate,
-        )  # fmt: skip
+        )
         with Bar("encoding", count, completed=start) as bar:
             for batch in batches:
                 stop = self._batch(batch)
@@ -169,5 +172,7 @@ def _spread(values: np.ndarray, good: np.ndarray) -> np.ndarray:
 def _refuse_too_many(bad: dict[str, str], pictures: Pictures) -> None:
     if len(bad) > MAX_BAD * len(pictures):
         first = [f"{pictures.names[int(row)]} ({error})" for row, error in list(bad.items())[:3]]
-        raise DataError(f"{len(bad)} of {len(pictures)} pictures cannot be read, first: {'; '.join(first)}. Is this "
-                        "the right folder? Repair or remove them.")  # fmt: skip
+        raise DataError(
+            f"{len(bad)} of {len(pictures)} pictures cannot be read, first: {'; '.join(first)}. Is this "
+            "the right folder? Repair or remove them."
+        )

@@ -102,5 +102,7 @@ def _image_column(path: Path, kind: str) -> str:
     for name in IMAGE_COLUMNS:
         if name in by_lower:
             return by_lower[name]
-    raise DataError(f"{path} has no column that looks like an image; its columns are: {name_columns(columns)}. Call "
-                    "the column with the paths `image`.")  # fmt: skip
+    raise DataError(
+        f"{path} has no column that looks like an image; its columns are: {name_columns(columns)}. Call "
+        "the column with the paths `image`."
+    )

@@ -37,8 +37,10 @@ class Questions:
             if number is not None:
                 self.of.setdefault(number, {})[question] = (attribute, answer)
         if not self.of:
-            raise DataError(f"none of the {rows} questions of {file} is about one of the {len(pictures)} pictures: "
-                            "their `image` must be a picture's path, or its name below IMAGES.")  # fmt: skip
+            raise DataError(
+                f"none of the {rows} questions of {file} is about one of the {len(pictures)} pictures: "
+                "their `image` must be a picture's path, or its name below IMAGES."
+            )
 
     def __len__(self) -> int:
         """Pictures with a question."""

@@ -30,8 +30,8 @@ def quickstart_pairs(left: Path, right: Path, folder: Path) -> Path | None:
     if towers is None:
         return None
     dense, moe = towers
-    return mine(Settings(str(heldout), dense=dense, moe=moe, output_dir=folder, questions=heldout,
-                         only_with_questions=True, per_image=PER_IMAGE, workers=0))  # fmt: skip
+    how = {"questions": heldout, "only_with_questions": True, "per_image": PER_IMAGE, "workers": 0}
+    return mine(Settings(str(heldout), dense, moe, folder, **how))
 
 
 def _towers(*llavas: Path) -> tuple[str, str] | None:

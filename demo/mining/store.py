@@ -70,11 +70,15 @@ class Store:
     def _refuse_full_disk(self, need: int) -> None:
         free = shutil.disk_usage(self.path.parent).free
         if need > free:
-            raise SaveError(f"the embeddings in {self.path.parent} need {need / 1e9:.1f} GB more, but "
-                            f"{free / 1e9:.1f} GB are free. Free some space, or give another --cache.")  # fmt: skip
+            raise SaveError(
+                f"the embeddings in {self.path.parent} need {need / 1e9:.1f} GB more, but "
+                f"{free / 1e9:.1f} GB are free. Free some space, or give another --cache."
+            )
 
     def _no_space(self, error: OSError) -> SaveError:
         if isinstance(error, SaveError):
             return error
-        return SaveError(f"could not write embeddings to {self.path}: {error}. What was finished is kept: free some "
-                         "space and run the same command again.")  # fmt: skip
+        return SaveError(
+            f"could not write embeddings to {self.path}: {error}. What was finished is kept: free some "
+            "space and run the same command again."
+        )

@@ -23,6 +23,8 @@ NO_PAIRS = (
     "them to the demo with `--pairs FOLDER`."
 )
 
+PLACEHOLDER = "What do you want to know about both pictures?"
+
 
 class Compare(NamedTuple):
     """What other tabs need of this one."""
@@ -41,16 +43,16 @@ def build(demo: Demo) -> Compare:
     gr.Markdown(HELP if some else NO_PAIRS)
     pair = gr.State(0 if some else None)
     with gr.Row(visible=some, equal_height=True):
-        picker = gr.Dropdown(demo.choices(), value=0 if some else None, label="Mined pair", scale=4, min_width=220,
-                             elem_id="pair-picker")  # fmt: skip
+        picker = gr.Dropdown(
+            demo.choices(), value=0 if some else None, label="Mined pair", scale=4, min_width=220, elem_id="pair-picker"
+        )
         surprise = gr.Button("Another pair", scale=1, min_width=120, elem_id="another-pair")
     with gr.Row():
         pictures = _picture_input(1), _picture_input(2)
     cosines = gr.HTML(elem_id="cosines")
     known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
     with gr.Row(equal_height=True):
-        question = gr.Textbox(label="Question", placeholder="What do you want to know about both pictures?", scale=4,
-                              lines=1, max_lines=4, min_width=220, elem_id="question")  # fmt: skip
+        question = gr.Textbox(label="Question", placeholder=PLACEHOLDER, scale=4, max_lines=4, elem_id="question")
         ask = gr.Button("Ask both", variant="primary", scale=1, min_width=110, elem_id="ask")
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
     board = gr.HTML(elem_id="board")
@@ -80,25 +82,18 @@ def build(demo: Demo) -> Compare:
     def run(index, first, second, text, request: gr.Request):
         yield from _ask(demo, index, first, second, text, request.session_hash)
 
-    asking = dict(
-        fn=explained(run),
-        inputs=[pair, *pictures, question],
-        outputs=[board, cosines],
-        show_progress="hidden",
-        concurrency_limit=16,
-    )
-    ask.click(**asking)
-    question.submit(**asking)
+    for asked in (ask.click, question.submit):
+        fields = [pair, *pictures, question], [board, cosines]
+        asked(explained(run), *fields, show_progress="hidden", concurrency_limit=16)
     stop.click(demo.stopper("ask"), None, None, show_progress="hidden")
     return Compare(pair, pictures, picker, shown)
 
 
 def _picture_input(number: int) -> gr.Image:
     """The place for picture 1 or 2: drop, choose or paste a file. PNG: what is shown back is what was read."""
-    picture = gr.Image(
-        label=f"Picture {number}", type="filepath", format="png", sources=["upload", "clipboard"], height=260,
-        min_width=140, buttons=["fullscreen"], elem_id=f"picture-{number}",
-    )  # fmt: skip
+    look = dict(label=f"Picture {number}", height=260, min_width=140, buttons=["fullscreen"])
+    take = dict(type="filepath", format="png", sources=["upload", "clipboard"], elem_id=f"picture-{number}")
+    picture = gr.Image(**look, **take)
     # On this one component, not in a class of its own: Gradio writes a stub file beside every class that has events.
     picture.preprocess = _path_only
     return picture

@@ -47,8 +47,9 @@ def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
     with gr.Row(equal_height=True):
         look = gr.Button("Look again", variant="primary", min_width=110, scale=0, elem_id="look")
         stop = gr.Button("Stop", min_width=80, scale=0, elem_id="stop-look")
-        block = gr.Slider(0, 1, value=0, step=1, label="Block", interactive=True, elem_id="block", min_width=220,
-                          visible=bool(moe))  # fmt: skip
+        block = gr.Slider(
+            0, 1, value=0, step=1, label="Block", interactive=True, elem_id="block", min_width=220, visible=bool(moe)
+        )
     whose = gr.Radio(moe, value=moe[-1] if moe else None, label="Whose experts", visible=len(moe) > 1, elem_id="whose")
     progress_bar = gr.HTML(elem_id="look-progress")
     picture = dict(format="png", interactive=False, buttons=["fullscreen"], min_width=140, height=380)
@@ -77,11 +78,9 @@ def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
                 fields = {"inside": inside, "outside": outside, "": []}[part]
                 yield {progress_bar: text, **dict(zip(fields, values, strict=True))}
 
-    given = dict(fn=explained(run), inputs=[compared.pair, *compared.pictures, whose, block],
-                 outputs=[progress_bar, *inside, *outside], show_progress="hidden")  # fmt: skip
-    look.click(**given)
-    tab.select(**given)
-    whose.input(**given)
+    fields = [compared.pair, *compared.pictures, whose, block], [progress_bar, *inside, *outside]
+    for looked_at in (look.click, tab.select, whose.input):
+        looked_at(explained(run), *fields, show_progress="hidden")
     stop.click(demo.stopper("look"), None, None, show_progress="hidden")
     block.input(explained(_at_block), [looked, block], overlays, show_progress="hidden", trigger_mode="always_last")
 

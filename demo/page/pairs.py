@@ -32,18 +32,19 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
         )
         return
     gr.Markdown(_summary(demo))
-    widest = max(pair.gap for pair in demo.pairs)
-    smallest = min(pair.gap for pair in demo.pairs)
+    gaps = [pair.gap for pair in demo.pairs]
+    lowest, highest = _floor(min(gaps)), _floor(max(gaps)) + 0.01
     attributes = sorted({name for pair in demo.pairs for name in pair.attributes})
     with gr.Row():
         attribute = gr.Dropdown([ANY, *attributes], value=ANY, label="What differs", min_width=150, elem_id="attribute")
         order = gr.Dropdown(list(ORDERS), value=next(iter(ORDERS)), label="Order", min_width=190, elem_id="order")
-        least = gr.Slider(_floor(smallest), _floor(widest) + 0.01, value=_floor(smallest), step=0.01, min_width=190,
-                          label="Gap of at least", elem_id="least-gap")  # fmt: skip
+        limits = dict(minimum=lowest, maximum=highest, value=lowest, step=0.01)
+        least = gr.Slider(**limits, min_width=190, label="Gap of at least", elem_id="least-gap")
     shown = gr.State(list(range(len(demo.pairs))))
     thumbnails = [_thumbnail(pair.images) for pair in demo.pairs]
-    gallery = gr.Gallery(label="Pairs", columns=3, object_fit="contain", allow_preview=False, height=560, buttons=[],
-                         elem_id="gallery")  # fmt: skip
+    gallery = gr.Gallery(
+        label="Pairs", columns=3, object_fit="contain", allow_preview=False, height=560, buttons=[], elem_id="gallery"
+    )
     count = gr.Markdown(elem_id="pair-count")
     chosen = gr.State(None)
     details = gr.HTML(elem_id="pair-details")

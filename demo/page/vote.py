@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -44,10 +45,8 @@ def build(demo: Demo) -> None:
         start = gr.Button("New round", variant="primary", elem_id="new-round", min_width=140)
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop-round")
     with gr.Row():
-        pictures = [
-            gr.Image(label=f"Picture {n}", height=220, format="png", interactive=False, buttons=[], min_width=140,
-                     elem_id=f"vote-picture-{n}") for n in (1, 2)
-        ]  # fmt: skip
+        look = dict(height=220, min_width=140, format="png", interactive=False, buttons=[])
+        pictures = [gr.Image(label=f"Picture {n}", elem_id=f"vote-picture-{n}", **look) for n in (1, 2)]
     question = gr.Markdown(elem_id="vote-question")
     board = gr.HTML(elem_id="vote-board")
     with gr.Row():
@@ -61,12 +60,12 @@ def build(demo: Demo) -> None:
     def round_(request: gr.Request) -> Iterator[Any]:
         yield from _round(demo, request.session_hash)
 
-    start.click(explained(round_), None, [ballot, *pictures, question, board, names, *buttons], show_progress="hidden",
-                concurrency_limit=16)  # fmt: skip
+    shown = [ballot, *pictures, question, board, names, *buttons]
+    start.click(explained(round_), None, shown, show_progress="hidden", concurrency_limit=16)
     stop.click(demo.stopper("vote"), None, None, show_progress="hidden")
     for choice, button in zip(CHOICES, buttons, strict=True):
-        button.click(explained(lambda given, choice=choice: _vote(demo, given, choice)), ballot,
-                     [ballot, board, names, score, *buttons], show_progress="hidden")  # fmt: skip
+        vote = explained(partial(_vote, demo, choice))
+        button.click(vote, ballot, [ballot, board, names, score, *buttons], show_progress="hidden")
 
 
 def _round(demo: Demo, session: str | None) -> Iterator[tuple[Any, ...]]:
@@ -94,7 +93,7 @@ def _plain(text: str) -> str:
     return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>()#+-.!|~$" else letter for letter in text)
 
 
-def _vote(demo: Demo, ballot: Ballot | None, choice: str) -> tuple[Any, ...]:
+def _vote(demo: Demo, choice: str, ballot: Ballot | None) -> tuple[Any, ...]:
     """Write the vote into the file, then show the names."""
     if ballot is None:
         raise ValueError("There is no open round: start a new one, and vote when all four answers are there.")

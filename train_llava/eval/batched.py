@@ -46,8 +46,9 @@ class Arguments:
 class Prompts(Dataset):
     """Questions -> (input ids [T] with one image token, pixels [3,R,R] or [N,3,R,R], picture size)."""
 
-    def __init__(self, questions: Sequence[Row], image_folder: Path, tokenizer: Any, processor: Any, config: Any,
-                 conv_mode: str):  # fmt: skip
+    def __init__(
+        self, questions: Sequence[Row], image_folder: Path, tokenizer: Any, processor: Any, config: Any, conv_mode: str
+    ):
         self.questions, self.image_folder, self.conv_mode = questions, image_folder, conv_mode
         self.tokenizer, self.processor, self.config = tokenizer, processor, config
 
@@ -97,8 +98,9 @@ def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]
     return padded, mask, torch.stack(pixels) if same else list(pixels), list(sizes)
 
 
-def answer(model: Any, tokenizer: Any, prompts: Prompts, *, batch_size: int, max_new_tokens: int, workers: int = 0
-           ) -> Iterator[list[str]]:  # fmt: skip
+def answer(
+    model: Any, tokenizer: Any, prompts: Prompts, *, batch_size: int, max_new_tokens: int, workers: int = 0
+) -> Iterator[list[str]]:
     """Yields the answers of one batch after the other, in the order of the questions."""
     model.config.tokenizer_padding_side = "left"
     loader = DataLoader(prompts, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
@@ -132,15 +134,15 @@ def main(argv: list[str] | None = None) -> int:
     name = get_model_name_from_path(arguments.model_path)
     tokenizer, model, processor, _ = load_pretrained_model(arguments.model_path, arguments.model_base, name)
     prompts = Prompts(questions, arguments.image_folder, tokenizer, processor, model.config, arguments.conv_mode)
+    how = {name: getattr(arguments, name) for name in ("batch_size", "max_new_tokens", "workers")}
     rows = iter(questions)
     arguments.answers_file.parent.mkdir(parents=True, exist_ok=True)
     with arguments.answers_file.open("w", encoding="utf-8") as file, tqdm(total=len(questions)) as bar:
-        for texts in answer(model, tokenizer, prompts, batch_size=arguments.batch_size,
-                            max_new_tokens=arguments.max_new_tokens, workers=arguments.workers):  # fmt: skip
+        for texts in answer(model, tokenizer, prompts, **how):
             for text, question in zip(texts, rows, strict=False):
                 kept = {key: question[key] for key in KEPT if key in question}
-                line = {"question_id": question["question_id"], "prompt": question["text"], "text": text, **kept,
-                        "model_id": name, "metadata": {}}  # fmt: skip
+                line = {"question_id": question["question_id"], "prompt": question["text"], "text": text}
+                line |= {**kept, "model_id": name, "metadata": {}}
                 file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update(len(texts))

@@ -108,21 +108,16 @@ def _collect(run: Run) -> list[Row]:
     return answers
 
 
-# --- one process ----------------------------------------------------------------------------------------------------
-
-
 def _command(run: Run, share: Sequence[Row], number: int) -> list[str]:
     """Write the share's question file and -> the command that answers it."""
     folder = run.folder / PARTS
     upstream_table = run.batch_size == 1 and run.benchmark.runner == "model_vqa_mmbench"
     asked = folder / f"questions-{number}.{'tsv' if upstream_table else 'jsonl'}"
     (_write_tsv if upstream_table else _write_questions)(run, share, asked)
-    command = [
-        sys.executable, "-m", "llava_clipmoe.run",
-        f"llava.eval.{run.benchmark.runner}" if run.batch_size == 1 else "train_llava.eval.batched",
-        "--model-path", run.model_path, "--question-file", str(asked),
-        "--answers-file", str(folder / f"answers-{number}.jsonl"), "--conv-mode", run.conv_mode,
-    ]  # fmt: skip
+    runner = f"llava.eval.{run.benchmark.runner}" if run.batch_size == 1 else "train_llava.eval.batched"
+    command = [sys.executable, "-m", "llava_clipmoe.run", runner, "--question-file", str(asked)]
+    command += ["--model-path", run.model_path, "--conv-mode", run.conv_mode]
+    command += ["--answers-file", str(folder / f"answers-{number}.jsonl")]
     if run.model_base:
         command += ["--model-base", run.model_base]
     if not upstream_table:

@@ -49,8 +49,7 @@ def pope(rows: Sequence[tuple[str, str, str]]) -> Metrics:
         categories[category].append((label != "no", pope_says_yes(text)))
     found = {category: _binary(pairs) for category, pairs in categories.items()}
     mean = {key: sum(each[key] for each in found.values()) / len(found) for key in ("f1", "accuracy", "yes_ratio")}
-    return {"mean_f1": mean["f1"], "mean_accuracy": mean["accuracy"], "mean_yes_ratio": mean["yes_ratio"],
-            "by_category": found}  # fmt: skip
+    return {**{f"mean_{key}": value for key, value in mean.items()}, "by_category": found}
 
 
 def _binary(pairs: Sequence[tuple[bool, bool]]) -> Metrics:
@@ -70,8 +69,7 @@ def _binary(pairs: Sequence[tuple[bool, bool]]) -> Metrics:
 
 
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
-                  "OCR")  # fmt: skip
+MME_PERCEPTION = tuple("existence count position color posters celebrity scene landmark artwork OCR".split())
 
 
 def mme_says(text: str) -> str:
@@ -121,8 +119,8 @@ CONTRACTIONS = {
     for place, letter in enumerate(word)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the evaluation's own table has this one the wrong way round
-NUMBERS = {word: str(number) for number, word in
-           enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}  # fmt: skip
+NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS["none"] = "0"
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
@@ -227,8 +225,8 @@ def choices(rows: Sequence[Choice]) -> Metrics:
     whole = [forms for forms in questions.values() if forms[0].whole]
     if any(len(forms) > 1 for forms in whole):
         points = [(forms[0].category, all(form.right for form in forms)) for forms in whole]
-        found |= {"circular_accuracy": percent(sum(hit for _, hit in points), len(points)),
-                  "circular_questions": len(points), "circular_by_category": by_group(points)}  # fmt: skip
+        found["circular_accuracy"] = percent(sum(hit for _, hit in points), len(points))
+        found |= {"circular_questions": len(points), "circular_by_category": by_group(points)}
     return found
 
 

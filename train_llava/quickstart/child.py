@@ -8,7 +8,6 @@ progress bars do; run.py draws its bar from that.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -19,10 +18,11 @@ from typing import Any
 
 from llava_clipmoe.files import atomic_directory, load_tensors, read_json, write_text
 from train_encoder.allocator import keep_freed_memory
+from train_llava.eval.answers import read_jsonl, write_jsonl
 from train_llava.eval.batched import Prompts
 from train_llava.eval.batched import answer as answer_batches
 
-from .conversations import ANSWERS, read_rows
+from .conversations import ANSWERS
 
 ANSWER_WEIGHT = 5.0
 """Weight of an attribute's answer among the words that a picture's tokens are fitted to; a caption's word has 1."""
@@ -46,13 +46,14 @@ def warm_start(job: Mapping[str, Any]) -> None:
     tokens = visual_tokens(tower, list(wanted))
     embeddings = load_tensors(job["language_model"])["model.embed_tokens.weight"]
     torch.manual_seed(job["seed"])
-    total = job["warm_steps"]
-    turned = str(Path(job["data"]) / "pictures")
-    state = fit_projector(
-        tokens, list(wanted.values()), embeddings, steps=total, seed=job["seed"],
-        often=[TURNED_OFTEN if image.startswith(turned) else 1.0 for image in wanted],
-        progress=lambda step: _say(step, total, every=10),
-    )  # fmt: skip
+    turned, total = str(Path(job["data"]) / "pictures"), job["warm_steps"]
+    often = [TURNED_OFTEN if image.startswith(turned) else 1.0 for image in wanted]
+
+    def progress(step: int) -> None:
+        _say(step, total, every=10)
+
+    how = {"steps": total, "seed": job["seed"], "often": often, "progress": progress}
+    state = fit_projector(tokens, list(wanted.values()), embeddings, **how)
     with atomic_directory(job["warm_start"]) as folder:
         save_projector(folder / "mm_projector.bin", state)
 
@@ -112,7 +113,7 @@ def answer(job: Mapping[str, Any]) -> None:
 
     name = Path(job["result"]).name
     tokenizer, model, processor, _ = load_pretrained_model(job["result"], None, name, device="cpu")
-    heldout, pairs = (read_rows(Path(job["data"]) / f"{part}.jsonl") for part in ("heldout", "pairs"))
+    heldout, pairs = (read_jsonl(Path(job["data"]) / f"{part}.jsonl") for part in ("heldout", "pairs"))
     with atomic_directory(job["answers"]) as folder:
         grey = folder / "grey.png"
         Image.new("RGB", (336, 336), (127, 127, 127)).save(grey)
@@ -128,8 +129,8 @@ def answer(job: Mapping[str, Any]) -> None:
             if part == "blind":
                 of_question = {row["question"]: text for row, text in zip(rows, texts, strict=True)}
                 rows, texts = heldout, [of_question[row["question"]] for row in heldout]
-            lines = [json.dumps({**row, "text": text}) + "\n" for row, text in zip(rows, texts, strict=True)]
-            write_text(folder / f"{part}.jsonl", "".join(lines))
+            answered = zip(rows, texts, strict=True)
+            write_jsonl(folder / f"{part}.jsonl", [{**row, "text": text} for row, text in answered])
 
 
 def _generate(model: Any, tokenizer: Any, processor: Any, rows: Sequence[Mapping[str, Any]]):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import random
 import re
@@ -31,22 +30,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_clipmoe.files import atomic_directory, read_json, write_json, write_text
+from llava_clipmoe.files import atomic_directory, read_json, write_json
 from train_encoder.emoji_captions import Looks, colour_words, form_words, look, stable_hash
 from train_encoder.openmoji import MEASURED_SIZE, Emoji, is_heldout, list_emoji
+from train_llava.eval.answers import write_jsonl
 
 FORMAT = 1
 """Raise it whenever the questions change: a folder of another format is built anew."""
 IMAGE_TOKEN = "<image>"
 
-# OpenMoji's palette in the few words that a question asks for; skin (beige, pale peach) has no plain colour word.
-PLAIN_COLOURS = {
-    "yellow": "yellow", "golden yellow": "yellow", "light orange": "orange", "orange": "orange", "light red": "red",
-    "red": "red", "maroon": "red", "pink": "pink", "dark pink": "pink", "light purple": "purple", "purple": "purple",
-    "light blue": "blue", "blue": "blue", "dark blue": "blue", "light green": "green", "green": "green",
-    "dark green": "green", "light brown": "brown", "brown": "brown", "dark brown": "brown", "beige": "brown",
-    "grey": "gray", "light grey": "gray", "white": "white", "charcoal black": "black", "black": "black",
-}  # fmt: skip
+_SHADES = {
+    "yellow": "yellow, golden yellow",
+    "orange": "orange, light orange",
+    "red": "red, light red, maroon",
+    "pink": "pink, dark pink",
+    "purple": "purple, light purple",
+    "blue": "blue, light blue, dark blue",
+    "green": "green, light green, dark green",
+    "brown": "brown, light brown, dark brown, beige",
+    "gray": "grey, light grey",
+    "white": "white",
+    "black": "black, charcoal black",
+}
+PLAIN_COLOURS = {shade: plain for plain, shades in _SHADES.items() for shade in shades.split(", ")}
+"""Colour names of OpenMoji's palette -> the few words that a question asks for. Pale peach, a skin, has none."""
 NAMED_SHARE, EITHER_SHARE, MOST_FREQUENT = 0.3, 0.25, 3
 """Shares of conversations that ask for the name and of questions that offer two answers; see `thinned`."""
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -164,10 +171,8 @@ def skin_tone(emoji: Emoji) -> str | None:
 
 def questions_about(emoji: Emoji, looks: Looks) -> tuple[Question, ...]:
     """Every question that the drawing answers beyond doubt, in its first form."""
-    found = {
-        "color": main_colour(looks), "shape": shape(looks), "size": size(looks), "kind": kind(emoji),
-        "skin tone": skin_tone(emoji),
-    }  # fmt: skip
+    found = {"color": main_colour(looks), "shape": shape(looks), "size": size(looks)}
+    found |= {"kind": kind(emoji), "skin tone": skin_tone(emoji)}
     return tuple(_question(attribute, answer) for attribute, answer in found.items() if answer in ANSWERS[attribute])
 
 
@@ -309,10 +314,8 @@ def balanced(pictures: Sequence[Picture], most: int, seed: int) -> list[dict]:
         count = min(most, *(len(answers[a]) for a in possible.answers))
         for answer in possible.answers:
             for _, picture, q in sorted(answers[answer], key=lambda item: item[0])[:count]:
-                rows.append({
-                    "image": picture.image, "attribute": q.attribute, "question": q.text, "answer": q.answer,
-                    "answers": q.answers,
-                })  # fmt: skip
+                asked = {"attribute": q.attribute, "question": q.text, "answer": q.answer, "answers": q.answers}
+                rows.append({"image": picture.image, **asked})
     return rows
 
 
@@ -329,11 +332,9 @@ def pair_questions(openmoji: Path) -> list[dict]:
         statements = one["statement"], two["statement"]
         shown = statements[:: -1 if stable_hash(f"{number}:{statements}") % 2 else 1]
         for row, answer, other in ((one, *statements), (two, *statements[::-1])):
-            questions.append({
-                "image": str(folder / "MMVP_VLM_Images" / row["type"] / f"{row['id']}.jpg"), "type": row["type"],
-                "question": f"Is it {shown[0]} or {shown[1]}?", "answer": answer, "other": other, "pair": number,
-                "split": row["split"],
-            })  # fmt: skip
+            image = folder / "MMVP_VLM_Images" / row["type"] / f"{row['id']}.jpg"
+            asked = {"question": _either(*shown), "answer": answer, "other": other}
+            questions.append({"image": str(image), "type": row["type"], **asked, "pair": number, "split": row["split"]})
     return questions
 
 
@@ -364,8 +365,8 @@ def build_conversations(
         talks = [as_llava(p, turns) for p in thinned(train, rng) if (turns := conversation(p, rng, names))]
         write_json(building / "stage2.json", talks)
         heldout = balanced([p for p in everything if p.heldout], most, seed)
-        _write_rows(building / "heldout.jsonl", heldout)
-        _write_rows(building / "pairs.jsonl", pairs := pair_questions(openmoji))
+        write_jsonl(building / "heldout.jsonl", heldout)
+        write_jsonl(building / "pairs.jsonl", pairs := pair_questions(openmoji))
         counts = Counter(row["attribute"] for row in heldout)
         facts |= {"train": len(talks), "heldout": counts, "pairs": len(pairs) // 2, "turned": len(turned)}
         write_json(building / "facts.json", facts)
@@ -374,13 +375,3 @@ def build_conversations(
 
 def _moved(picture: Picture, old: Path, new: Path) -> Picture:
     return replace(picture, image=str(new / Path(picture.image).relative_to(old)))
-
-
-def _write_rows(path: Path, rows: Iterable[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file of the folder."""
-    # not splitlines: the name of a picture's folder may hold a character at which that splits
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

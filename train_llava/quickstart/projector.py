@@ -1,13 +1,13 @@
-"""A start for LLaVA's projector without a language model in the loop: visual tokens that look like words.
+"""Initial weights for LLaVA's projector, without running the language model: visual tokens that resemble words.
 
     tokens = visual_tokens(tower, images)                         # once, frozen
     state = fit_projector(tokens, wanted, embeddings)             # half a minute on two cores
     save_projector("mm_projector.bin", state)                     # train.py --pretrain_mm_mlp_adapter
 
-A fresh projector sends a small language model noise, and most of stage 1 goes by until the noise resembles its input.
-Here every visual token is scored against the model's own word embeddings, as the model's output layer would (the two
-share their weights), and a picture's tokens together must score the words of its caption and of its answers: a mixture
-over tokens, so that one token may say "red" and another "round". A step costs a thousandth of one through the model.
+A random projector sends noise to a small language model, and most of stage 1 is spent on making it resemble words.
+Here every visual token is scored against the model's word embeddings, as its output layer would do (the two share
+their weights), and the tokens of a picture together are fitted to the words of its caption and of its answers: as a
+mixture over tokens, so that one may say "red" and another "round". A step costs a thousandth of one of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREFIX = "model.mm_projector."
 
 @torch.no_grad()
 def visual_tokens(tower: nn.Module, images: Sequence[str], batch_size: int = 32) -> Tensor:
-    """What LLaVA's projector gets of each picture: `[images, N, C]` in fp32, from a loaded vision tower."""
+    """The projector's input for each picture: `[images, N, C]` in fp32, from a loaded vision tower."""
     from PIL import Image
 
     batches = []
@@ -54,20 +54,14 @@ def fit_projector(
     seed: int = 0,
     progress=None,
 ) -> dict[str, Tensor]:
-    """Weights of an `mlp2x_gelu` projector whose outputs say the wanted words; names as in LLaVA's `mm_projector.bin`.
+    """Fit an `mlp2x_gelu` projector to the wanted words; -> its weights, named as in LLaVA's `mm_projector.bin`.
 
-    tokens_INC: N visual tokens of each of I pictures. wanted: of each picture, word (an id of the language model's
+    tokens_INC: N visual tokens of each of I pictures. wanted: for each picture, word (an id of the language model's
     vocabulary) -> weight. embeddings_VH: the language model's input embeddings. `noise` is added to the standardised
-    tokens: a few thousand pictures are learned by heart without it. `often`: of each picture, how often it is drawn,
-    relative to others. `progress(step)` is called after every step.
+    tokens: a few thousand pictures would be memorised without it. `often`: for each picture, its relative frequency in
+    the batches. `progress(step)` is called after every step.
     """
-    words = sorted({word for of_one in wanted for word in of_one})
-    column = {word: i for i, word in enumerate(words)}
-    targets_IW = torch.zeros(len(wanted), len(words))
-    for row, of_one in enumerate(wanted):
-        for word, weight in of_one.items():
-            targets_IW[row, column[word]] = weight
-    targets_IW /= targets_IW.sum(1).mean()
+    words, targets_IW = _targets(wanted)
     embeddings_WH = embeddings_VH[words].float()
     usual_norm = embeddings_VH.float().norm(dim=1).mean()
     mean_C, std_C = tokens_INC.mean((0, 1)), tokens_INC.std((0, 1)).clamp(min=1e-6)
@@ -89,7 +83,7 @@ def fit_projector(
         log_p_BNW = F.log_softmax(said_BNH @ embeddings_WH.T, dim=-1)
         log_p_BW = torch.logsumexp(log_p_BNW, dim=1) - math.log(tokens_BNC.shape[1])
         loss = -(targets_IW[chosen] * log_p_BW).sum(1).mean()
-        # Not much longer than words are, or the model's first layers see nothing else.
+        # Tokens much longer than words would drown these in the model's first layers.
         loss = loss + 0.1 * ((said_BNH.norm(dim=-1) / usual_norm - 1) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -97,11 +91,22 @@ def fit_projector(
         schedule.step()
         if progress is not None:
             progress(step + 1)
-    with torch.no_grad():  # the standardisation becomes part of the first layer
+    with torch.no_grad():  # fold the standardisation into the first layer
         first = projector[0]
         first.weight.div_(std_C)
         first.bias.sub_(first.weight @ mean_C)
     return {PREFIX + name: tensor.detach().clone() for name, tensor in projector.state_dict().items()}
+
+
+def _targets(wanted: Sequence[Mapping[int, float]]) -> tuple[list[int], Tensor]:
+    """-> the W words that occur, and their weights [I,W] in each picture, whose sums are 1 on average."""
+    words = sorted({word for of_one in wanted for word in of_one})
+    column = {word: i for i, word in enumerate(words)}
+    targets_IW = torch.zeros(len(wanted), len(words))
+    for row, of_one in enumerate(wanted):
+        for word, weight in of_one.items():
+            targets_IW[row, column[word]] = weight
+    return words, targets_IW / targets_IW.sum(1).mean()
 
 
 def save_projector(path: str | Path, state: Mapping[str, Tensor]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from train_llava.eval.answers import read_jsonl
 from train_llava.judge import is_answer, names_answer, pairs_right, share
 
-from .conversations import ANSWERS, read_rows
+from .conversations import ANSWERS
 from .run import TowerRun
 from .steps import TOWERS
 
@@ -53,10 +54,10 @@ def collect(runs: Sequence[TowerRun]) -> dict[str, Any]:
     results: dict[str, Any] = {"heldout": {}, BLIND: {}, "pairs": {}, "seconds": {}}
     for run in runs:
         name, folder = run.job["name"], Path(run.job["answers"])
-        heldout = read_rows(folder / "heldout.jsonl")
+        heldout = read_jsonl(folder / "heldout.jsonl")
         results["heldout"][name] = accuracy(heldout)
-        results[BLIND][name] = accuracy(read_rows(folder / "blind.jsonl"))
-        results["pairs"][name] = pair_accuracy(read_rows(folder / "pairs.jsonl"))
+        results[BLIND][name] = accuracy(read_jsonl(folder / "blind.jsonl"))
+        results["pairs"][name] = pair_accuracy(read_jsonl(folder / "pairs.jsonl"))
         results["seconds"][name] = run.seconds
     asked = {row["attribute"] for row in heldout}
     counts = {attribute: sum(row["attribute"] == attribute for row in heldout) for attribute in ANSWERS}
