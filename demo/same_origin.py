@@ -1,12 +1,12 @@
-"""Who may speak with the page, and what about.
+"""The outer check of every request: what passes is what the page itself asks, from its own address.
 
-Only the person at its own address: Gradio sends no CORS header to strangers, so they can read nothing; but a browser
-would still carry their uploads here (a form needs no permission), and a name of theirs that points to 127.0.0.1 would
-count as the page's own address.
+Its own address: Gradio sends no CORS header to other sites, so that they can read nothing. But a browser would still
+send their uploads here (a form needs no permission), and a host name of theirs that points to 127.0.0.1 would count as
+the page's own address. Both are refused.
 
-Only about what the page is for: Gradio answers at some fifty addresses more than the page uses, takes files of any kind
-and serves them, fetches what a value names as its address, and opens what a value names as its path. None of that is
-asked of it here: a request passes if it is one that the page itself makes, and the files that it names are the page's.
+What the page asks: Gradio answers at some fifty addresses that the page does not use, takes and serves files of any
+kind, fetches what a value names as a URL, and opens what a value names as a path. No such request reaches it: one
+passes if the page makes such requests, and if every file that it names is the page's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
@@ -35,12 +35,12 @@ API = "/gradio_api"
 READ = re.compile(
     rf"/|/config|/theme\.css|/favicon\.ico|/(assets|static)/.+|{API}/(info|app_id|startup-events|queue/data|heartbeat/[^/]+)"
 )
-"""What the page reads from Gradio: itself, Gradio's own scripts and styles, and the news of its events."""
+"""What the page reads from Gradio: itself, Gradio's scripts and styles, and the results of its events."""
 WRITTEN = (f"{API}/cancel", f"{API}/reset")
 JOIN, UPLOAD, PROGRESS, FILE = f"{API}/queue/join", f"{API}/upload", f"{API}/upload_progress", f"{API}/file="
-"""An event, an upload, how far an upload is, a file: answered here, or looked into first."""
+"""An event, an upload, an upload's progress, a file: answered here, or checked before Gradio gets it."""
 MOST_ASKED = 2**20
-"""Bytes of an event: a question too long to be asked is to be told so by the page."""
+"""Bytes of an event. Far more than the longest question, so that the page can say which limit that exceeds."""
 ASKED = ("data", "fn_index", "session_hash", "event_data", "trigger_id")
 PICTURES = {".png": "image/png", ".webp": "image/webp"}
 
@@ -49,15 +49,15 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class SameOriginOnly:
-    """ASGI middleware: 403 for a request whose Origin is another address than the one it was sent to."""
+    """ASGI middleware: 403 for a request whose Origin is not the address that it was sent to."""
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope.get("headers") or ()}
-        origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host", ""):
+        headers = Headers(raw=scope.get("headers") or [])
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
             refused = PlainTextResponse("This page takes nothing from other pages.", status_code=403)
             await refused(scope, receive, send)
             return
@@ -65,7 +65,7 @@ class SameOriginOnly:
 
 
 class AsDeclared:
-    """ASGI middleware: a browser takes every answer for what its type says, and never guesses a page in it."""
+    """ASGI middleware: tells the browser to trust the content type of every answer and never to guess a web page."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -80,13 +80,13 @@ class AsDeclared:
 
 
 class OnlyWhatIsUsed:
-    """ASGI middleware: the page's own requests pass, uploads and pictures are handled here, 404 for all else."""
+    """ASGI middleware: the page's own requests pass, uploads and pictures are handled here, anything else gets 404."""
 
     def __init__(self, app: Any, uploads: Uploads):
         self.app, self.uploads = app, uploads
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the server's start and end; no address of Gradio's takes a websocket
+        if scope["type"] != "http":  # the server's start and end: no address of Gradio's takes a websocket
             return await self.app(scope, receive, send)
         reads, writes, path = scope["method"] in ("GET", "HEAD"), scope["method"] == "POST", scope["path"]
         answer: Response = PlainTextResponse("This page has nothing here.", status_code=404)
@@ -99,15 +99,15 @@ class OnlyWhatIsUsed:
             answer = PlainTextResponse("This is nothing that the page asks.", status_code=400)
         elif writes and path == UPLOAD:
             answer = await self._upload(scope, receive)
-        elif reads and path == PROGRESS:  # Gradio knows of no upload; the page wants some word
+        elif reads and path == PROGRESS:  # Gradio did not see the upload, but the page waits for its end
             answer = PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         elif reads and path.startswith(FILE):
             answer = self._file(path.removeprefix(FILE), answer)
         await answer(scope, receive, send)
 
     async def _upload(self, scope: dict[str, Any], receive: Receive) -> Response:
-        """As Gradio answers: the paths of what was uploaded. Here it is one, of a picture."""
-        body = await _body(receive, self.uploads.limits.max_bytes + 2**16)  # and what a form has around the file
+        """Answer an upload as Gradio would, with a list of paths: here of one picture."""
+        body = await _body(receive, self.uploads.limits.max_bytes + 2**16)  # 2**16: what a form adds around the file
         if body is None:
             most = f"{self.uploads.limits.max_bytes:,}"
             return PlainTextResponse(f"Too large: at most one file of {most} bytes is taken.", status_code=413)
@@ -129,8 +129,10 @@ class OnlyWhatIsUsed:
 
 
 def _event(body: bytes | None, served: Path) -> bytes | None:
-    """What may be asked of an event: its values are text, numbers, or pictures that the page has in `served`, of which
-    nothing but the path is passed on. None for anything else."""
+    """The request for an event, reduced to what may be asked; None for what may not.
+
+    Its values are text, numbers, or pictures in `served`, of which nothing but the path is passed on.
+    """
     try:
         sent = json.loads(body)
         asked = {key: sent[key] for key in ASKED if key in sent}
@@ -150,7 +152,7 @@ def _value(value: Any, served: Path) -> Any:
 
 
 async def _body(receive: Receive, most: int) -> bytes | None:
-    """A request's body; None when it is longer than `most` bytes, or does not come to its end."""
+    """A request's body; None when it is longer than `most` bytes, or the client leaves before its end."""
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -162,7 +164,7 @@ async def _body(receive: Receive, most: int) -> bytes | None:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """`receive` for who reads the request after us: the body first, then what is still to come."""
+    """A `receive` for the next reader of the request: gives `body`, then what is still to come."""
     left = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def middleware(host: str, uploads: Uploads) -> Sequence[Middleware]:
-    """For a server that listens on `host`. Where the user opened it to a network, its names cannot be known."""
+    """For a server that listens on `host`. On all of a machine's addresses its names cannot be known: any is taken."""
     names = ["*"] if host in EVERYWHERE else [*THIS_MACHINE, host]
     return [
         Middleware(AsDeclared),

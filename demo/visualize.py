@@ -1,11 +1,11 @@
-"""Look inside: which experts the patches of a picture go to, and where two pictures differ for a tower.
+"""Look inside a vision tower: which experts a picture's patches go to, and where two pictures differ for it.
 
     seen, pixels = as_seen(image, tower.image_processor, llava.config.image_aspect_ratio)
     routing = routing_of(tower, pixels)
     overlay(seen, routing, block=3)       shares_figure(routing)
     difference_overlay(seen, difference(tower, pixels, other_pixels), scale=1.0)
 
-A tower is a LLaVA's vision tower as it sits in the loaded model: ours (llava_clipmoe.vision_tower) or upstream's.
+A tower is the vision tower of a loaded LLaVA: ours (llava_clipmoe.vision_tower) or upstream's.
 
 Shape suffixes:  L MoE blocks   S patches a side   E experts   N = S*S patches   T = N + 1 tokens   R side in pixels
 """
@@ -32,9 +32,9 @@ from train_encoder.figures import style
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 """Colours that the colour-blind can tell apart too (Okabe and Ito 2008); its black is a grey here, for dark pages."""
 SIDE = 672
-"""Pixels of a large overlay, about: a whole number a patch."""
+"""Pixels of a large overlay, roughly: each patch gets a whole number."""
 INK = "#747a85"
-"""Text that is as readable on a white page as on a nearly black one (contrast 4.3 and 4.4)."""
+"""Colour of text: as readable on a white page as on a nearly black one (contrast 4.3 and 4.4)."""
 
 
 # ---------------------------------------------------------------------------------------------------- what a tower sees
@@ -45,8 +45,8 @@ def as_seen(image: Image.Image, processor: Any, aspect_ratio: str | None) -> tup
 
     aspect_ratio: the LLaVA's `config.image_aspect_ratio`: "pad" pads to a square with the mean colour; "anyres" gives
     its base picture (the whole one, squeezed into a square); anything else is resized and cropped in the middle.
-    Both come from upstream's own `process_images`; the picture is the pixels with the normalisation undone, so that
-    what is drawn over it cannot lie beside its patches.
+    Both come from upstream's own `process_images`; the picture is made from the pixels by undoing the normalisation,
+    so that what is drawn over it fits its patches.
     """
     from llava.mm_utils import process_images  # upstream is there wherever a LLaVA is loaded
 
@@ -70,7 +70,7 @@ class Routing:
     blocks: list[int]
     """Numbers of the blocks, L of them, counted from 0 over all blocks."""
     weights: np.ndarray
-    """[L,S,S,E] float32: each expert's part in the mixture; 0 where it is not used, a patch's sum is 1."""
+    """[L,S,S,E] float32: each expert's weight in the mixture; 0 where it is not used, a patch's sum is 1."""
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -81,11 +81,6 @@ class Routing:
     def shares(self) -> np.ndarray:
         """[L,E] share of the patches whose strongest expert it is; a block sums to 1."""
         return (self.first[..., None] == np.arange(self.experts)).mean(axis=(1, 2))
-
-    @cached_property
-    def used(self) -> np.ndarray:
-        """[L,E] share of the patches that use it at all; a block sums to K."""
-        return (self.weights > 0).mean(axis=(1, 2))
 
     @property
     def experts(self) -> int:
@@ -102,8 +97,8 @@ class Routing:
 def routing_of(tower: Any, pixels_13RR: torch.Tensor) -> Routing:
     """The routing of one picture's patches (the class token is left out). Raises NoExperts for a dense tower.
 
-    An S2 tower runs on several scales; this shows its base scale, the whole picture in one tile. The logits are the
-    model's own output, not caught by hooks: a hook would also hear what another thread asks the same model.
+    An S2 tower runs on several scales; this is its base scale, the whole picture in one tile. The logits are the
+    model's own output, not caught by hooks: a hook would also see what another thread asks the same model.
     """
     config = tower.config
     if not getattr(config, "moe_layers", None):
@@ -133,9 +128,9 @@ def _mixture(logits_NE: torch.Tensor, k: int) -> torch.Tensor:
 def difference(tower: Any, pixels_a: torch.Tensor, pixels_b: torch.Tensor, relative: bool = False) -> np.ndarray:
     """[S,S] float32: 1 - cosine of the two pictures' features at each patch; 0 where the tower sees no difference.
 
-    Two towers have two feature spaces: that one's mean is larger says nothing by itself. `relative` divides by the mean
-    difference between patches at different places of the two pictures, so that 1 is "as unlike as any two places";
-    those numbers can be compared between towers.
+    Two towers have two feature spaces, so their means cannot be compared. `relative` divides by the mean difference
+    between patches at different places of the two pictures: 1 is then "as unlike as any two places", and numbers of
+    different towers can be compared.
     """
     x_ND, y_ND = (F.normalize(_features(tower, pixels), dim=-1) for pixels in (pixels_a, pixels_b))
     distance_NN = 1 - x_ND @ y_ND.T
@@ -158,14 +153,14 @@ def _features(tower: Any, pixels_13RR: torch.Tensor) -> torch.Tensor:
 
 
 def expert_colours(experts: int) -> np.ndarray:
-    """[E,3] in 0..1, the same for an expert everywhere. Up to 8 are safe for the colour-blind; more are a rainbow."""
+    """[E,3] in 0..1, the same for an expert everywhere. Up to 8 are safe for the colour-blind, more are not."""
     if experts <= len(OKABE_ITO):
         return np.array([to_rgb(colour) for colour in OKABE_ITO[:experts]])
     return matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, experts))[:, :3]
 
 
 def overlay(seen: Image.Image, routing: Routing, block: int, side: int = SIDE) -> Image.Image:
-    """The picture in grey, each patch tinted by its strongest expert; the larger its part in the mixture, the more."""
+    """The picture in grey, each patch tinted by its strongest expert: the more, the larger its weight."""
     layer = routing.layer(block)
     first_SS = routing.first[layer]
     strength_SS = routing.weights[layer].max(-1)
@@ -174,14 +169,15 @@ def overlay(seen: Image.Image, routing: Routing, block: int, side: int = SIDE) -
 
 
 def difference_overlay(seen: Image.Image, map_SS: np.ndarray, scale: float, side: int = SIDE) -> Image.Image:
-    """The picture in grey, yellow to red where it differs (not at all: no tint). `scale` is the value of full red: the
-    same for both towers, or the two pictures cannot be compared. Raises ValueError for a scale that is not above 0."""
+    """The picture in grey, tinted from yellow to red where it differs, not tinted where it does not.
+
+    `scale`: the value of full red, the same for both towers so that their pictures can be compared. Raises ValueError
+    unless it is above 0.
+    """
     if scale <= 0:
         raise ValueError(f"the scale of a difference map must be above 0, got {scale}.")
     strength_SS = np.clip(map_SS / scale, 0, 1)
-    colours_SS3 = matplotlib.colormaps["autumn_r"](strength_SS)[
-        ..., :3
-    ]  # yellow to red: both show on dark and on light
+    colours_SS3 = matplotlib.colormaps["autumn_r"](strength_SS)[..., :3]  # yellow and red show on dark and on light
     return _tint(seen, colours_SS3, 0.85 * strength_SS, None, side)
 
 
@@ -194,9 +190,8 @@ def _tint(
     grey = np.asarray(seen.convert("L").resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
     blow_up = np.ones((cell, cell, 1), np.float32)
     alpha, colours = np.kron(alpha_SS[..., None], blow_up), np.kron(colours_SS3, blow_up)
-    picture = (0.1 + 0.82 * grey[..., None]) * (
-        1 - alpha
-    ) + colours * alpha  # neither black nor white: tints show on both
+    muted = 0.1 + 0.82 * grey[..., None]  # neither black nor white: tints show on it
+    picture = muted * (1 - alpha) + colours * alpha
     if cell >= 8:
         _draw_borders(picture, cell, groups_SS if groups_SS is not None else np.zeros(alpha_SS.shape))
     return Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
@@ -213,7 +208,7 @@ def _draw_borders(picture: np.ndarray, cell: int, groups_SS: np.ndarray) -> None
 
 
 def strip(seen: Image.Image, routing: Routing, columns: int = 6, side: int = 168) -> Image.Image:
-    """All blocks in small, row by row, each with its number below; RGBA, transparent between the pictures."""
+    """Small overlays of all blocks, row by row, each with its number below; RGBA, transparent in between."""
     small = [overlay(seen, routing, block, side) for block in routing.blocks]
     size, gap, text = small[0].width, 12, 26
     columns = min(columns, len(small))
@@ -228,7 +223,7 @@ def strip(seen: Image.Image, routing: Routing, columns: int = 6, side: int = 168
 
 
 def shares_figure(routing: Routing) -> Figure:
-    """A bar a block: the share of the patches whose strongest expert is each; on a transparent ground."""
+    """A bar for each block: the share of the patches whose strongest expert is each; on a transparent ground."""
     count = len(routing.blocks)
     ink = {"text.color": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.labelcolor": INK}
     with style(), matplotlib.rc_context({**ink, "font.size": 10, "axes.grid": False}):

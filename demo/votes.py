@@ -1,6 +1,6 @@
 """Blind votes: one JSON object a line, and what they say so far.
 
-left, right = draw_sides((moe, clip))               # who is A and who is B
+left, right = draw_sides((moe, clip))               # which is A and which is B
 append_vote(path, Vote(...))
 print(tally(read_votes(path), ("CLIP-MoE", "CLIP")))
 """
@@ -144,8 +144,8 @@ class Tally:
     """What the votes between two models say. `str()` gives one sentence.
 
     share: of the decided votes (neither tie nor both bad), how many the first model won; low, high: its 95% Wilson
-    interval. None where nothing is decided. The interval holds for votes that are independent, counted once; whoever
-    stops at the first good moment is fooled by any interval.
+    interval; None where nothing is decided. The interval holds for independent votes that are counted once, at a time
+    fixed beforehand: stopping as soon as it looks good would mislead.
     """
 
     models: tuple[str, str]

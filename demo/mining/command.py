@@ -74,16 +74,16 @@ class Settings:
     top: int = 100
     """Pairs kept, by gap (dense cosine minus the reference's)."""
     candidates: int = 1000
-    """Where no pair is above the dense threshold: so many of the highest dense cosines are looked at."""
+    """Where no pair is above the dense threshold: this many of the highest dense cosines are looked at."""
     per_image: int = 2
-    """A picture is in at most so many pairs."""
+    """A picture is in at most this many pairs."""
     duplicate_bits: int = 10
-    """Pictures are near duplicates when at most so many of the 64 bits of their perceptual hashes differ..."""
+    """Pictures are near duplicates when at most this many of the 64 bits of their perceptual hashes differ..."""
     duplicate_colour: int = 16
-    """... and no spot of their thumbnails differs by more than this, of 255. -1 keeps near duplicates."""
+    """... and no pixel of their thumbnails differs by more than this, of 255. -1 keeps near duplicates."""
     questions: Path | None = None
-    """JSONL rows {image, attribute, question, answer}: a pair gets those that both its pictures have, word for word,
-    with different answers."""
+    """JSONL rows {image, attribute, question, answer}: a pair gets the questions that both its pictures have, word for
+    word, with different answers."""
     only_with_questions: bool = False
     """Keep only pairs that have a question."""
     split: str = "train"
@@ -109,7 +109,7 @@ class Settings:
 
 
 def check(s: Settings) -> None:
-    """Raises ValueError for settings that cannot be meant, and for an output folder with somebody's pictures in it."""
+    """Raises ValueError for settings out of bounds, and for an output folder with other people's pictures in it."""
     for name, (low, high) in BOUNDS.items():
         value = getattr(s, name)
         if not low <= value <= high:

@@ -23,10 +23,11 @@ def looks(image: Image.Image) -> np.ndarray:
 
 
 class NearDuplicates:
-    """Tells which pairs of pictures are two copies of one, by their looks.
+    """Tells which pairs of pictures are copies of each other, by their looks.
 
-    Two pictures are when at most `max_bits` bits of their hashes differ AND no spot of their thumbnails differs by more
-    than `max_colour` (of 255) in a channel: a red and a blue circle have one hash, and are just what is looked for.
+    They are when at most `max_bits` bits of their hashes differ AND no pixel of their thumbnails differs by more than
+    `max_colour` (of 255) in a channel. Hashes alone are not enough: a red and a blue circle have the same one, and are
+    just such a pair as mining looks for.
     """
 
     def __init__(self, looks: np.ndarray, max_bits: int, max_colour: int) -> None:

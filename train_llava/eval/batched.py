@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from .answers import Row, read_jsonl
 
 KEPT = ("round_id", "options", "option_char")
-"""What MMBench's answers have more than others."""
+"""Fields that only MMBench's answers have."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def prompt_of(text: str, config: Any, conv_mode: str) -> str:
 def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]) -> tuple[Any, ...]:
     """-> ids [B,T] padded on the right, mask [B,T], pixels (stacked, or a list where shapes differ), sizes.
 
-    The side is free here: upstream takes the padding out by the mask before it puts the picture in and pads anew.
+    The side does not matter here: upstream removes the padding by the mask, puts the picture in, and pads again.
     """
     ids, pixels, sizes = zip(*batch, strict=True)
     width = max(len(row) for row in ids)
@@ -105,7 +105,7 @@ def answer(
     model.config.tokenizer_padding_side = "left"
     loader = DataLoader(prompts, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
     for ids, mask, pixels, sizes in loader:
-        half = {"device": model.device, "dtype": torch.float16}  # upstream's runners hand over halves, on every device
+        half = {"device": model.device, "dtype": torch.float16}  # as upstream's runners do, on every device
         with torch.inference_mode():
             found = model.generate(
                 ids.to(model.device),
@@ -116,7 +116,7 @@ def answer(
                 num_beams=1,
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
-                pad_token_id=tokenizer.eos_token_id,  # what an answer that ended early is filled with: not printed
+                pad_token_id=tokenizer.eos_token_id,  # fills up answers that end early; not decoded
             )
         yield [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
 

@@ -33,7 +33,7 @@ class Run:
 
     benchmark: Benchmark
     questions: Sequence[Row]
-    """All of the benchmark, whatever `limit` says: only so is an answer known to be one of its."""
+    """All of the benchmark, whatever `limit` says: an answer is checked against them."""
     limit: int | None
     image_folder: Path | None
     """None where the runner reads pictures from the table itself (MMBench)."""

@@ -55,7 +55,7 @@ _SHADES = {
 PLAIN_COLOURS = {shade: plain for plain, shades in _SHADES.items() for shade in shades.split(", ")}
 """Colour names of OpenMoji's palette -> the few words that a question asks for. Pale peach, a skin, has none."""
 NAMED_SHARE, EITHER_SHARE, MOST_FREQUENT = 0.3, 0.25, 3
-"""Shares of conversations that ask for the name and of questions that offer two answers; see `thinned`."""
+"""Share of conversations that ask for the name; share of questions that offer two answers; and see `thinned`."""
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 DIRECTIONS = ("up", "right", "down", "left")
 """Clockwise, so that a quarter turn to the right is the next one."""
@@ -120,7 +120,7 @@ ANSWERS = {
     "skin tone": TONES,
     "direction": DIRECTIONS,
 }
-"""What a question may be answered with; the first form in ASKED is the one that the evaluation uses."""
+"""The possible answers to each question. (Of the forms in ASKED the evaluation uses the first.)"""
 
 
 def plain_shares(looks: Looks) -> Counter[str]:
@@ -274,7 +274,7 @@ def _either(first: str, second: str) -> str:
 
 
 def thinned(pictures: Sequence[Picture], rng: random.Random) -> list[Picture]:
-    """The pictures with fewer questions of the frequent answers, so that no answer is worth guessing.
+    """The pictures with fewer questions of the frequent answers, so that guessing one earns little.
 
     Of an attribute, an answer keeps at most MOST_FREQUENT times as many questions as its rarest answer has.
     """
