@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from .llava.generate import Generation
-from .llava.load import Models, check_models, load_llavas, prepare_upstream
+from .llava.settings import Generation, Models, check_models
 from .mining.pairs import read_pairs
-from .mining.quickstart import quickstart_pairs
-from .same_origin import middleware
 from .uploads import Limits, Uploads
 
-if TYPE_CHECKING:  # Gradio reads the environment when it is imported: only functions here that run later may do so
+if TYPE_CHECKING:
     import gradio as gr
 
     from .session import Demo
+
+# Imported inside functions: Gradio and what imports it, since it reads the environment when it is imported; and what
+# imports transformers, so that --help answers at once.
 
 TITLE = "llava-clipmoe: what CLIP cannot see"
 QUEUE = 64
@@ -80,6 +80,9 @@ def environment(settings: Settings) -> dict[str, str]:
 def prepare(settings: Settings, console: Console) -> Demo:
     """Everything that comes before the page: pairs, models. Raises FileNotFoundError or ValueError for what is missing,
     before anything is loaded."""
+    from .llava.load import load_llavas, prepare_upstream
+    from .mining.quickstart import quickstart_pairs
+
     check_models(settings.models)
     left, right = settings.models.left, settings.models.right
     folder = settings.pairs or quickstart_pairs(left, right, settings.output_dir / "pairs")
@@ -124,6 +127,8 @@ def launch(demo: Demo, settings: Settings) -> gr.Blocks:
     """Start serving the page, in threads, in a process that has `environment`; -> the page, with `local_url`,
     `block_thread()` and `close()`."""
     import gradio as gr
+
+    from .same_origin import middleware
 
     page = build_page(demo)
     page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)

@@ -12,7 +12,8 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from .llava.generate import Generation, Llava, ModelGone
+from .llava.generate import Llava, ModelGone
+from .llava.settings import Generation
 from .llava.similarity import Similarity
 from .mining.pairs import BlindPair, Question
 from .uploads import BadUpload, Limits, Uploads, read_picture

@@ -50,8 +50,7 @@ def page(llavas, eyes, tmp_path_factory) -> Iterator[Page]:
     from rich.console import Console
 
     from demo.app import Settings, environment, launch, prepare
-    from demo.llava.generate import Generation
-    from demo.llava.load import Models
+    from demo.llava.settings import Generation, Models
     from demo.uploads import Limits
 
     folder = tmp_path_factory.mktemp("guarded")

@@ -26,8 +26,9 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 if not upstream_is_installed():
     pytest.skip("upstream LLaVA (llava-torch) is not installed here", allow_module_level=True)
 
-from demo.llava.generate import Generation, Llava, ModelGone, separator_of
-from demo.llava.load import Models, check_models, conversation_of, load_llavas
+from demo.llava.generate import Llava, ModelGone, separator_of
+from demo.llava.load import conversation_of, load_llavas
+from demo.llava.settings import Generation, Models, check_models
 
 pytest_plugins = ["tiny.loaded_llavas"]
 pytestmark = pytest.mark.usefixtures("upstream")

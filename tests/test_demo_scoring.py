@@ -25,7 +25,8 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
 from demo import scores as scores_module
 from demo.llava.ask import Cell
-from demo.llava.generate import Generation, Llava, ModelGone
+from demo.llava.generate import Llava, ModelGone
+from demo.llava.settings import Generation
 from demo.llava.similarity import Similarity
 from demo.mining.pairs import ROWS, BlindPair, Question
 from demo.mining.quickstart import quickstart_pairs

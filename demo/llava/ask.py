@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from .generate import Generation, Llava
+from .generate import Llava
+from .settings import Generation
 from .turns import Stopped
 
 REFRESH_SECONDS = 0.1

@@ -19,6 +19,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 from train_llava.eval.batched import Prompts, answer, prompt_of
 
+from .settings import Generation
 from .turns import Turns
 
 NEXT_TEXT_SECONDS = 600.0
@@ -27,15 +28,6 @@ NEXT_TEXT_SECONDS = 600.0
 
 class ModelGone(ValueError):
     """The directory of a loaded LLaVA is no longer on the disk."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How an answer is made."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 takes the likeliest token each time: the same question gives the same answer."""
 
 
 @dataclass

@@ -62,7 +62,7 @@ def edit_weights(directory: Path, name: str, change: Callable[[Any], Any]) -> No
 
 def answers(eyes, pictures, question: str) -> dict[tuple[int, int], str]:
     """{(eye, picture): its whole answer}."""
-    from demo.llava.generate import Generation
+    from demo.llava.settings import Generation
 
     how = Generation(max_new_tokens=TOKENS)
     return {

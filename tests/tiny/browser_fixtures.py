@@ -39,7 +39,8 @@ def llavas(can_browse: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.fixture(scope="session")
 def eyes(llavas):
     """Both LLaVAs in this process: what the page should say is asked of them."""
-    from demo.llava.load import Models, load_llavas, prepare_upstream
+    from demo.llava.load import load_llavas, prepare_upstream
+    from demo.llava.settings import Models
 
     prepare_upstream()
     return load_llavas(Models(left=llavas[0], right=llavas[1], device="cpu"), lambda line: None)

@@ -40,7 +40,8 @@ def two_projectors(upstream, tmp_path_factory) -> tuple[Path, Path, Path]:
 @pytest.fixture(scope="module")
 def own(two_llavas) -> tuple[Llava, Llava]:
     """Two LLaVAs, each with a language model of its own."""
-    from demo.llava.load import Models, load_llavas
+    from demo.llava.load import load_llavas
+    from demo.llava.settings import Models
 
     return load_llavas(Models(*two_llavas, device="cpu"), say=lambda line: None)
 
@@ -48,7 +49,8 @@ def own(two_llavas) -> tuple[Llava, Llava]:
 @pytest.fixture(scope="module")
 def shared(two_projectors) -> tuple[Llava, Llava]:
     """Two LLaVAs that share a language model."""
-    from demo.llava.load import Models, load_llavas
+    from demo.llava.load import load_llavas
+    from demo.llava.settings import Models
 
     llm, left, right = two_projectors
     return load_llavas(Models(left, right, llm, device="cpu"), say=lambda line: None)
