@@ -15,11 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny.llavas import (
-    COLOURS,
-    make_towers,
-    upstream_is_installed,
-)
+from tiny.llavas import COLOURS, make_towers, upstream_is_installed
 
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
