@@ -50,7 +50,7 @@ def visit(browser: Any, url: str, **settings: Any) -> Page:
 
 
 def compare(page: Page) -> None:
-    """The first of the pairs on which an eye is blind; the first pair where none is."""
+    """The first of the pairs on which a LLaVA is blind; the first pair where none is."""
     for pair in [*range(8), 0]:
         field = page.locator("#pair-picker input")
         field.fill(f"{pair + 1} · ")

@@ -44,7 +44,7 @@ class Page(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def page(llavas, eyes, tmp_path_factory) -> Iterator[Page]:
+def page(llava_folders, llavas, tmp_path_factory) -> Iterator[Page]:
     """The demo in this process: its addresses and events can be listed, and what it opens be heard."""
     import httpx
     from rich.console import Console
@@ -54,7 +54,8 @@ def page(llavas, eyes, tmp_path_factory) -> Iterator[Page]:
     from demo.uploads import Limits
 
     folder = tmp_path_factory.mktemp("guarded")
-    settings = Settings(Models(*llavas, device="cpu"), Generation(max_new_tokens=4), make_pairs(folder / "pairs", eyes),
+    pairs = make_pairs(folder / "pairs", llavas)
+    settings = Settings(Models(*llava_folders, device="cpu"), Generation(max_new_tokens=4), pairs,
                         folder / "demo", open_browser=False, upload_limits=Limits(MAX_BYTES))  # fmt: skip
     data = png(Image.new("RGB", (60, 60), CANARY))
     (folder / "canary.png").write_bytes(data)

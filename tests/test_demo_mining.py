@@ -37,7 +37,7 @@ from llava_clipmoe.modeling_clipmoe import only_expert
 from train_encoder.data import DataError, ImageTransform
 from train_encoder.features import encode_images
 
-EYES = ["dense", "clip-moe", "expert0", "expert1", "expert2", "expert3"]
+ENCODERS = ["dense", "clip-moe", "expert0", "expert1", "expert2", "expert3"]
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +118,11 @@ def double_loop(dense, references, criteria: Criteria, accept=lambda i, j: True)
         (Criteria(0.9999, 0.6, top=15, per_image=2, candidates=50), "closest"),
     ],
 )
-@pytest.mark.parametrize("eyes", [1, 3])
-def test_search_equals_a_double_loop(monkeypatch, criteria, outcome, eyes):
+@pytest.mark.parametrize("count", [1, 3])
+def test_search_equals_a_double_loop(monkeypatch, criteria, outcome, count):
     monkeypatch.setattr(searching, "TILE", 64)  # 200 rows: whole tiles, a rest, the diagonal
     monkeypatch.setattr(searching, "PART", 100)
-    dense, references = rows(200, 0), [rows(200, seed) for seed in range(1, eyes + 1)]
+    dense, references = rows(200, 0), [rows(200, seed) for seed in range(1, count + 1)]
     found = search(dense, references, criteria, device="cpu")
     expected, how = double_loop(dense, references, criteria)
     assert (found.outcome, how) == (outcome, outcome)
@@ -149,7 +149,7 @@ def test_thresholds_are_strict_and_leave_out_pictures_that_do_not_take_part():
     assert [*zip(found.first, found.second, strict=True)] == [(0, 1), (1, 2)]  # (0, 2) is too far, at 0.94
     found = search(dense, [reference], Criteria(0.95, 0.6), numbers=np.array([1, 2, 3]), device="cpu")
     assert [*zip(found.first, found.second, strict=True)] == [(1, 2)]
-    same = np.tile([[0.6, 0.8]], (2, 1))  # cosines of exactly 1 under both eyes: neither above 1, nor below 1
+    same = np.tile([[0.6, 0.8]], (2, 1))  # cosines of exactly 1 under both encoders: neither above 1, nor below 1
     assert search(same, [same], Criteria(1.0, 1.0), device="cpu").outcome == "closest"
     assert search(same, [same], Criteria(0.9, 1.0), device="cpu").outcome == "dense"
 
@@ -229,10 +229,10 @@ def test_mining_500_emoji_equals_a_double_loop(run, towers, drawings, tmp_path):
     with only_expert(moe.model, 2):
         expert = encode_images(moe, pixels).numpy()
     for pair, (i, j) in zip(pairs, expected, strict=True):
-        assert list(pair.cosines) == EYES and pair.reference == "clip-moe" and pair.passed == (outcome == "both")
+        assert list(pair.cosines) == ENCODERS and pair.reference == "clip-moe" and pair.passed == (outcome == "both")
         truth = {"dense": cosine(dense[i], dense[j]), "clip-moe": cosine(mixture[i], mixture[j])}
         truth["expert2"] = cosine(expert[i], expert[j])
-        assert {eye: pair.cosines[eye] for eye in truth} == pytest.approx(truth, abs=1e-3)
+        assert {name: pair.cosines[name] for name in truth} == pytest.approx(truth, abs=1e-3)
         assert pair.gap == pytest.approx(truth["dense"] - truth["clip-moe"], abs=2e-3)
         assert all(np.array_equal(Image.open(p), images[k]) for p, k in zip(pair.images, (i, j), strict=True))
 

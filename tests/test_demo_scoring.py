@@ -82,7 +82,7 @@ def pairs_right(only_left: int, only_right: int, both: int, neither: int) -> Sco
 
 
 def test_the_verdict_is_the_exact_mcnemar_test():
-    """Two-sided binomial with 1/2 on the pairs that one eye alone has right: 2 / 2^6, and 2 (1 + 4) / 2^4."""
+    """Two-sided binomial with 1/2 on the pairs that one LLaVA alone has right: 2 / 2^6, and 2 (1 + 4) / 2^4."""
     certain = verdict(pairs_right(only_left=0, only_right=6, both=5, neither=9))
     assert certain == (
         "CLIP-MoE alone is right on 6 and CLIP alone on 0 of 20: chance alone would seldom give such a difference "
@@ -123,7 +123,7 @@ def test_scores_are_saved_with_every_answer(tmp_path):
 
 
 @pytest.fixture(params=["own", "shared"])
-def eyes(request) -> tuple[Llava, Llava]:
+def llavas(request) -> tuple[Llava, Llava]:
     return request.getfixturevalue(request.param)
 
 
@@ -164,22 +164,22 @@ def test_every_question_of_every_pair_is_scored(pairs):
 
 
 @needs_upstream
-def test_scores_come_batch_by_batch_and_are_what_the_eyes_say(eyes, pairs):
+def test_scores_come_batch_by_batch_and_are_what_the_llavas_say(llavas, pairs):
     done: list[int] = []
 
     def run() -> Scores:
-        for found in score(eyes, pairs, threading.Event()):
+        for found in score(llavas, pairs, threading.Event()):
             done.append(found.done)
         return found
 
     found = within(60, run)
     assert done == [0, 2, 4, 6, 8, 10, 12] and found.total == 12
     assert found.names == ("CLIP", "CLIP-MoE") and found.seconds > 0
-    for number, eye in enumerate(eyes):
+    for number, llava in enumerate(llavas):
         for i, one in enumerate(found.items):
             for p in (0, 1):
                 with Image.open(one.pictures[p]) as picture:
-                    *_, text = eye.stream(picture.convert("RGB"), one.question, Generation(max_new_tokens=32))
+                    *_, text = llava.stream(picture.convert("RGB"), one.question, Generation(max_new_tokens=32))
                 # A random language model is often undecided, and a batch rounds otherwise than one picture: later on
                 # the two may part.
                 assert found.texts[number][2 * i + p][:24] == text[:24]
@@ -187,18 +187,18 @@ def test_scores_come_batch_by_batch_and_are_what_the_eyes_say(eyes, pairs):
 
 
 @needs_upstream
-def test_others_may_ask_between_two_batches(eyes, pairs):
+def test_others_may_ask_between_two_batches(llavas, pairs):
     picture, between = Image.new("RGB", (30, 30)), 0
-    for found in score(eyes, pairs, threading.Event()):
-        assert within(30, lambda: [list(eye.stream(picture, "What?", Generation(4)))[-1] for eye in eyes])
+    for found in score(llavas, pairs, threading.Event()):
+        assert within(30, lambda: [list(llava.stream(picture, "What?", Generation(4)))[-1] for llava in llavas])
         between += found.done < found.total
     assert between == 6 and found.done == found.total
 
 
 @needs_upstream
-def test_stop_ends_it_with_what_there_is(eyes, pairs):
+def test_stop_ends_it_with_what_there_is(llavas, pairs):
     stop = threading.Event()
-    for found in score(eyes, pairs, stop):
+    for found in score(llavas, pairs, stop):
         if found.done:
             stop.set()
     assert found.done == 2 and found.right(0) in ([True], [False])
@@ -259,11 +259,11 @@ def test_cosines_are_those_of_the_whole_clips(own):
     ]
     found = Similarity(own).cosines(*pictures)
     assert list(found) == ["CLIP", "CLIP-MoE"]
-    for eye in own:
-        bundle = load_bundle(eye.tower_source)
+    for llava in own:
+        bundle = load_bundle(llava.tower_source)
         one, two = (encode_images(bundle, ImageTransform(24)(picture)[None])[0] for picture in pictures)
         cosine = torch.nn.functional.cosine_similarity(one, two, dim=0).item()
-        assert found[eye.name] == pytest.approx(cosine, abs=1e-5)
+        assert found[llava.name] == pytest.approx(cosine, abs=1e-5)
     assert abs(found["CLIP"] - found["CLIP-MoE"]) > 1e-3
     assert Similarity(own).cosines(pictures[0], pictures[0]) == pytest.approx({"CLIP": 1.0, "CLIP-MoE": 1.0}, abs=1e-5)
 
@@ -326,7 +326,7 @@ def board_of(*texts: str, truth: tuple[str, str] | None = None, **more: Any) -> 
 
 def test_no_text_of_anybody_becomes_markup():
     evil = "<script>alert(\"1\")</script><img src=x onerror='alert(2)'>&amp;\"'>"
-    cells = {(eye, picture): cell(evil, "failed" if eye else "done") for eye in (0, 1) for picture in (0, 1)}
+    cells = {(llava, picture): cell(evil, "failed" if llava else "done") for llava in (0, 1) for picture in (0, 1)}
     pieces = {
         "board": html.board(cells, (evil, evil), (evil, evil + "2")),
         "cosines": html.cosines({evil: 0.5}, {}) + html.cosines({"dense": 0.5}, {"dense": evil}),
@@ -349,7 +349,7 @@ def test_the_scores_table_escapes_too():
     assert "script" not in read.tags and read.text.count(evil) >= 3
 
 
-def test_an_eye_is_called_blind_only_where_the_truth_differs():
+def test_an_llava_is_called_blind_only_where_the_truth_differs():
     blind = board_of("red", "Red.", "red", "blue", truth=("red", "blue"))
     assert blind.text.count(html.BLIND) == 1 and blind.classes.count("blind") == 1 and "same" not in blind.classes
     unknown = board_of("red", "Red.", "red", "blue")
@@ -366,7 +366,7 @@ def test_no_badge_before_both_answers_are_there(state):
 
 
 def test_the_badge_is_its_own_eyes():
-    """In the head of the right column, where the right eye is the blind one."""
+    """In the head of the right column, where the right LLaVA is the blind one."""
     text = board_of("red", "blue", "blue", "blue", truth=("red", "blue")).text
     assert text.index("CLIP-MoE") < text.index(html.BLIND) < text.index("Picture 1")
 

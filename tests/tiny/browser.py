@@ -60,14 +60,14 @@ def edit_weights(directory: Path, name: str, change: Callable[[Any], Any]) -> No
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def answers(eyes, pictures, question: str) -> dict[tuple[int, int], str]:
-    """{(eye, picture): its whole answer}."""
+def answers(llavas, pictures, question: str) -> dict[tuple[int, int], str]:
+    """{(LLaVA, picture): its whole answer}."""
     from demo.llava.settings import Generation
 
     how = Generation(max_new_tokens=TOKENS)
     return {
-        (e, p): list(eye.stream(picture, question, how))[-1]
-        for e, eye in enumerate(eyes)
+        (e, p): list(llava.stream(picture, question, how))[-1]
+        for e, llava in enumerate(llavas)
         for p, picture in enumerate(pictures)
     }
 
@@ -81,14 +81,14 @@ def draw(shape: str, colour: str, count: int = 1) -> Image.Image:
     return image
 
 
-def make_pairs(folder: Path, eyes) -> Path:
+def make_pairs(folder: Path, llavas) -> Path:
     """Six pairs. The right answers to the first one's question are what CLIP-MoE says; the pictures of the second are
-    one picture, so that both eyes are blind; a name and a question hold HTML."""
+    one picture, so that both LLaVAs are blind; a name and a question hold HTML."""
     from demo.mining.pairs import BlindPair, Question, save_picture, write_pairs
 
     asked = "What colour is the square?"
     colours = draw("square", "red"), draw("square", "blue")
-    truth = answers(eyes, colours, asked)
+    truth = answers(llavas, colours, asked)
     rows = [
         (colours, ("red.png", "blue.png"), 0.97, 0.58, [("color", asked, (truth[1, 0], truth[1, 1]))]),
         ((draw("circle", "green"),) * 2, ("a.png", "b.png"), 0.99, 0.68, [("state", "Is it on?", ("yes", "no"))]),
@@ -211,7 +211,7 @@ def ask(page, question: str | None = None) -> None:
 
 
 def board(page, where: str = "#board", state: str = "done") -> dict[tuple[int, int], str]:
-    """{(eye, picture): text} when all four cells are in this state."""
+    """{(LLaVA, picture): text} when all four cells are in this state."""
     all_four = """([where, state]) => {
         const cells = [...document.querySelectorAll(where + ' .cell')];
         return cells.length === 4 && cells.every(cell => cell.classList.contains(state))
@@ -222,7 +222,7 @@ def board(page, where: str = "#board", state: str = "done") -> dict[tuple[int, i
 
 def columns(page, where: str = "#board") -> list[str]:
     """The heads of both columns, with their badges."""
-    return page.locator(f"{where} .eye").all_inner_texts()
+    return page.locator(f"{where} .head").all_inner_texts()
 
 
 def number(text: str | None) -> float:
@@ -267,7 +267,7 @@ def told(page, words: str):
     return toast.first.inner_text()
 
 
-def still_answers(page, eyes, site: Site) -> None:
+def still_answers(page, llavas, site: Site) -> None:
     """A normal question on the first pair gets its four answers, on this page as it is."""
     choose_by_keyboard(page, "#pair-picker", "1 · color")
     # All that an earlier step of a test may have left changed: the question that stands there may be this very one
@@ -275,7 +275,7 @@ def still_answers(page, eyes, site: Site) -> None:
     page.wait_for_function("document.querySelector('#question textarea').value.startsWith('What colour') &&"
                            "document.querySelector('#cosines .bar-value')?.innerText === '0.970'")  # fmt: skip
     ask(page)
-    assert board(page) == answers(eyes, pictures_of(site, 0), "What colour is the square?")
+    assert board(page) == answers(llavas, pictures_of(site, 0), "What colour is the square?")
 
 
 def pictures_of(site: Site, pair: int) -> list[Image.Image]:

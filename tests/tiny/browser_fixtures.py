@@ -27,7 +27,7 @@ def can_browse() -> None:
 
 
 @pytest.fixture(scope="session")
-def llavas(can_browse: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def llava_folders(can_browse: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two tiny random LLaVAs that never end an answer by themselves; the left one is blind: no picture reaches it."""
     directories = make_two_llavas(tmp_path_factory.mktemp("llavas"))
     for directory in directories:
@@ -37,22 +37,22 @@ def llavas(can_browse: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @pytest.fixture(scope="session")
-def eyes(llavas):
+def llavas(llava_folders):
     """Both LLaVAs in this process: what the page should say is asked of them."""
     from demo.llava.load import load_llavas, prepare_upstream
     from demo.llava.settings import Models
 
     prepare_upstream()
-    return load_llavas(Models(left=llavas[0], right=llavas[1], device="cpu"), lambda line: None)
+    return load_llavas(Models(left=llava_folders[0], right=llava_folders[1], device="cpu"), lambda line: None)
 
 
 @pytest.fixture(scope="session")
-def site(llavas, eyes, tmp_path_factory) -> Iterator[Site]:
+def site(llava_folders, llavas, tmp_path_factory) -> Iterator[Site]:
     """The demo with short answers."""
     folder = tmp_path_factory.mktemp("site")
-    pairs = make_pairs(folder / "pairs", eyes)
+    pairs = make_pairs(folder / "pairs", llavas)
     settings = ["--max-new-tokens", TOKENS, "--upload-limits.max-bytes", MAX_BYTES]
-    with serve(folder, *llavas, pairs, *map(str, settings)) as site:
+    with serve(folder, *llava_folders, pairs, *map(str, settings)) as site:
         yield site
 
 
