@@ -131,10 +131,7 @@ def verdict(scores: Scores) -> str:
     if only_left + only_right == 0:
         return f"{name_right} and {name_left} have exactly the same pairs right."
     p = binomtest(only_right, only_left + only_right).pvalue
-    told = "chance alone gives such a difference too"
-    if p < 0.05:
-        told = "chance alone would seldom give such a difference"
-    return (
-        f"{name_right} alone is right on {only_right} and {name_left} alone on {only_left} of {len(both)}: {told} "
-        f"(exact McNemar test, {f'p = {p:.2f}' if p >= 0.01 else 'p < 0.01'})."
-    )
+    alone = f"{name_right} alone is right on {only_right} and {name_left} alone on {only_left} of {len(both)}"
+    chance = "would seldom give such a difference" if p < 0.05 else "gives such a difference too"
+    p_text = f"p = {p:.2f}" if p >= 0.01 else "p < 0.01"
+    return f"{alone}: chance alone {chance} (exact McNemar test, {p_text})."

@@ -53,13 +53,10 @@ class Demo:
 
     def choices(self) -> list[tuple[str, int]]:
         """(a line about it, its index) of every pair: what differs, and how close the dense CLIP finds it."""
-        return [(f"{index + 1} · {self._differs(pair)}", index) for index, pair in enumerate(self.pairs)]
-
-    def _differs(self, pair: BlindPair) -> str:
-        what = " / ".join(pair.names)
-        if pair.questions:
-            what = f"{pair.questions[0].attribute}: {' / '.join(pair.questions[0].answers)}"
-        return f"{what} · CLIP {pair.cosines['dense']:.3f}"
+        lines = [
+            f"{pair.difference or ' / '.join(pair.names)} · CLIP {pair.cosines['dense']:.3f}" for pair in self.pairs
+        ]
+        return [(f"{index + 1} · {line}", index) for index, line in enumerate(lines)]
 
     def pictures(self, pair: int | None, first: str | None, second: str | None) -> tuple[Image.Image, Image.Image]:
         """The chosen pair's pictures, else the two uploaded ones. Raises BadUpload."""

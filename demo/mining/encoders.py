@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,25 +22,12 @@ DENSE, MOE, DINOV2, EXPERTS = "dense", "clip-moe", "dinov2", "experts"
 """Names of encoders; EXPERTS as the reference is the smallest cosine over "expert0", "expert1", ..."""
 
 
-class Tower(Protocol):
-    """One model with one encoder or several."""
-
-    name: str
-    encoders: tuple[str, ...]
-    fingerprint: str
-    """Changes with the weights."""
-    view: str
-    """Towers of one view take the same pixels, which are made once."""
-
-    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]: ...
-
-    def encode(
-        self, encoder: str, pixels: torch.Tensor, device: torch.device, precision: Precision
-    ) -> torch.Tensor: ...
-
-
 class ClipTower:
-    """A dense CLIP (one encoder), or a CLIP-MoE: its mixture and every expert alone. Weights are read when needed."""
+    """A dense CLIP (one encoder), or a CLIP-MoE: its mixture and every expert alone. Weights are read when needed.
+
+    name: of the directory. encoders: names. fingerprint: changes with the weights. view: towers of one view take the
+    same pixels, which are made once.
+    """
 
     def __init__(self, source: str, *, dense: bool) -> None:
         """Raises FileNotFoundError where there is no model, ValueError where it is of the other kind."""
@@ -111,6 +98,9 @@ class DinoTower:
         if not found.isfinite().all():
             raise NotFinite(f"{self.name} gave NaN or infinite embeddings: its weights are damaged.")
         return found
+
+
+Tower = ClipTower | DinoTower
 
 
 def open_towers(dense: str, moe: str, reference: str) -> list[Tower]:

@@ -55,6 +55,11 @@ class BlindPair:
     questions: tuple[Question, ...] = ()
 
     @property
+    def difference(self) -> str:
+        """What differs by the first question, as "color: red / blue"; "" without a question."""
+        return f"{self.questions[0].attribute}: {' / '.join(self.questions[0].answers)}" if self.questions else ""
+
+    @property
     def attributes(self) -> tuple[str, ...]:
         """The questions' attributes, each once, in order."""
         return tuple(dict.fromkeys(question.attribute for question in self.questions))

@@ -99,8 +99,7 @@ def _summary(demo: Demo) -> str:
 
 def _caption(demo: Demo, index: int) -> str:
     pair = demo.pairs[index]
-    what = f"{pair.questions[0].attribute}: {' / '.join(pair.questions[0].answers)} · " if pair.questions else ""
-    return f"{what}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
+    return f"{pair.difference}{' · ' if pair.difference else ''}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
 
 
 def _thumbnail(paths: tuple[Any, Any]) -> Image.Image:
