@@ -52,7 +52,9 @@ def build(demo: Demo) -> Compare:
     cosines = gr.HTML(elem_id="cosines")
     known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
     with gr.Row(equal_height=True):
-        question = gr.Textbox(label="Question", placeholder=PLACEHOLDER, scale=4, max_lines=4, elem_id="question")
+        question = gr.Textbox(
+            label="Question", placeholder=PLACEHOLDER, scale=4, max_lines=4, min_width=220, elem_id="question"
+        )
         ask = gr.Button("Ask both", variant="primary", scale=1, min_width=110, elem_id="ask")
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
     board = gr.HTML(elem_id="board")
