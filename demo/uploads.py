@@ -258,9 +258,6 @@ def _most(limits: Limits) -> str:
     return f"At most {limits.max_pixels / 1e6:,.0f} million pixels are allowed: scale it down and upload it again."
 
 
-# ------------------------------------------------------------------------------------------------------------ questions
-
-
 def check_question(text: str | None, limit: int = 2000) -> str:
     """The question as the models get it: stripped, without control characters and image tokens. Raises BadUpload.
 

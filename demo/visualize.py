@@ -37,9 +37,6 @@ INK = "#747a85"
 """Colour of text: as readable on a white page as on a nearly black one (contrast 4.3 and 4.4)."""
 
 
-# ---------------------------------------------------------------------------------------------------- what a tower sees
-
-
 def as_seen(image: Image.Image, processor: Any, aspect_ratio: str | None) -> tuple[Image.Image, torch.Tensor]:
     """-> the square picture that the model sees [R x R] and its pixels [1,3,R,R], normalised.
 
@@ -58,9 +55,6 @@ def as_seen(image: Image.Image, processor: Any, aspect_ratio: str | None) -> tup
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (processor.image_mean, processor.image_std))
     bytes_3RR = ((pixels_13RR[0].float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(bytes_3RR.permute(1, 2, 0).numpy()), pixels_13RR
-
-
-# -------------------------------------------------------------------------------------------------------------- routing
 
 
 @dataclass(frozen=True)
@@ -121,9 +115,6 @@ def _mixture(logits_NE: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(logits_NE, dtype=torch.float32).scatter(1, chosen_NK, top_NK / top_NK.sum(-1, keepdim=True))
 
 
-# ----------------------------------------------------------------------------------------------------------- difference
-
-
 @torch.no_grad()
 def difference(tower: Any, pixels_a: torch.Tensor, pixels_b: torch.Tensor, relative: bool = False) -> np.ndarray:
     """[S,S] float32: 1 - cosine of the two pictures' features at each patch; 0 where the tower sees no difference.
@@ -147,9 +138,6 @@ def _features(tower: Any, pixels_13RR: torch.Tensor) -> torch.Tensor:
     """[N,C] in fp32 on the CPU, as LLaVA's projector gets them, without the class token."""
     x_NC = tower(pixels_13RR.to(device=tower.device))[0].float().cpu()
     return x_NC[1:] if getattr(tower, "select_feature", "patch") == "cls_patch" else x_NC
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def expert_colours(experts: int) -> np.ndarray:

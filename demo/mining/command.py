@@ -122,9 +122,6 @@ def check(s: Settings) -> None:
         raise ValueError(f"{strangers} {message}")
 
 
-# --- the steps ------------------------------------------------------------------------------------------------------
-
-
 def mine(s: Settings) -> Path:
     """Mine blind pairs and write their folder; -> the folder. Prints what was found.
 
@@ -246,9 +243,6 @@ def _lowest_expert(cosines: dict[str, float]) -> float:
 def _shown(name: str) -> str:
     """A picture's name for the result, which may be given away: without this machine's folders."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-# --- what is printed ------------------------------------------------------------------------------------------------
 
 
 def _report(console: Console, s: Settings, pairs: Sequence[BlindPair], found: Found, summary, seconds: float) -> None:

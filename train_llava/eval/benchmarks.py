@@ -85,9 +85,6 @@ class Benchmark:
         return {use: path for use, path in hits.items() if path is not None}
 
 
-# --- joining questions, truth and answers ---------------------------------------------------------------------------
-
-
 def _pope(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
     labels: dict[str, list[Row]] = {}
     rows = []

@@ -38,9 +38,6 @@ MISSING |= {"n/a", "nan", "null", "none"}
 """Cells that are empty for upstream's MMBench runner: what pandas reads as missing, and "none"."""
 
 
-# --- LLaVA's own question files -------------------------------------------------------------------------------------
-
-
 def llava_questions(path: Path) -> list[Row]:
     """LLaVA's jsonl: question_id, image, text, sometimes category."""
     return read_jsonl(path, fields=("question_id", "image", "text"))
@@ -58,9 +55,6 @@ def textvqa_without_ocr(path: Path) -> list[Row]:
         lines = question["text"].split("\n")
         question["text"] = "\n".join(line for line in lines if not line.startswith(OCR_TOKENS))
     return questions
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
@@ -258,9 +252,6 @@ def mmvp_questions(path: Path) -> list[Row]:
     if len(questions) % 2:
         raise EvalError(f"{path} has {len(questions)} rows: two consecutive rows are a pair, so one is missing.")
     return questions
-
-
-# --- pictures inside tables -----------------------------------------------------------------------------------------
 
 
 def repeat_images(questions: Sequence[Row], table: Path) -> None:

@@ -100,9 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# --- where answers come from ----------------------------------------------------------------------------------------
-
-
 def _load(benchmark: Benchmark, found: Found, all_rounds: bool) -> list[Row]:
     rounds = {"all_rounds": all_rounds} if benchmark.lang else {}
     return benchmark.questions(found["questions"], **benchmark.extras, **rounds)
@@ -184,9 +181,6 @@ def _fingerprint(model_path: str) -> list[list[Any]]:
     """Names, sizes and times of a local model's files: a model trained on under the same name is another model."""
     files = sorted({file for pattern in WEIGHTS for file in Path(model_path).glob(pattern)})
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-# --- what becomes of them -------------------------------------------------------------------------------------------
 
 
 def finish(

@@ -29,9 +29,6 @@ def by_group(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {group: percent(sum(points), len(points)) for group, points in groups.items()}
 
 
-# --- yes or no ------------------------------------------------------------------------------------------------------
-
-
 def pope_says_yes(text: str) -> bool:
     """POPE's reading of an answer (llava/eval/eval_pope.py): no if its first sentence has "no" or "not", else yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
@@ -99,8 +96,6 @@ def mme(rows: Sequence[tuple[str, str, str, str]]) -> Metrics:
     }
     return {**totals, "total": sum(totals.values()), "by_category": found}
 
-
-# --- short answers --------------------------------------------------------------------------------------------------
 
 # Words that the VQA evaluation writes with their apostrophe: a form that lost exactly one gets it back. Left out are
 # those that are words without it (ill, shell, were, well, id, wed, hell, lets).
@@ -188,9 +183,6 @@ def ocrbench(rows: Sequence[tuple[str, str, Sequence[str]]]) -> Metrics:
         counts[category] += hit
     score = sum(hit for _, hit in right)
     return {"score": score, "percent": percent(score, len(right)), "by_category": dict(counts)}
-
-
-# --- multiple choice ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

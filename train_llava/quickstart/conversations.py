@@ -71,13 +71,12 @@ POINTING = {
     "right": "right arrow, backhand index pointing right, play button, fast-forward button, next track button, "
              "rightwards hand, SOON arrow, right-facing fist",
 }  # fmt: skip
-# Kinds that Unicode's code charts head as such ("Animal symbols", "Food symbols", ...), by code point.
-KIND_RANGES = (
-    (0x1F32D, 0x1F32F, "food"), (0x1F345, 0x1F37F, "food"), (0x1F950, 0x1F96F, "food"), (0x1F9C0, 0x1F9CB, "food"),
-    (0x1FAD0, 0x1FADC, "food"), (0x1F400, 0x1F43E, "animal"), (0x1F980, 0x1F9AE, "animal"),
-    (0x1F600, 0x1F637, "face"), (0x1F641, 0x1F644, "face"), (0x1F910, 0x1F917, "face"), (0x1F920, 0x1F92F, "face"),
-    (0x1F970, 0x1F97A, "face"),
-)  # fmt: skip
+_KIND_RANGES = {
+    "food": "1F32D-1F32F 1F345-1F37F 1F950-1F96F 1F9C0-1F9CB 1FAD0-1FADC",
+    "animal": "1F400-1F43E 1F980-1F9AE",
+    "face": "1F600-1F637 1F641-1F644 1F910-1F917 1F920-1F92F 1F970-1F97A",
+}
+"""Code points of kinds that have headings of their own in Unicode's charts ("Animal symbols", ...)."""
 _PEOPLE = re.compile(r"\b(?:man|woman|person|men|women|people|boy|girl|child|adult|family)\b")
 _TONE = re.compile(r"\b(medium-light|medium-dark|light|medium|dark) skin tone")
 
@@ -100,8 +99,6 @@ class Picture:
     caption: str
     questions: tuple[Question, ...] = field(default=())
 
-
-# ------------------------------------------------------------------------------------------------------ the attributes
 
 ASKED = {
     "color": ("What is the main color?", "Which color is it mostly?", "What color is this?"),
@@ -161,7 +158,10 @@ def kind(emoji: Emoji) -> str | None:
     if _PEOPLE.search(emoji.name):
         return "person"
     first = int(emoji.key.partition("-")[0], 16)
-    return next((kind for low, high, kind in KIND_RANGES if low <= first <= high), None)
+    for name, ranges in _KIND_RANGES.items():
+        if any(int(low, 16) <= first <= int(high, 16) for low, high in (pair.split("-") for pair in ranges.split())):
+            return name
+    return None
 
 
 def skin_tone(emoji: Emoji) -> str | None:
@@ -178,9 +178,6 @@ def questions_about(emoji: Emoji, looks: Looks) -> tuple[Question, ...]:
 
 def _question(attribute: str, answer: str) -> Question:
     return Question(attribute, ASKED[attribute][0], answer, ANSWERS[attribute])
-
-
-# -------------------------------------------------------------------------------------------------------- the pictures
 
 
 def measure(key: str) -> Looks:
@@ -237,9 +234,6 @@ def turned_pictures(pictures: Iterable[Picture], folder: Path) -> list[Picture]:
             caption = f"something pointing {new}: {picture.caption.partition(': ')[2].partition(';')[0]}."
             turned.append(Picture(str(path), "", picture.heldout, caption, (_question("direction", new), *kept)))
     return turned
-
-
-# --------------------------------------------------------------------------------------------------- the conversations
 
 
 def conversation(picture: Picture, rng: random.Random, others: Sequence[str]) -> list[tuple[str, str]]:
@@ -336,9 +330,6 @@ def pair_questions(openmoji: Path) -> list[dict]:
             asked = {"question": _either(*shown), "answer": answer, "other": other}
             questions.append({"image": str(image), "type": row["type"], **asked, "pair": number, "split": row["split"]})
     return questions
-
-
-# ---------------------------------------------------------------------------------------------------------- the folder
 
 
 def build_conversations(
