@@ -119,7 +119,7 @@ def build_page(demo: Demo) -> gr.Blocks:
             with gr.Tab("Scores", id="scores"):
                 scores.build(demo)
         first = 0 if demo.pairs else None
-        page.load(lambda: compare.show(demo, first, None), None, compared.show_outputs, show_progress="hidden")
+        page.load(lambda: compare.show(demo, None, first), None, compared.show_outputs, show_progress="hidden")
     return page
 
 

@@ -72,6 +72,9 @@ def pope(tmp_path) -> Path:
     return folder
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:'train_llava.eval.batched' found in sys.modules:RuntimeWarning")
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     """What a runner's process does, done in this one, which has imported upstream already: that alone takes a process

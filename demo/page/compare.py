@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -12,7 +13,7 @@ from ..llava.ask import ask_all
 from ..session import Demo
 from ..uploads import check_question, read_picture
 from . import html
-from .errors import explain, explained
+from .errors import explain, for_visitor
 
 HELP = (
     "CLIP embeds both pictures as nearly the same point. Ask both eyes about both: an eye that gives the **same answer "
@@ -59,34 +60,17 @@ def build(demo: Demo) -> Compare:
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
     board = gr.HTML(elem_id="board")
 
-    def chosen(index, request: gr.Request):
-        return show(demo, index, request.session_hash)
-
-    def another(now, request: gr.Request):
-        return _another(demo, now, request.session_hash)
-
-    def cleared(request: gr.Request):
-        return _uploaded(demo, None, 0, request.session_hash)
-
     shown = [pair, *pictures, cosines, known, question, board]
-    picker.input(explained(chosen), picker, shown)
-    surprise.click(explained(another), pair, [picker, *shown])
+    picker.input(for_visitor(demo, show), picker, shown)
+    surprise.click(for_visitor(demo, _another), pair, [picker, *shown])
     for number, picture in enumerate(pictures, start=1):
-        given = dict(inputs=[picture, pair], outputs=[picture, pair, cosines, known, board])
-
-        def uploaded(path, index, request: gr.Request, number=number):
-            return _uploaded(demo, path, number, request.session_hash)
-
-        picture.upload(explained(uploaded), **given)
-        picture.clear(explained(cleared), None, given["outputs"])
+        changed = [picture, pair, cosines, known, board]
+        picture.upload(for_visitor(demo, partial(_uploaded, number=number)), [picture, pair], changed)
+        picture.clear(for_visitor(demo, _uploaded), None, changed)
     known.input(lambda text: text, known, question)
-
-    def run(index, first, second, text, request: gr.Request):
-        yield from _ask(demo, index, first, second, text, request.session_hash)
-
     for asked in (ask.click, question.submit):
         fields = [pair, *pictures, question], [board, cosines]
-        asked(explained(run), *fields, show_progress="hidden", concurrency_limit=16)
+        asked(for_visitor(demo, _ask), *fields, show_progress="hidden", concurrency_limit=16)
     stop.click(demo.stopper("ask"), None, None, show_progress="hidden")
     return Compare(pair, pictures, picker, shown)
 
@@ -107,7 +91,7 @@ def _path_only(payload: Any) -> str | None:
     return None if payload is None or payload.path is None else str(payload.path)
 
 
-def show(demo: Demo, index: int | None, session: str | None) -> tuple[Any, ...]:
+def show(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:
     """Values of `show_outputs` for a mined pair. Drops a question that still runs: it is about other pictures."""
     demo.drop("ask", session)
     if index is None or not demo.pairs:
@@ -120,13 +104,15 @@ def show(demo: Demo, index: int | None, session: str | None) -> tuple[Any, ...]:
     return index, *pictures, html.cosines(pair.cosines), known, first, ""
 
 
-def _another(demo: Demo, now: int | None, session: str | None) -> tuple[Any, ...]:
+def _another(demo: Demo, session: str | None, now: int | None) -> tuple[Any, ...]:
     others = [index for index in range(len(demo.pairs)) if index != now] or [0]
     index = random.choice(others)
-    return index, *show(demo, index, session)
+    return index, *show(demo, session, index)
 
 
-def _uploaded(demo: Demo, path: str | None, number: int, session: str | None) -> tuple[Any, ...]:
+def _uploaded(
+    demo: Demo, session: str | None, path: str | None = None, pair: int | None = None, number: int = 0
+) -> tuple[Any, ...]:
     """A picture was uploaded (None: removed). One that is refused leaves the place empty and says why."""
     demo.drop("ask", session)
     found = note = None
@@ -141,7 +127,7 @@ def _uploaded(demo: Demo, path: str | None, number: int, session: str | None) ->
 
 
 def _ask(
-    demo: Demo, index: int | None, first: str | None, second: str | None, text: str, session: str | None
+    demo: Demo, session: str | None, index: int | None, first: str | None, second: str | None, text: str
 ) -> Iterator[tuple[Any, ...]]:
     question = check_question(text, demo.question_limit)
     pictures = demo.pictures(index, first, second)

@@ -1,4 +1,4 @@
-"""Errors as messages for the person at the page, never as stack traces."""
+"""Event handlers of the page: errors become messages for the visitor, never stack traces."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import gradio as gr
 import torch
 
 from llava_clipmoe.cli import raised_by_us
+
+from ..session import Demo
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,24 @@ def explained(handler: Callable[..., Any]) -> Callable[..., Any]:
             return handler(*args, **kwargs)
 
     return function
+
+
+def for_visitor(demo: Demo, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The event handler that calls `function(demo, session, *values)`, where `session` is the visitor's.
+
+    Errors as in `explained`; `function` may be a generator too.
+    """
+    if inspect.isgeneratorfunction(function):
+
+        def generate(request: gr.Request, *values: Any):
+            yield from function(demo, request.session_hash, *values)
+
+        return explained(generate)
+
+    def call(request: gr.Request, *values: Any):
+        return function(demo, request.session_hash, *values)
+
+    return explained(call)
 
 
 @contextmanager

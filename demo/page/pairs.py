@@ -11,7 +11,7 @@ from ..session import Demo
 from ..uploads import FORMATS
 from . import html
 from .compare import Compare, show
-from .errors import explained
+from .errors import explained, for_visitor
 
 THUMBNAIL = 160
 """Pixels of one picture of a pair in the gallery."""
@@ -68,10 +68,12 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
 
     gallery.select(explained(picked), shown, [chosen, details, compare])
 
-    def take(index: int, request: gr.Request) -> tuple[Any, ...]:
-        return gr.Tabs(selected="compare"), index, *show(demo, index, request.session_hash)
+    compare.click(for_visitor(demo, _compare), chosen, [tabs, compared.picker, *compared.show_outputs])
 
-    compare.click(explained(take), chosen, [tabs, compared.picker, *compared.show_outputs])
+
+def _compare(demo: Demo, session: str | None, index: int) -> tuple[Any, ...]:
+    """Open the Compare tab with a pair."""
+    return gr.Tabs(selected="compare"), index, *show(demo, session, index)
 
 
 def chosen_pairs(demo: Demo, attribute: str, order: str, gap: float) -> list[int]:

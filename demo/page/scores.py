@@ -9,7 +9,7 @@ import gradio as gr
 from ..scores import Scores, save, score
 from ..session import Demo
 from . import html
-from .errors import explained
+from .errors import for_visitor
 
 HELP = (
     "Every question of every loaded pair, asked about both pictures. A pair counts only when **both** pictures are "
@@ -25,10 +25,7 @@ def build(demo: Demo) -> None:
     running = gr.HTML(elem_id="score-progress")
     table = gr.HTML(elem_id="scores")
 
-    def run(request: gr.Request) -> Iterator[tuple[str, str]]:
-        yield from _run(demo, request.session_hash)
-
-    start.click(explained(run), None, [running, table], show_progress="hidden", concurrency_limit=16)
+    start.click(for_visitor(demo, _run), None, [running, table], show_progress="hidden", concurrency_limit=16)
     cancel.click(demo.stopper("score"), None, None, show_progress="hidden")
 
 

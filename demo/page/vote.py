@@ -15,7 +15,7 @@ from ..session import Demo
 from ..uploads import check_question, read_picture
 from ..votes import Vote, append_vote, draw_sides, read_votes, tally
 from . import html
-from .errors import explain, explained
+from .errors import explain, for_visitor
 
 HELP = (
     "Two eyes, A and B, in an order drawn anew each time. Read their answers to both pictures, then say who was "
@@ -57,15 +57,12 @@ def build(demo: Demo) -> None:
     names = gr.Markdown(elem_id="vote-names")
     score = gr.HTML(value=lambda: running_score(demo), elem_id="vote-score")
 
-    def round_(request: gr.Request) -> Iterator[Any]:
-        yield from _round(demo, request.session_hash)
-
     shown = [ballot, *pictures, question, board, names, *buttons]
-    start.click(explained(round_), None, shown, show_progress="hidden", concurrency_limit=16)
+    start.click(for_visitor(demo, _round), None, shown, show_progress="hidden", concurrency_limit=16)
     stop.click(demo.stopper("vote"), None, None, show_progress="hidden")
+    told = [ballot, board, names, score, *buttons]
     for choice, button in zip(CHOICES, buttons, strict=True):
-        vote = explained(partial(_vote, demo, choice))
-        button.click(vote, ballot, [ballot, board, names, score, *buttons], show_progress="hidden")
+        button.click(for_visitor(demo, partial(_vote, choice=choice)), ballot, told, show_progress="hidden")
 
 
 def _round(demo: Demo, session: str | None) -> Iterator[tuple[Any, ...]]:
@@ -93,7 +90,7 @@ def _plain(text: str) -> str:
     return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>()#+-.!|~$" else letter for letter in text)
 
 
-def _vote(demo: Demo, choice: str, ballot: Ballot | None) -> tuple[Any, ...]:
+def _vote(demo: Demo, session: str | None, ballot: Ballot | None, choice: str) -> tuple[Any, ...]:
     """Write the vote into the file, then show the names."""
     if ballot is None:
         raise ValueError("There is no open round: start a new one, and vote when all four answers are there.")
