@@ -161,7 +161,7 @@ def load(s: Settings, device: torch.device) -> dict[str, Ready]:
     from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
 
-    from demo.models import conversation_of
+    from demo.llava.load import conversation_of
     from train_llava.eval.batched import prompt_of
 
     picture = Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1), 50).convert("RGB")

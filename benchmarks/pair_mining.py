@@ -58,7 +58,7 @@ def make_embeddings(folder: Path, count: int, width: int) -> list[list[int]]:
 
 
 def ours(s: Settings, dense: np.ndarray, reference: np.ndarray) -> list[list[int]]:
-    from demo.search import Criteria, search
+    from demo.mining.search import Criteria, search
 
     found = search(dense, [reference], Criteria(top=1000), device=s.device)
     return np.stack([found.first, found.second], 1).tolist()
@@ -91,7 +91,7 @@ def measure_here(s: Settings) -> None:
     import sklearn.neighbors  # noqa: F401
     import torch  # before the clock: they take seconds to load, and count in everyone's memory
 
-    import demo.search  # noqa: F401
+    import demo.mining.search  # noqa: F401
 
     dense, reference = (np.load(s.folder / f"{name}.npy", mmap_mode="r")[: s.count] for name in ("dense", "reference"))
     torch.zeros(1, device=s.device)

@@ -12,17 +12,26 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 
-from .models import Generation, Models
+from .llava.settings import Generation, Models, check_models
+from .mining.pairs import read_pairs
 from .uploads import Limits, Uploads
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from .session import Demo
+
+# Imported inside functions: Gradio and what imports it, since it reads the environment when it is imported; and what
+# imports transformers, so that --help answers at once.
 
 TITLE = "llava-clipmoe: what CLIP cannot see"
 QUEUE = 64
-"""Events that may wait in the page's queue; one more is told that it is full."""
+"""Events that may wait in the page's queue; the page says that it is full to one more."""
 
 
 @dataclass(frozen=True)
@@ -47,73 +56,6 @@ class Settings:
         return (self.output_dir / "served").resolve()
 
 
-def build_page(demo):
-    """The whole page as gr.Blocks."""
-    import gradio as gr
-
-    from .tabs import compare, gallery, look, score, vote
-
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:  # seconds
-        left, right = demo.names
-        gr.Markdown(f"# What CLIP cannot see\n**{left}** and **{right}** as the eye of LLaVA, side by side.")
-        with gr.Tabs(selected="compare") as tabs:
-            with gr.Tab("Compare", id="compare"):
-                compared = compare.build(demo)
-            with gr.Tab("Blind vote", id="vote"):
-                vote.build(demo)
-            with gr.Tab("Look inside", id="look") as tab:
-                look.build(demo, compared, tab)
-            with gr.Tab("Pairs", id="pairs"):
-                gallery.build(demo, compared, tabs, page)
-            with gr.Tab("Scores", id="scores"):
-                score.build(demo)
-        page.load(lambda: compare.show(demo, 0 if demo.pairs else None, None), None, compared.show_outputs,
-                  show_progress="hidden")  # fmt: skip
-    return page
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What Gradio reads from the environment, when it is imported and later."""
-    return {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_RUN_HISTORY": "False",  # it would keep visitors' pictures in their browsers, or on a hub
-        "GRADIO_TEMP_DIR": str(settings.served),
-    }
-
-
-def launch(demo, settings: Settings):
-    """Start serving the page, in threads, in a process that has `environment`; -> its gr.Blocks, with `local_url`,
-    `block_thread()` and `close()`."""
-    import gradio as gr
-
-    from .guard import middleware
-
-    page = build_page(demo)
-    page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
-    page.launch(
-        server_name=settings.host,
-        server_port=settings.port,
-        share=False,
-        strict_cors=True,
-        inbrowser=settings.open_browser,
-        max_file_size=settings.upload_limits.max_bytes,
-        # The guard serves the files; should it ever let Gradio do so, then no others. (Not []: it would ask the
-        # environment.)
-        allowed_paths=[str(settings.served)],
-        footer_links=[],
-        ssr_mode=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        app_kwargs={"middleware": middleware(settings.host, demo.uploads)},
-        # The system's fonts: the theme's own lack their bold on a machine without network.
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=[Path(__file__).with_name("style.css")],
-    )
-    return page
-
-
 def main(argv: list[str] | None = None) -> int:
     """Load both LLaVAs and serve the page until Ctrl-C; -> 0."""
     settings = tyro.cli(Settings, args=argv, prog="llava-clipmoe demo", description=__doc__)
@@ -126,32 +68,89 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(settings: Settings, console: Console):
-    """Everything that comes before the page: pairs, models. -> the Demo. Raises what can be missing."""
-    from .models import check_models, load_eyes
-    from .pairs import read_pairs
-    from .quickstart import quickstart_pairs
+def environment(settings: Settings) -> dict[str, str]:
+    """What Gradio reads from the environment, when it is imported and later."""
+    return {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_RUN_HISTORY": "False",  # it would keep visitors' pictures in their browsers, or on a hub
+        "GRADIO_TEMP_DIR": str(settings.served),
+    }
+
+
+def prepare(settings: Settings, console: Console) -> Demo:
+    """Everything that comes before the page: pairs, models. Raises FileNotFoundError or ValueError for what is missing,
+    before anything is loaded."""
+    from .llava.load import load_llavas, prepare_upstream
+    from .mining.quickstart import quickstart_pairs
 
     check_models(settings.models)
-    folder = settings.pairs or quickstart_pairs(settings.models, settings.output_dir / "pairs")
+    left, right = settings.models.left, settings.models.right
+    folder = settings.pairs or quickstart_pairs(left, right, settings.output_dir / "pairs")
     pairs = read_pairs(folder) if folder else []
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    prepare_llava()
-    from .context import Demo
+    prepare_upstream()
+    from .session import Demo
 
     console.print("loading both models ...")
-    eyes = load_eyes(settings.models, console.print)
-    uploads = Uploads(settings.served, settings.upload_limits)
-    return Demo(eyes, pairs, settings.output_dir, uploads, settings.generation)
+    llavas = load_llavas(settings.models, console.print)
+    return Demo(
+        llavas, pairs, settings.output_dir, Uploads(settings.served, settings.upload_limits), settings.generation
+    )
 
 
-def prepare_llava() -> None:
-    """Make upstream LLaVA know our towers and run here; and load without pages of notes."""
-    from llava_clipmoe import llava_hook, run
+def build_page(demo: Demo) -> gr.Blocks:
+    """The whole page."""
+    import gradio as gr
 
-    llava_hook.install()
-    run.prepare()
-    from transformers.utils import logging
+    from .page import compare, look, pairs, scores, vote
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:  # seconds
+        left, right = demo.names
+        gr.Markdown(f"# What CLIP cannot see\n**{left}** and **{right}** as the eye of LLaVA, side by side.")
+        with gr.Tabs(selected="compare") as tabs:
+            with gr.Tab("Compare", id="compare"):
+                compared = compare.build(demo)
+            with gr.Tab("Blind vote", id="vote"):
+                vote.build(demo)
+            with gr.Tab("Look inside", id="look") as tab:
+                look.build(demo, compared, tab)
+            with gr.Tab("Pairs", id="pairs"):
+                pairs.build(demo, compared, tabs, page)
+            with gr.Tab("Scores", id="scores"):
+                scores.build(demo)
+        first = 0 if demo.pairs else None
+        page.load(lambda: compare.show(demo, None, first), None, compared.show_outputs, show_progress="hidden")
+    return page
+
+
+def launch(demo: Demo, settings: Settings) -> gr.Blocks:
+    """Start serving the page, in threads, in a process that has `environment`; -> the page, with `local_url`,
+    `block_thread()` and `close()`."""
+    import gradio as gr
+
+    from .same_origin import middleware
+
+    page = build_page(demo)
+    page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
+    page.launch(
+        server_name=settings.host,
+        server_port=settings.port,
+        share=False,
+        strict_cors=True,
+        inbrowser=settings.open_browser,
+        max_file_size=settings.upload_limits.max_bytes,
+        # same_origin.py serves the files; should it ever let Gradio do so, then these alone. (Not []: Gradio would take
+        # the environment's then.)
+        allowed_paths=[str(settings.served)],
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": middleware(settings.host, demo.uploads)},
+        # The system's fonts: the theme's own lack their bold on a machine without network.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css_paths=[Path(__file__).parent / "page" / "style.css"],
+    )
+    return page

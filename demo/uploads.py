@@ -1,7 +1,7 @@
-"""What the page does with a stranger's file and question before anything else sees them.
+"""What the page does with a visitor's file and question before anything else sees them.
 
     uploads = Uploads(served)
-    path = uploads.take(data)             # what is read of a file is kept as a PNG of pixels alone
+    path = uploads.take(data)             # the file's picture is kept as a PNG of pixels alone
     image = uploads.open(path)            # RGB, upright, on white
     question = check_question(text)
 
@@ -29,7 +29,7 @@ from llava_clipmoe.files import SaveError, atomic_file
 from train_encoder.data import BadImage, decode_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Pillow's names of what is let in. Its other decoders (some start programs, as EPS does) are never tried."""
+"""Pillow's names of what is accepted. Its other decoders (some start programs, as EPS does) are never tried."""
 
 GONE = "The uploaded file is not there any more. Please upload it again."
 NEXT_STEP = "Please upload a PNG, JPEG, WebP, GIF, BMP or TIFF picture."
@@ -57,13 +57,13 @@ class Picture:
     image: Image.Image
     """RGB, upright, transparent pixels on white."""
     note: str
-    """What the person should know about how it was read ("" mostly), as for an animation's first frame."""
+    """What the visitor should know about how it was read, for instance of an animation; "" mostly."""
 
 
 class Uploads:
-    """The folder of the pictures that the page shows, and in it those that were uploaded.
+    """The folder of the pictures that the page shows, uploaded ones among them.
 
-    A visitor's request can have none but these opened: what `take` kept, or Gradio wrote of a mined pair.
+    A visitor's request can open no other files: only what `take` kept, or Gradio wrote for a mined pair.
     """
 
     KEPT_SECONDS = 86_400
@@ -73,40 +73,42 @@ class Uploads:
     def __init__(self, served: Path, limits: Limits = Limits()) -> None:
         self.served, self.limits = served.resolve(), limits
         self.folder = self.served / "uploads"
-        self._told: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
         self._decoding = threading.Semaphore(2)  # a picture of the largest allowed size takes hundreds of megabytes
 
     def take(self, data: bytes) -> str:
         """Keep the picture in an uploaded file, under a name that nobody can guess; -> its path.
 
-        There is a path for a file that is refused too, though nothing lies there: `find` tells the person why.
+        A file that is refused gets a path too, where nothing is: `find` says why.
         """
         path = self.folder / f"{secrets.token_hex(16)}.png"
         try:
             with self._decoding:
                 picture = picture_of(data, self.limits)
                 self._keep(picture.image, path)
-            told = picture.note
+            note = picture.note
         except BadUpload as refused:
-            told = str(refused)
-        if told:
+            note = str(refused)
+        if note:
             with self._lock:
-                self._told[path.name] = told
-                for oldest in list(self._told)[: -self.REMEMBERED]:
-                    del self._told[oldest]
+                self._notes[path.name] = note
+                for oldest in list(self._notes)[: -self.REMEMBERED]:
+                    del self._notes[oldest]
         return str(path)
 
     def _keep(self, image: Image.Image, path: Path) -> None:
-        image.info = {}  # pixels alone: what else a file said (where it was taken, whole texts) is not shown to anybody
+        image.info = {}  # pixels alone: what else a file holds (where it was taken, whole texts) is shown to nobody
         self._forget_old()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
                 image.save(temporary, "PNG", compress_level=1)
         except (SaveError, OSError) as error:
-            raise BadUpload("This picture cannot be kept: the disk of the server is full or read-only. Free some "
-                            "space there and upload it again.") from error  # fmt: skip
+            raise BadUpload(
+                "This picture cannot be kept: the disk of the server is full or read-only. Free some "
+                "space there and upload it again."
+            ) from error
 
     def _forget_old(self) -> None:
         with contextlib.suppress(OSError):  # there is no folder yet, or another thread was faster
@@ -115,15 +117,15 @@ class Uploads:
                     old.unlink()
 
     def find(self, path: Any) -> tuple[Path, str]:
-        """A value that a visitor sent as a picture's -> its file, and what there is to tell of it ("" mostly).
+        """The value that a visitor sent for a picture -> its file, and the note about it ("" mostly).
 
-        Raises BadUpload for everything but a picture that is there: with the reason for an upload that was refused.
+        Raises BadUpload for anything but a picture that is there, with the reason if the upload was refused.
         """
         found = inside(self.served, path)
-        told = "" if found is None else self._told.get(found.name, "")
+        note = "" if found is None else self._notes.get(found.name, "")
         if found is None or not (found.suffix == ".png" and found.is_file()):
-            raise BadUpload(told or GONE)
-        return found, told
+            raise BadUpload(note or GONE)
+        return found, note
 
     def open(self, path: Any) -> Image.Image:
         """The picture in such a file. Raises BadUpload."""
@@ -132,8 +134,8 @@ class Uploads:
 
 
 def inside(folder: Path, path: Any) -> Path | None:
-    """Where a path really leads, links followed, if that is in `folder` (itself resolved); None for all else that a
-    stranger may send in its place."""
+    """Where a path leads, links followed, if that is in `folder` (itself resolved); None for anything else that a
+    visitor may send."""
     try:
         found = Path(path).resolve()
     except (OSError, ValueError, TypeError, RuntimeError):  # too long; a null byte; not text; a link to itself
@@ -180,10 +182,10 @@ def _check_bytes(data: bytes, limits: Limits) -> None:
 
 
 def _check_header(data: bytes, limits: Limits) -> str:
-    """Everything that the header alone tells; no pixel is decoded. -> the note. Raises BadUpload."""
+    """Check what the header alone says; no pixel is decoded. -> the note. Raises BadUpload."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "may be a decompression bomb": the next function answers that
+            warnings.simplefilter("ignore")  # "may be a decompression bomb": _check_size decides that
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise BadUpload(_what_it_is(data)) from error
@@ -212,10 +214,10 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def _note(image: Image.Image) -> str:
-    """What is left out when only the first frame is read. A phone's JPEG (MPO) may carry a preview: that is no loss."""
+    """The note where only the first of several frames is read. (A preview in a phone's JPEG, MPO, is no frame.)"""
     try:
         several = getattr(image, "is_animated", False) and image.format != "MPO"
-    except Exception:  # counting frames reads on in the file; whether the first one is whole shows when it is decoded
+    except Exception:  # counting frames reads on in the file; whether the first is whole is seen when it is decoded
         return ""
     if not several:
         return ""
@@ -225,7 +227,7 @@ def _note(image: Image.Image) -> str:
 
 
 def _what_it_is(data: bytes) -> str:
-    """The message for a file that is none of FORMATS: people should learn what they have uploaded."""
+    """The message for a file that is none of FORMATS: what it is instead."""
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in data[:4096].lower():
         return f"This is an SVG drawing, which cannot be read here. Export it as a PNG. {NEXT_STEP}"
@@ -256,9 +258,6 @@ def _most(limits: Limits) -> str:
     return f"At most {limits.max_pixels / 1e6:,.0f} million pixels are allowed: scale it down and upload it again."
 
 
-# ------------------------------------------------------------------------------------------------------------ questions
-
-
 def check_question(text: str | None, limit: int = 2000) -> str:
     """The question as the models get it: stripped, without control characters and image tokens. Raises BadUpload.
 
@@ -280,8 +279,8 @@ def check_question(text: str | None, limit: int = 2000) -> str:
 
 
 def _is_allowed(letter: str) -> bool:
-    # Cs: half of a surrogate pair, which no tokenizer can encode. U+202A to U+202E, U+2066 to U+2069: text that shows
-    # in another order than the model reads it.
+    # Cs: half of a surrogate pair, which no tokenizer can encode. U+202A to U+202E, U+2066 to U+2069 change the order
+    # in which text is shown, but not that in which the model reads it.
     hidden = "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
     return not (_is_control(letter) or unicodedata.category(letter) == "Cs" or hidden)
 

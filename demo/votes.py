@@ -1,6 +1,6 @@
 """Blind votes: one JSON object a line, and what they say so far.
 
-left, right = draw_sides((moe, clip))               # who is A and who is B
+left, right = draw_sides((moe, clip))               # which is A and which is B
 append_vote(path, Vote(...))
 print(tally(read_votes(path), ("CLIP-MoE", "CLIP")))
 """
@@ -65,9 +65,6 @@ class Vote:
             raise ValueError("a vote's pictures and answers are lists of texts.")
         if not all(isinstance(text, str) for text in (*texts, self.time)) or self.model_a == self.model_b:
             raise ValueError("a vote has a question, a time and two models of different names.")
-
-
-# ------------------------------------------------------------------------------------------------------------- the file
 
 
 def append_vote(path: str | Path, vote: Vote) -> None:
@@ -142,16 +139,13 @@ def _vote(row: Any) -> Vote:
     return Vote(**{f.name: row[f.name] for f in fields(Vote) if f.name in row})  # TypeError where one is missing
 
 
-# ------------------------------------------------------------------------------------------------------------ the score
-
-
 @dataclass(frozen=True)
 class Tally:
     """What the votes between two models say. `str()` gives one sentence.
 
     share: of the decided votes (neither tie nor both bad), how many the first model won; low, high: its 95% Wilson
-    interval. None where nothing is decided. The interval holds for votes that are independent, counted once; whoever
-    stops at the first good moment is fooled by any interval.
+    interval; None where nothing is decided. The interval holds for independent votes that are counted once, at a time
+    fixed beforehand: stopping as soon as it looks good would mislead.
     """
 
     models: tuple[str, str]

@@ -75,12 +75,12 @@ COMMANDS = {
         "llava-clipmoe export-hf checkpoints/llava-clipmoe llava-clipmoe-hf",
     ),
     "llava-quickstart": Command(
-        "train_llava.quickstart:main",
+        "train_llava.quickstart.command:main",
         "train and compare two small LLaVAs, dense and CLIP-MoE eye, on the CPU",
         "llava-clipmoe llava-quickstart --encoder-run runs/quickstart",
     ),
     "mine-pairs": Command(
-        "demo.mining:main",
+        "demo.mining.command:main",
         "find pairs of pictures that a dense CLIP cannot tell apart and another eye can",
         "llava-clipmoe mine-pairs photos/ --output-dir runs/pairs",
     ),

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from demo_browser import CHROMIUM, open_tab, panel, picture_loaded
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+from tiny.browser import CHROMIUM, open_tab, panel, picture_loaded
 
 MOST_BYTES = 250 * 1024
 MARGIN = 16
@@ -50,7 +50,7 @@ def visit(browser: Any, url: str, **settings: Any) -> Page:
 
 
 def compare(page: Page) -> None:
-    """The first of the pairs on which an eye is blind; the first pair where none is."""
+    """The first of the pairs on which a LLaVA is blind; the first pair where none is."""
     for pair in [*range(8), 0]:
         field = page.locator("#pair-picker input")
         field.fill(f"{pair + 1} · ")

@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import pytest
 from PIL import Image
-from tiny_llava import upstream_is_installed
+from tiny.llavas import upstream_is_installed
 
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
-from demo.asking import Board, Cell, ask_all
-from demo.models import Eye, Generation
-from demo.turns import QueueFull, Stopped, Turns
+from demo.llava.ask import Board, Cell, ask_all
+from demo.llava.generate import Llava
+from demo.llava.settings import Generation
+from demo.llava.turns import QueueFull, Stopped, Turns
 
-pytest_plugins = ["eye_fixtures"]
+pytest_plugins = ["tiny.loaded_llavas"]
 
 SECONDS = 30
 """Longest wait for another thread: far more than it takes, so that only what hangs fails."""
@@ -146,7 +147,7 @@ PLACES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.fixture(params=["own", "shared"])
-def eyes(request) -> tuple[Eye, Eye]:
+def llavas(request) -> tuple[Llava, Llava]:
     return request.getfixturevalue(request.param)
 
 
@@ -154,23 +155,23 @@ def states(board: Board) -> list[str]:
     return [board[place].state for place in PLACES]
 
 
-def has_free_turn(eye: Eye) -> bool:
+def has_free_turn(llava: Llava) -> bool:
     """Whether one who would not wait gets in."""
-    eye.llm.turns.most_waiting, before = 0, eye.llm.turns.most_waiting
+    llava.llm.turns.most_waiting, before = 0, llava.llm.turns.most_waiting
     try:
-        with eye.llm.turns.turn():
+        with llava.llm.turns.turn():
             return True
     except QueueFull:
         return False
     finally:
-        eye.llm.turns.most_waiting = before
+        llava.llm.turns.most_waiting = before
 
 
 @needs_upstream
-def test_four_answers_each_in_its_place(eyes):
-    expected = {(e, p): list(eyes[e].stream(PICTURES[p], QUESTION, HOW))[-1] for e, p in PLACES}
+def test_four_answers_each_in_its_place(llavas):
+    expected = {(e, p): list(llavas[e].stream(PICTURES[p], QUESTION, HOW))[-1] for e, p in PLACES}
     assert len(set(expected.values())) == 4, "answers must differ for this to show anything"
-    boards = list(ask_all(eyes, PICTURES, QUESTION, HOW))
+    boards = list(ask_all(llavas, PICTURES, QUESTION, HOW))
     assert states(boards[0]) == ["waiting"] * 4
     assert states(boards[-1]) == ["done"] * 4
     assert {place: cell.text for place, cell in boards[-1].items()} == expected
@@ -190,10 +191,10 @@ def test_boards_already_shown_do_not_change(own):
 class Watched:
     """Counts how many of the towers look at once, and makes each look last a while."""
 
-    def __init__(self, eyes: tuple[Eye, Eye], monkeypatch, seconds: float):
+    def __init__(self, llavas: tuple[Llava, Llava], monkeypatch, seconds: float):
         self.inside, self.most, self.order, self.lock = 0, 0, [], threading.Lock()
-        for number, eye in enumerate(eyes):
-            monkeypatch.setattr(eye.tower, "forward", self.slowed(eye.tower.forward, number, seconds))
+        for number, llava in enumerate(llavas):
+            monkeypatch.setattr(llava.tower, "forward", self.slowed(llava.tower.forward, number, seconds))
 
     def slowed(self, forward, number: int, seconds: float):
         def look(pixels):
@@ -210,17 +211,17 @@ class Watched:
 
 
 @needs_upstream
-def test_eyes_with_language_models_of_their_own_answer_side_by_side(own, monkeypatch):
+def test_llavas_with_language_models_of_their_own_answer_side_by_side(own, monkeypatch):
     watched = Watched(own, monkeypatch, 0.4)
     boards = list(ask_all(own, PICTURES, QUESTION, HOW))
     assert watched.most == 2
-    answering = [{eye for eye, picture in PLACES if board[eye, picture].state == "answering"} for board in boards]
+    answering = [{llava for llava, picture in PLACES if board[llava, picture].state == "answering"} for board in boards]
     assert {0, 1} in answering
     assert states(boards[-1]) == ["done"] * 4
 
 
 @needs_upstream
-def test_eyes_of_one_language_model_never_answer_at_the_same_time(shared, monkeypatch):
+def test_llavas_of_one_language_model_never_answer_at_the_same_time(shared, monkeypatch):
     watched = Watched(shared, monkeypatch, 0.15)
     boards = list(ask_all(shared, PICTURES, QUESTION, HOW))
     assert watched.most == 1 and watched.order == [0, 0, 1, 1]
@@ -234,7 +235,7 @@ def test_the_place_in_the_queue_is_shown_while_somebody_else_has_the_model(own):
         boards = ask_all(own, PICTURES, QUESTION, HOW)
         for board in boards:
             if board[1, 0].before == 1 and board[0, 0].state == "done":
-                break  # the other eye does not wait for this one
+                break  # the other LLaVA does not wait for this one
         assert board[1, 0] == Cell(before=1)
     last = list(boards)[-1]
     assert states(last) == ["done"] * 4
@@ -254,17 +255,17 @@ def test_waiting_is_not_counted_as_the_models_time(own):
 
 
 @needs_upstream
-def test_stop_leaves_what_was_said_and_asks_no_more(eyes, monkeypatch):
-    watched = Watched(eyes, monkeypatch, 0)
+def test_stop_leaves_what_was_said_and_asks_no_more(llavas, monkeypatch):
+    watched = Watched(llavas, monkeypatch, 0)
     stop = threading.Event()
-    for board in ask_all(eyes, PICTURES, QUESTION, LONG, stop):
+    for board in ask_all(llavas, PICTURES, QUESTION, LONG, stop):
         if board[0, 0].text:
             stop.set()
     assert board[0, 0].text and board[0, 0].state in ("stopped", "done")
     assert board[1, 1] == Cell(state="stopped")
     assert "waiting" not in states(board) and "answering" not in states(board)
     assert len(watched.order) <= 2, "a picture was read though the answer was not wanted any more"
-    assert all(has_free_turn(eye) for eye in eyes)
+    assert all(has_free_turn(llava) for llava in llavas)
 
 
 @needs_upstream
@@ -275,21 +276,21 @@ def test_stop_in_the_queue(own):
             if board[0, 0].before and board[1, 0].before:
                 stop.set()
         assert states(board) == ["stopped"] * 4
-    assert all(has_free_turn(eye) for eye in own)
+    assert all(has_free_turn(llava) for llava in own)
 
 
 @needs_upstream
-def test_an_eye_that_fails_spoils_only_its_own_cells(eyes, monkeypatch):
+def test_an_llava_that_fails_spoils_only_its_own_cells(llavas, monkeypatch):
     def fail(pixels):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(eyes[0].tower, "forward", fail)
-    board = list(ask_all(eyes, PICTURES, QUESTION, HOW, explain=lambda error: f"told: {error}"))[-1]
+    monkeypatch.setattr(llavas[0].tower, "forward", fail)
+    board = list(ask_all(llavas, PICTURES, QUESTION, HOW, explain=lambda error: f"told: {error}"))[-1]
     assert states(board) == ["failed", "failed", "done", "done"]
     assert board[0, 0].text == board[0, 1].text == "told: no memory"
     assert board[1, 0].text
     monkeypatch.undo()
-    assert states(list(ask_all(eyes, PICTURES, QUESTION, HOW))[-1]) == ["done"] * 4
+    assert states(list(ask_all(llavas, PICTURES, QUESTION, HOW))[-1]) == ["done"] * 4
 
 
 @needs_upstream
@@ -307,18 +308,18 @@ def test_a_full_queue_is_said_in_the_cells(own):
 
 @needs_upstream
 @pytest.mark.parametrize("after", [1, 3])
-def test_closing_the_board_leaves_no_thread_and_no_turn(eyes, after, monkeypatch):
+def test_closing_the_board_leaves_no_thread_and_no_turn(llavas, after, monkeypatch):
     """A visitor who leaves the page in mid-answer."""
-    watched = Watched(eyes, monkeypatch, 0)
+    watched = Watched(llavas, monkeypatch, 0)
     before = set(threading.enumerate())
-    boards = ask_all(eyes, PICTURES, QUESTION, LONG)
+    boards = ask_all(llavas, PICTURES, QUESTION, LONG)
     for _ in range(after):
         next(boards)
     assert len(set(threading.enumerate()) - before) >= 1
     boards.close()
     assert not set(threading.enumerate()) - before
     assert len(watched.order) < 4, "it went on with nobody there"
-    assert all(has_free_turn(eye) for eye in eyes)
+    assert all(has_free_turn(llava) for llava in llavas)
 
 
 @needs_upstream

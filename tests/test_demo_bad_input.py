@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
-from demo_browser import (
+from PIL import Image
+from tiny.browser import (
     MAX_BYTES,
     REPOSITORY,
     SCRIPT,
@@ -25,9 +26,8 @@ from demo_browser import (
     told,
     upload,
 )
-from PIL import Image
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
 
 
@@ -50,7 +50,7 @@ def bad_files(tmp_path_factory) -> Path:
     return folder
 
 
-def test_bad_files_are_refused_with_a_message(visit, site, eyes, bad_files):
+def test_bad_files_are_refused_with_a_message(visit, site, llavas, bad_files):
     page = visit(site)
     picture_loaded(page, "#picture-1")
     refused = {
@@ -67,10 +67,10 @@ def test_bad_files_are_refused_with_a_message(visit, site, eyes, bad_files):
     draw("circle", "green").save(bad_files / "good.png")
     upload(page, 1, bad_files / "good.png")  # the place takes another file
     picture_loaded(page, "#picture-1")
-    still_answers(page, eyes, site)
+    still_answers(page, llavas, site)
 
 
-def test_an_animation_gives_its_first_frame(visit, site, eyes, bad_files):
+def test_an_animation_gives_its_first_frame(visit, site, llavas, bad_files):
     page = visit(site)
     before = [picture_loaded(page, f"#picture-{n}") for n in (1, 2)]
     draw("square", "green").save(bad_files / "second.png")
@@ -81,13 +81,13 @@ def test_an_animation_gives_its_first_frame(visit, site, eyes, bad_files):
     picture_loaded(page, "#picture-2", but=before[1])
     ask(page, "What is it?")
     first = Image.open(bad_files / "animated.gif").convert("RGB")
-    assert board(page) == answers(eyes, [first, draw("square", "green")], "What is it?")
+    assert board(page) == answers(llavas, [first, draw("square", "green")], "What is it?")
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
 
 
-def test_bad_questions_are_refused_with_a_message(visit, site, eyes):
+def test_bad_questions_are_refused_with_a_message(visit, site, llavas):
     page = visit(site)
     refused = {
         " \n\t ": "The question is empty",
@@ -99,16 +99,16 @@ def test_bad_questions_are_refused_with_a_message(visit, site, eyes):
         ask(page, question)
         told(page, words)
         assert not page.locator("#board .cell").count()
-    still_answers(page, eyes, site)
+    still_answers(page, llavas, site)
 
 
-def test_markup_is_shown_as_text_and_never_run(visit, site, eyes):
+def test_markup_is_shown_as_text_and_never_run(visit, site, llavas):
     page = visit(site)
     choose_by_keyboard(page, "#pair-picker", "4 · text")
     question = f"What is {SCRIPT}?"
     page.wait_for_function("q => document.querySelector('#question textarea').value === q", arg=question)
     ask(page)
-    assert board(page) == answers(eyes, pictures_of(site, 3), question)
+    assert board(page) == answers(llavas, pictures_of(site, 3), question)
     assert page.locator("#board .which small").all_inner_texts() == ["<b>bold</b>", "plain"]
     assert question in page.locator("#known-questions").inner_text()
     open_tab(page, "Pairs")
@@ -136,13 +136,13 @@ def test_markup_is_shown_as_text_and_never_run(visit, site, eyes):
 # --------------------------------------------------------------------------------------------- two at once, models gone
 
 
-def test_two_visitors_at_once_get_their_own_answers(visit, site, eyes):
+def test_two_visitors_at_once_get_their_own_answers(visit, site, llavas):
     pages = [visit(site), visit(site)]
     questions = ["Is it red?", "Is it a circle?"]
     for page, question in zip(pages, questions, strict=True):
         ask(page, question)
     for page, question in zip(pages, questions, strict=True):
-        assert board(page) == answers(eyes, pictures_of(site, 0), question)
+        assert board(page) == answers(llavas, pictures_of(site, 0), question)
 
 
 def test_who_waits_sees_the_queue(visit, slow_site):
@@ -162,14 +162,14 @@ def test_who_waits_sees_the_queue(visit, slow_site):
     board(first, state="stopped")
 
 
-def test_a_vanished_model_is_told_and_the_page_goes_on(visit, site, eyes, tmp_path):
+def test_a_vanished_model_is_told_and_the_page_goes_on(visit, site, llavas, tmp_path):
     page = visit(site)
     away = site.right.with_name("away")
     site.right.rename(away)
     try:
         ask(page)
         assert "CLIP-MoE" in told(page, "is no longer there. Answers still come from memory")
-        assert board(page) == answers(eyes, pictures_of(site, 0), "What colour is the square?")
+        assert board(page) == answers(llavas, pictures_of(site, 0), "What colour is the square?")
         open_tab(page, "Look inside")
         picture_loaded(page, "#difference-2")
         open_tab(page, "Blind vote")
@@ -179,11 +179,11 @@ def test_a_vanished_model_is_told_and_the_page_goes_on(visit, site, eyes, tmp_pa
     finally:
         away.rename(site.right)
     fresh = visit(site)
-    still_answers(fresh, eyes, site)
+    still_answers(fresh, llavas, site)
     assert not fresh.get_by_test_id("toast-text").count()
 
 
-def test_a_vanished_picture_is_told(visit, site, eyes):
+def test_a_vanished_picture_is_told(visit, site, llavas):
     page = visit(site)
     picture = site.pairs[4].images[1]
     away = picture.with_name("away.png")
@@ -193,7 +193,7 @@ def test_a_vanished_picture_is_told(visit, site, eyes):
         told(page, "not there any more")
     finally:
         away.rename(picture)
-    still_answers(page, eyes, site)
+    still_answers(page, llavas, site)
 
 
 # ---------------------------------------------------------------------------------------------- what it keeps to itself

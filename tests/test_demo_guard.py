@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from demo_browser import draw, make_pairs
 from PIL import Image, PngImagePlugin
+from tiny.browser import draw, make_pairs
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 META = {"meta": {"_type": "gradio.FileData"}}
 CANARY = (12, 201, 77)
 """A colour that no picture of the page has."""
@@ -44,17 +44,18 @@ class Page(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def page(llavas, eyes, tmp_path_factory) -> Iterator[Page]:
+def page(llava_folders, llavas, tmp_path_factory) -> Iterator[Page]:
     """The demo in this process: its addresses and events can be listed, and what it opens be heard."""
     import httpx
     from rich.console import Console
 
     from demo.app import Settings, environment, launch, prepare
-    from demo.models import Generation, Models
+    from demo.llava.settings import Generation, Models
     from demo.uploads import Limits
 
     folder = tmp_path_factory.mktemp("guarded")
-    settings = Settings(Models(*llavas, device="cpu"), Generation(max_new_tokens=4), make_pairs(folder / "pairs", eyes),
+    pairs = make_pairs(folder / "pairs", llavas)
+    settings = Settings(Models(*llava_folders, device="cpu"), Generation(max_new_tokens=4), pairs,
                         folder / "demo", open_browser=False, upload_limits=Limits(MAX_BYTES))  # fmt: skip
     data = png(Image.new("RGB", (60, 60), CANARY))
     (folder / "canary.png").write_bytes(data)
@@ -413,7 +414,7 @@ def test_the_events_that_take_pictures_are_known(page):
 @pytest.mark.parametrize("started", sorted(WITH_PICTURES))
 def test_an_event_opens_nothing_but_uploads(page, link, nothing_heard, started, guard, monkeypatch):
     if guard:
-        monkeypatch.setattr("demo.guard._value", lambda value, served: value)
+        monkeypatch.setattr("demo.same_origin._value", lambda value, served: value)
     number = numbered(page, started)
     inputs = [type(block).__name__ for block in page.blocks.fns[number].inputs]
     usual = {"State": None, "Textbox": "What is it?", "Radio": page.demo.names[1], "Slider": 0}

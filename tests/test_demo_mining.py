@@ -21,21 +21,23 @@ pytest.importorskip("open_clip", reason="the trainer's packages are not installe
 pytest.importorskip("imagehash", reason="needs the `demo` extra")
 
 import imagehash
-from tiny_llava import make_towers
+from tiny.llavas import make_towers
 
-from demo import embeddings, mining
-from demo import search as searching
-from demo.images import NearDuplicates, Pictures, looks
-from demo.mining import Settings, main, mine
-from demo.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
-from demo.search import Criteria, Pool, search
+from demo.mining import command as mining
+from demo.mining import encode, encoders
+from demo.mining import search as searching
+from demo.mining.command import Settings, main, mine
+from demo.mining.duplicates import NearDuplicates, looks
+from demo.mining.images import Pictures
+from demo.mining.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
+from demo.mining.search import Criteria, Pool, search
 from llava_clipmoe.files import load_tensors, save_tensors
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.data import DataError, ImageTransform
 from train_encoder.features import encode_images
 
-EYES = ["dense", "clip-moe", "expert0", "expert1", "expert2", "expert3"]
+ENCODERS = ["dense", "clip-moe", "expert0", "expert1", "expert2", "expert3"]
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +118,11 @@ def double_loop(dense, references, criteria: Criteria, accept=lambda i, j: True)
         (Criteria(0.9999, 0.6, top=15, per_image=2, candidates=50), "closest"),
     ],
 )
-@pytest.mark.parametrize("eyes", [1, 3])
-def test_search_equals_a_double_loop(monkeypatch, criteria, outcome, eyes):
+@pytest.mark.parametrize("count", [1, 3])
+def test_search_equals_a_double_loop(monkeypatch, criteria, outcome, count):
     monkeypatch.setattr(searching, "TILE", 64)  # 200 rows: whole tiles, a rest, the diagonal
     monkeypatch.setattr(searching, "PART", 100)
-    dense, references = rows(200, 0), [rows(200, seed) for seed in range(1, eyes + 1)]
+    dense, references = rows(200, 0), [rows(200, seed) for seed in range(1, count + 1)]
     found = search(dense, references, criteria, device="cpu")
     expected, how = double_loop(dense, references, criteria)
     assert (found.outcome, how) == (outcome, outcome)
@@ -147,7 +149,7 @@ def test_thresholds_are_strict_and_leave_out_pictures_that_do_not_take_part():
     assert [*zip(found.first, found.second, strict=True)] == [(0, 1), (1, 2)]  # (0, 2) is too far, at 0.94
     found = search(dense, [reference], Criteria(0.95, 0.6), numbers=np.array([1, 2, 3]), device="cpu")
     assert [*zip(found.first, found.second, strict=True)] == [(1, 2)]
-    same = np.tile([[0.6, 0.8]], (2, 1))  # cosines of exactly 1 under both eyes: neither above 1, nor below 1
+    same = np.tile([[0.6, 0.8]], (2, 1))  # cosines of exactly 1 under both encoders: neither above 1, nor below 1
     assert search(same, [same], Criteria(1.0, 1.0), device="cpu").outcome == "closest"
     assert search(same, [same], Criteria(0.9, 1.0), device="cpu").outcome == "dense"
 
@@ -227,10 +229,10 @@ def test_mining_500_emoji_equals_a_double_loop(run, towers, drawings, tmp_path):
     with only_expert(moe.model, 2):
         expert = encode_images(moe, pixels).numpy()
     for pair, (i, j) in zip(pairs, expected, strict=True):
-        assert list(pair.cosines) == EYES and pair.reference == "clip-moe" and pair.passed == (outcome == "both")
+        assert list(pair.cosines) == ENCODERS and pair.reference == "clip-moe" and pair.passed == (outcome == "both")
         truth = {"dense": cosine(dense[i], dense[j]), "clip-moe": cosine(mixture[i], mixture[j])}
         truth["expert2"] = cosine(expert[i], expert[j])
-        assert {eye: pair.cosines[eye] for eye in truth} == pytest.approx(truth, abs=1e-3)
+        assert {name: pair.cosines[name] for name in truth} == pytest.approx(truth, abs=1e-3)
         assert pair.gap == pytest.approx(truth["dense"] - truth["clip-moe"], abs=2e-3)
         assert all(np.array_equal(Image.open(p), images[k]) for p, k in zip(pair.images, (i, j), strict=True))
 
@@ -410,7 +412,7 @@ def test_questions_that_cannot_be_used_are_refused(run, photos, tmp_path, text, 
 def test_a_second_run_with_other_thresholds_encodes_nothing(run, photos, monkeypatch):
     first, summary = run(photos)
     assert summary["counts"]["encoded_now"] == 9
-    monkeypatch.setattr(embeddings, "encode_images", None)  # a call would be an error
+    monkeypatch.setattr(encoders, "encode_images", None)  # a call would be an error
     again, summary = run(photos, batch_size=4)
     assert summary["counts"]["encoded_now"] == 0 and again == first
     other, _ = run(photos, per_image=9, reference="experts")
@@ -448,7 +450,7 @@ def test_a_killed_run_goes_on_where_it_was(run, photos, monkeypatch):
             raise KeyboardInterrupt
         return real(self, i)
 
-    monkeypatch.setattr(embeddings, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(encode, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(Pictures, "image", killed)
     with pytest.raises(KeyboardInterrupt):
         run(photos, batch_size=2)

@@ -1,4 +1,4 @@
-"""The demo's two eyes: what they say is what upstream's LLaVA says, however they are loaded, asked and interrupted."""
+"""The demo's two LLaVAs: they say what upstream's LLaVA says, however they are loaded, asked and interrupted."""
 
 from __future__ import annotations
 
@@ -14,30 +14,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_llava import (
-    COLOURS,
-    make_language_model,
-    make_llava,
-    make_towers,
-    upstream_is_installed,
-)
+from tiny.llavas import COLOURS, make_language_model, make_llava, make_towers, upstream_is_installed
 
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 if not upstream_is_installed():
     pytest.skip("upstream LLaVA (llava-torch) is not installed here", allow_module_level=True)
 
-from demo.models import (
-    Eye,
-    Generation,
-    ModelGone,
-    Models,
-    check_models,
-    conversation_of,
-    load_eyes,
-    separator_of,
-)
+from demo.llava.generate import Llava, ModelGone, separator_of
+from demo.llava.load import conversation_of, load_llavas
+from demo.llava.settings import Generation, Models, check_models
 
-pytest_plugins = ["eye_fixtures"]
+pytest_plugins = ["tiny.loaded_llavas"]
 pytestmark = pytest.mark.usefixtures("upstream")
 
 QUESTION = "What colour is the square?"
@@ -71,8 +58,8 @@ def upstream_answers(tokenizer: Any, model: Any, picture: Image.Image, question:
     return tokenizer.decode(out[0], skip_special_tokens=True).strip()
 
 
-def said(eye: Eye, picture: Image.Image, how: Generation = SHORT, **more: Any) -> str:
-    return list(eye.stream(picture, QUESTION, how, **more))[-1]
+def said(llava: Llava, picture: Image.Image, how: Generation = SHORT, **more: Any) -> str:
+    return list(llava.stream(picture, QUESTION, how, **more))[-1]
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -87,9 +74,9 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 class Steps:
     """Counts the forward passes of a language model: one a token."""
 
-    def __init__(self, eye: Eye):
+    def __init__(self, llava: Llava):
         self.count = 0
-        self.handle = eye.llm.model.register_forward_hook(self.one_more)
+        self.handle = llava.llm.model.register_forward_hook(self.one_more)
 
     def one_more(self, *_: Any) -> None:
         self.count += 1
@@ -132,12 +119,12 @@ def test_batched_answers_to_files_are_the_streamed_ones(own, tmp_path):
     """Questions of different lengths in one batch: padding must not change an answer."""
     questions = [QUESTION, "Describe the picture.", "Describe the picture in one sentence. " * 3, QUESTION, "Red?"]
     files, expected = [], []
-    for eye in own:
+    for llava in own:
         for number, (picture, question) in enumerate(zip([*PICTURES, PICTURES[0]], questions, strict=True)):
             files.append(tmp_path / f"{number}.png")
             picture.save(files[-1])
-            expected.append(list(eye.stream(picture, question, SHORT))[-1])
-        batches = list(eye.answer_files(files, questions, batch_size=2, max_new_tokens=20))
+            expected.append(list(llava.stream(picture, question, SHORT))[-1])
+        batches = list(llava.answer_files(files, questions, batch_size=2, max_new_tokens=20))
         assert [len(batch) for batch in batches] == [2, 2, 1]
         assert [text for batch in batches for text in batch] == expected
         files, expected = [], []
@@ -152,7 +139,7 @@ def test_a_warm_answer_is_drawn_from_the_distribution_and_a_cold_one_is_not(own)
 
 def test_text_after_the_templates_separator_is_not_shown(own):
     """A model that goes on after its answer talks to itself; generation ends there too."""
-    from demo.models import _growing
+    from demo.llava.generate import _growing
 
     read = []
 
@@ -165,15 +152,15 @@ def test_text_after_the_templates_separator_is_not_shown(own):
     assert read[-1] == "## Human: "
 
 
-# ----------------------------------------------------------------------------------------- one language model, two eyes
+# --- one language model, two towers
 
 
 def test_a_shared_language_model_is_in_memory_once(shared):
     left, right = shared
     assert left.llm is right.llm and left.tower is not right.tower
     storages: dict[int, int] = {}
-    for eye in shared:
-        for part in (eye.llm.model, eye.tower, eye.projector):
+    for llava in shared:
+        for part in (llava.llm.model, llava.tower, llava.projector):
             storages |= {p.data_ptr(): p.numel() * p.element_size() for p in part.parameters()}
 
     def size(part: Any) -> int:
@@ -185,7 +172,7 @@ def test_a_shared_language_model_is_in_memory_once(shared):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_shared_pair_answers_as_each_eye_loaded_on_its_own(shared, two_projectors, side):
+def test_a_shared_pair_answers_as_each_llava_loaded_on_its_own(shared, two_projectors, side):
     tokenizer, model = upstream_loads(two_projectors[1 + side], base=two_projectors[0])
     for name, tensor in shared[side].projector.state_dict().items():
         torch.testing.assert_close(tensor, model.get_model().mm_projector.state_dict()[name], atol=0, rtol=0)
@@ -193,19 +180,19 @@ def test_a_shared_pair_answers_as_each_eye_loaded_on_its_own(shared, two_project
         assert said(shared[side], picture) == upstream_answers(tokenizer, model, picture, QUESTION)
 
 
-def test_two_eyes_of_one_language_model_never_look_through_each_other(shared, tmp_path):
-    """Streams and batches of both eyes at once, from six threads."""
+def test_two_llavas_of_one_language_model_never_look_through_each_other(shared, tmp_path):
+    """Streams and batches of both LLaVAs at once, from six threads."""
     files = [tmp_path / f"{i}.png" for i in range(len(PICTURES))]
     for picture, file in zip(PICTURES, files, strict=True):
         picture.save(file)
-    expected = [[said(eye, picture) for picture in PICTURES] for eye in shared]
-    assert not set(expected[0]) & set(expected[1]), "the eyes must differ for this to show anything"
+    expected = [[said(llava, picture) for picture in PICTURES] for llava in shared]
+    assert not set(expected[0]) & set(expected[1]), "the LLaVAs must differ for this to show anything"
 
-    def stream(eye: Eye) -> list[str]:
-        return [said(eye, picture) for picture in PICTURES]
+    def stream(llava: Llava) -> list[str]:
+        return [said(llava, picture) for picture in PICTURES]
 
-    def batches(eye: Eye) -> list[str]:
-        found = eye.answer_files(files, [QUESTION] * len(files), batch_size=1, max_new_tokens=20)
+    def batches(llava: Llava) -> list[str]:
+        found = llava.answer_files(files, [QUESTION] * len(files), batch_size=1, max_new_tokens=20)
         return [text for batch in found for text in batch]
 
     with ThreadPoolExecutor(6) as pool:
@@ -229,7 +216,7 @@ def test_a_projector_for_another_width_is_refused(two_projectors, tmp_path):
     moe, _ = make_towers(tmp_path)
     right = make_llava(tmp_path / "llava-v1-wide", moe, wide, whole=False)
     with pytest.raises(ValueError, match="width 64, the shared one has 32"):
-        load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None)
+        load_llavas(Models(left, right, llm, device="cpu"), say=lambda line: None)
 
 
 def test_towers_that_are_stored_in_half_compute_in_float32_on_the_cpu(two_projectors, tmp_path):
@@ -246,8 +233,8 @@ def test_towers_that_are_stored_in_half_compute_in_float32_on_the_cpu(two_projec
         copies.append(shutil.copytree(side, tmp_path / side.name))
         write_json(copies[-1] / "config.json", {**config, "mm_vision_tower": str(tower)})
     for left, right in (copies, reversed(copies)):
-        for eye in load_eyes(Models(left, right, llm, device="cpu"), say=lambda line: None):
-            assert eye.tower.dtype == torch.float32 and eye.tower.device.type == "cpu", eye.name
+        for llava in load_llavas(Models(left, right, llm, device="cpu"), say=lambda line: None):
+            assert llava.tower.dtype == torch.float32 and llava.tower.device.type == "cpu", llava.name
 
 
 # ----------------------------------------------------------------------------------------------------------- quantised
@@ -266,15 +253,15 @@ def test_a_quantised_language_model_answers(tmp_path, bits, one_language_model):
         make_llava(tmp_path / n, t, llm, i, whole=whole) for i, (n, t) in enumerate(zip(names, towers, strict=True))
     ]
     base = llm if one_language_model else None
-    full = load_eyes(Models(*sides, base, device="cpu"), say=lambda line: None)
-    small = load_eyes(Models(*sides, base, bits=bits, device="cpu"), say=lambda line: None)
+    full = load_llavas(Models(*sides, base, device="cpu"), say=lambda line: None)
+    small = load_llavas(Models(*sides, base, bits=bits, device="cpu"), say=lambda line: None)
     kind = {8: "Linear8bitLt", 4: "Linear4bit"}[bits]
-    for eye, reference in zip(small, full, strict=True):
-        assert type(eye.llm.model.model.layers[0].mlp.up_proj).__name__ == kind
-        assert eye.tower.dtype == reference.tower.dtype  # the eyes are what is compared: they stay whole
+    for llava, reference in zip(small, full, strict=True):
+        assert type(llava.llm.model.model.layers[0].mlp.up_proj).__name__ == kind
+        assert llava.tower.dtype == reference.tower.dtype  # the towers are what is compared: they stay whole
         for name, tensor in reference.projector.state_dict().items():
-            torch.testing.assert_close(eye.projector.state_dict()[name], tensor, atol=0, rtol=0)
-        assert said(eye, PICTURES[0])  # random weights in 4 bits may end an answer early
+            torch.testing.assert_close(llava.projector.state_dict()[name], tensor, atol=0, rtol=0)
+        assert said(llava, PICTURES[0])  # random weights in 4 bits may end an answer early
 
 
 # ----------------------------------------------------------------------------------------------- stopping, and failing
@@ -290,34 +277,34 @@ def full_length(own) -> int:
 
 
 def test_stop_ends_a_long_answer_early_and_frees_the_turn(own, full_length):
-    eye, stop = own[0], threading.Event()
-    with Steps(eye) as steps:
-        for text in eye.stream(TALKATIVE, QUESTION, LONG, stop):
+    llava, stop = own[0], threading.Event()
+    with Steps(llava) as steps:
+        for text in llava.stream(TALKATIVE, QUESTION, LONG, stop):
             if text:
                 stop.set()
     assert steps.count < full_length / 2
     assert text, "what was said so far stays"
-    assert within(30, lambda: said(eye, PICTURES[0]))
+    assert within(30, lambda: said(llava, PICTURES[0]))
 
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_closing_the_iterator_ends_the_answer_and_frees_the_turn(own, full_length, after):
     """1: before the generation has begun."""
-    eye = own[0]
-    with Steps(eye) as steps:
-        answer = eye.stream(TALKATIVE, QUESTION, LONG)
+    llava = own[0]
+    with Steps(llava) as steps:
+        answer = llava.stream(TALKATIVE, QUESTION, LONG)
         for _ in range(after):
             next(answer)
         answer.close()
         seen = steps.count
-        assert within(30, lambda: said(eye, TALKATIVE))
+        assert within(30, lambda: said(llava, TALKATIVE))
         assert steps.count - seen == SHORT.max_new_tokens, "the closed answer ran on"
     assert seen < full_length / 2
 
 
 def test_who_has_stopped_before_the_turn_comes_does_not_start(own):
     """Reading a picture with a large model takes long: a stopped question must not cost it."""
-    from demo.turns import Stopped
+    from demo.llava.turns import Stopped
 
     stop = threading.Event()
     stop.set()
@@ -361,14 +348,14 @@ def test_an_error_in_mid_answer_reaches_the_reader_after_what_was_said(own, monk
 
 def test_a_vanished_directory_is_told_and_answers_still_come(two_llavas, tmp_path):
     copies = [shutil.copytree(directory, tmp_path / directory.name) for directory in two_llavas]
-    eyes = load_eyes(Models(*copies, device="cpu"), say=lambda line: None)
-    before = said(eyes[1], PICTURES[0])
-    eyes[1].check_files()
+    llavas = load_llavas(Models(*copies, device="cpu"), say=lambda line: None)
+    before = said(llavas[1], PICTURES[0])
+    llavas[1].check_files()
     shutil.rmtree(copies[1])
     with pytest.raises(ModelGone, match=r"CLIP-MoE \(llava-v1-clipmoe\) is no longer there"):
-        eyes[1].check_files()
-    eyes[0].check_files()
-    assert said(eyes[1], PICTURES[0]) == before
+        llavas[1].check_files()
+    llavas[0].check_files()
+    assert said(llavas[1], PICTURES[0]) == before
 
 
 # -------------------------------------------------------------------------------------------------- templates and names
@@ -422,33 +409,33 @@ def test_the_separator_ends_an_answer_in_its_template():
 
 def test_another_template_is_another_prompt(own, two_llavas):
     """The setting wins over the name."""
-    eyes = load_eyes(Models(*two_llavas, device="cpu", conversation="llava_v0"), say=lambda line: None)
-    assert eyes[0].llm.conversation == "llava_v0" and own[0].llm.conversation == "llava_v1"
-    ids = [eye.inputs(PICTURES[0], QUESTION)["inputs"][0].tolist() for eye in (eyes[0], own[0])]
+    llavas = load_llavas(Models(*two_llavas, device="cpu", conversation="llava_v0"), say=lambda line: None)
+    assert llavas[0].llm.conversation == "llava_v0" and own[0].llm.conversation == "llava_v1"
+    ids = [llava.inputs(PICTURES[0], QUESTION)["inputs"][0].tolist() for llava in (llavas[0], own[0])]
     assert ids[0] != ids[1] and ids[0].count(-200) == ids[1].count(-200) == 1  # each has the picture in it
 
 
-def test_eyes_are_called_after_their_towers(own, two_llavas):
-    assert [eye.name for eye in own] == ["CLIP", "CLIP-MoE"]
-    assert [eye.is_moe for eye in own] == [False, True]
+def test_llavas_are_called_after_their_towers(own, two_llavas):
+    assert [llava.name for llava in own] == ["CLIP", "CLIP-MoE"]
+    assert [llava.is_moe for llava in own] == [False, True]
     assert Path(own[0].tower_source).name == "clip" and Path(own[1].tower_source).name == "clip-moe"
-    swapped = load_eyes(Models(*reversed(two_llavas), device="cpu"), say=lambda line: None)
-    assert [eye.name for eye in swapped] == ["CLIP-MoE", "CLIP"]
+    swapped = load_llavas(Models(*reversed(two_llavas), device="cpu"), say=lambda line: None)
+    assert [llava.name for llava in swapped] == ["CLIP-MoE", "CLIP"]
 
 
-def test_two_eyes_of_one_kind_are_called_after_their_directories(two_llavas, tmp_path):
+def test_two_llavas_of_one_kind_are_called_after_their_directories(two_llavas, tmp_path):
     other = shutil.copytree(two_llavas[0], tmp_path / "llava-v1-other")
-    eyes = load_eyes(Models(two_llavas[0], other, device="cpu"), say=lambda line: None)
-    assert [eye.name for eye in eyes] == ["llava-v1-clip", "llava-v1-other"]
+    llavas = load_llavas(Models(two_llavas[0], other, device="cpu"), say=lambda line: None)
+    assert [llava.name for llava in llavas] == ["llava-v1-clip", "llava-v1-other"]
     twin = shutil.copytree(two_llavas[0], tmp_path / "elsewhere" / two_llavas[0].name)
-    eyes = load_eyes(Models(two_llavas[0], twin, device="cpu"), say=lambda line: None)
-    assert [eye.name for eye in eyes] == ["llava-v1-clip (left)", "llava-v1-clip (right)"]
+    llavas = load_llavas(Models(two_llavas[0], twin, device="cpu"), say=lambda line: None)
+    assert [llava.name for llava in llavas] == ["llava-v1-clip (left)", "llava-v1-clip (right)"]
 
 
 def test_own_names_are_taken_and_equal_ones_refused_before_anything_is_loaded(two_llavas):
-    eyes = load_eyes(Models(*two_llavas, names=("old", "new"), device="cpu"), say=lambda line: None)
-    assert [eye.name for eye in eyes] == ["old", "new"]
-    with pytest.raises(ValueError, match="both eyes are called 'same'"):
+    llavas = load_llavas(Models(*two_llavas, names=("old", "new"), device="cpu"), say=lambda line: None)
+    assert [llava.name for llava in llavas] == ["old", "new"]
+    with pytest.raises(ValueError, match="both LLaVAs are called 'same'"):
         check_models(Models(*two_llavas, names=("same", "same")))
 
 
@@ -457,22 +444,22 @@ def test_own_names_are_taken_and_equal_ones_refused_before_anything_is_loaded(tw
 
 def test_what_is_missing_is_said_before_anything_is_loaded(two_llavas, two_projectors, tmp_path):
     left, right = two_llavas
-    llm, eye, _ = two_projectors
+    llm, llava, _ = two_projectors
     nothing = tmp_path / "nothing"
-    with pytest.raises(FileNotFoundError, match=r"no LLaVA at .*nothing \(the left eye\).*make llava-quickstart"):
+    with pytest.raises(FileNotFoundError, match=r"no LLaVA at .*nothing \(the left one\).*make llava-quickstart"):
         check_models(Models(nothing, right))
-    with pytest.raises(FileNotFoundError, match=r"\(the right eye\).*--left DIR --right DIR"):
+    with pytest.raises(FileNotFoundError, match=r"\(the right one\).*--left DIR --right DIR"):
         check_models(Models(left, nothing))
     with pytest.raises(ValueError, match=r"llama is no LLaVA: its config.json names no mm_vision_tower"):
         check_models(Models(left, llm))
     with pytest.raises(
         ValueError, match=r"llava-v1-clipmoe has no mm_projector.bin.*leave it out for two whole LLaVAs"
     ):
-        check_models(Models(eye, right, llm))
+        check_models(Models(llava, right, llm))
     with pytest.raises(FileNotFoundError, match=r"no language model at .*nothing"):
-        check_models(Models(eye, eye, nothing))
+        check_models(Models(llava, llava, nothing))
     check_models(Models(left, right))
-    check_models(Models(eye, eye, llm))
+    check_models(Models(llava, llava, llm))
 
 
 def test_a_stage_1_directory_without_its_language_model_says_what_to_give(two_projectors, two_llavas):
@@ -485,7 +472,7 @@ def test_a_pickle_in_the_place_of_a_projector_is_not_run(two_projectors, tmp_pat
     bad = shutil.copytree(right, tmp_path / "llava-v1-bad")
     torch.save({"model.mm_projector.0.weight": Evil(tmp_path / "was-run")}, bad / "mm_projector.bin")
     with pytest.raises(ValueError):
-        load_eyes(Models(left, bad, llm, device="cpu"), say=lambda line: None)
+        load_llavas(Models(left, bad, llm, device="cpu"), say=lambda line: None)
     assert not (tmp_path / "was-run").exists()
 
 

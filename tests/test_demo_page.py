@@ -6,7 +6,7 @@ import importlib.util
 import re
 
 import pytest
-from demo_browser import (
+from tiny.browser import (
     LEFT,
     RIGHT,
     TABS,
@@ -24,7 +24,7 @@ from demo_browser import (
     upload,
 )
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
 
 
@@ -45,24 +45,26 @@ def test_the_page_opens_on_the_first_pair(visit, site):
 
 
 @pytest.mark.parametrize("how", ["button", "Enter"])
-def test_four_answers_are_what_the_models_say(visit, site, eyes, how):
+def test_four_answers_are_what_the_models_say(visit, site, llavas, how):
     page = visit(site)
     question = page.locator("#question textarea")
     question.fill("Is it a circle?")
     question.press("Enter") if how == "Enter" else page.locator("#ask").click()
     found = board(page)
-    assert found == answers(eyes, pictures_of(site, 0), "Is it a circle?")
-    assert found[1, 0] != found[1, 1], "the eye that sees must tell the two pictures apart, or this test proves little"
+    assert found == answers(llavas, pictures_of(site, 0), "Is it a circle?")
+    assert found[1, 0] != found[1, 1], (
+        "the LLaVA that sees must tell the two pictures apart, or this test proves little"
+    )
     assert columns(page)[0].startswith(LEFT) and columns(page)[1].startswith(RIGHT)
     times = page.locator("#board .times").all_inner_texts()
     assert all(re.fullmatch(r"first word \d+\.\d s · \d+\.\d s", text) for text in times) and len(times) == 4
 
 
-def test_the_badge_is_on_the_eye_that_gives_one_answer_twice(visit, site):
+def test_the_badge_is_on_the_llava_that_gives_one_answer_twice(visit, site):
     page = visit(site)
     ask(page)
     board(page)
-    badges = page.locator("#board .eye .badge")
+    badges = page.locator("#board .head .badge")
     assert [columns(page)[0].split("\n")[0], badges.all_inner_texts()] == [
         LEFT, ["the same answer for both pictures, though the truth differs"]]  # fmt: skip
     marks = page.locator("#board .mark").all_inner_texts()
@@ -71,14 +73,14 @@ def test_the_badge_is_on_the_eye_that_gives_one_answer_twice(visit, site):
     page.wait_for_function("!document.querySelector('#board .mark')")
     board(page)
     assert badges.all_inner_texts() == ["the same answer for both pictures"]
-    choose_by_keyboard(page, "#pair-picker", "2 · state")  # one picture twice: both eyes are blind
+    choose_by_keyboard(page, "#pair-picker", "2 · state")  # one picture twice: both LLaVAs are blind
     page.wait_for_function("document.querySelector('#question textarea').value === 'Is it on?'")
     ask(page)
     board(page)
     assert badges.count() == 2
 
 
-def test_another_pair_by_the_keyboard_and_by_chance(visit, site, eyes):
+def test_another_pair_by_the_keyboard_and_by_chance(visit, site, llavas):
     page = visit(site)
     before = picture_loaded(page, "#picture-2")
     choose_by_keyboard(page, "#pair-picker", "3 · count")
@@ -88,7 +90,7 @@ def test_another_pair_by_the_keyboard_and_by_chance(visit, site, eyes):
     page.get_by_label("Is it alone?").check()
     page.wait_for_function("document.querySelector('#question textarea').value === 'Is it alone?'")
     ask(page)
-    assert board(page) == answers(eyes, pictures_of(site, 2), "Is it alone?")
+    assert board(page) == answers(llavas, pictures_of(site, 2), "Is it alone?")
     picker = page.locator("#pair-picker input")
     for _ in range(3):
         now = picker.input_value()
@@ -100,8 +102,8 @@ def test_another_pair_by_the_keyboard_and_by_chance(visit, site, eyes):
     assert not page.locator("#board .cell").count(), "answers of another pair are left on the page"
 
 
-def test_two_pictures_of_ones_own(visit, site, eyes, tmp_path):
-    from demo.similarity import Similarity
+def test_two_pictures_of_ones_own(visit, site, llavas, tmp_path):
+    from demo.llava.similarity import Similarity
 
     pictures = [draw("circle", "red", 2), draw("square", "green", 3), draw("square", "black")]
     for n, picture in enumerate(pictures):
@@ -113,9 +115,9 @@ def test_two_pictures_of_ones_own(visit, site, eyes, tmp_path):
         picture_loaded(page, f"#picture-{n}", but=before[n - 1])
     page.wait_for_function("!document.querySelector('#cosines .bar-row')")
     ask(page, "What is it?")
-    assert board(page) == answers(eyes, pictures[:2], "What is it?")
+    assert board(page) == answers(llavas, pictures[:2], "What is it?")
     page.wait_for_function("document.querySelectorAll('#cosines .bar-row').length === 2")
-    expected = Similarity(eyes).cosines(*pictures[:2])
+    expected = Similarity(llavas).cosines(*pictures[:2])
     assert bars(page, "#cosines") == {name: f"{value:.3f}" for name, value in expected.items()}
     now = picture_loaded(page, "#picture-2")
     page.locator("#picture-2").get_by_label("Remove Image").click()
@@ -125,7 +127,7 @@ def test_two_pictures_of_ones_own(visit, site, eyes, tmp_path):
     upload(page, 2, tmp_path / "2.png")
     picture_loaded(page, "#picture-2", but=now)
     ask(page)
-    assert board(page) == answers(eyes, [pictures[0], pictures[2]], "What is it?")
+    assert board(page) == answers(llavas, [pictures[0], pictures[2]], "What is it?")
 
 
 def test_stop_ends_long_answers_and_the_next_question_is_answered(visit, slow_site):
@@ -216,13 +218,13 @@ def test_texts_are_readable_in_light_and_dark(visit, site, theme):
     board(page)
     ground = page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) is (theme == "dark")
-    places = [".answer", ".times", ".mark", ".badge", ".eye", ".which", ".which small", ".bar-label", ".bars-title"]
+    places = [".answer", ".times", ".mark", ".badge", ".head", ".which", ".which small", ".bar-label", ".bars-title"]
     found = page.evaluate(CONTRAST, places)
     assert {where for where, _ in found} == set(places)
     assert not [(where, ratio) for where, ratio in found if ratio < 4.5]
 
 
-def test_the_keyboard_alone_reaches_question_and_button(visit, site, eyes):
+def test_the_keyboard_alone_reaches_question_and_button(visit, site, llavas):
     page = visit(site)
     reached = []
     for _ in range(40):
@@ -232,5 +234,5 @@ def test_the_keyboard_alone_reaches_question_and_button(visit, site, eyes):
             break
     assert reached[-1] == "ask" and {"pair-picker", "another-pair", "question"} <= set(reached)
     page.keyboard.press("Enter")
-    assert board(page) == answers(eyes, pictures_of(site, 0), "What colour is the square?")
+    assert board(page) == answers(llavas, pictures_of(site, 0), "What colour is the square?")
     assert not TRACE.search(page.locator("body").inner_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,25 +15,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_llava import (
-    COLOURS,
-    make_towers,
-    upstream_is_installed,
-)
+from tiny.llavas import COLOURS, make_towers, upstream_is_installed
 
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
-from demo import html, scoring
-from demo.asking import Cell
-from demo.messages import explain
-from demo.models import Eye, Generation, ModelGone, Models
-from demo.pairs import ROWS, BlindPair, Question
-from demo.quickstart import quickstart_pairs
-from demo.scoring import Item, Scores, interval, items_of, read, save, score, verdict
-from demo.similarity import Similarity
-from llava_clipmoe.files import write_json
+from demo import scores as scores_module
+from demo.llava.ask import Cell
+from demo.llava.generate import Llava, ModelGone
+from demo.llava.settings import Generation
+from demo.llava.similarity import Similarity
+from demo.mining.pairs import ROWS, BlindPair, Question
+from demo.mining.quickstart import quickstart_pairs
+from demo.page import html
+from demo.page.errors import explain
+from demo.scores import Item, Scores, interval, items_of, save, score, verdict
+from llava_clipmoe.files import read_json, write_json
 
-pytest_plugins = ["eye_fixtures"]
+pytest_plugins = ["tiny.loaded_llavas"]
 needs_upstream = pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
 
 
@@ -76,11 +75,6 @@ def test_half_finished_scores_count_only_whole_items():
     assert "alone is right on 0 and CLIP alone on 1 of 1" in verdict(found)
 
 
-def test_the_same_answer_in_other_letters_is_the_same():
-    assert html.same_answer("A red  square.", "a Red square")
-    assert not html.same_answer("red", "reddish")
-
-
 def pairs_right(only_left: int, only_right: int, both: int, neither: int) -> Scores:
     left = ["red", "blue"] * only_left + ["red", "red"] * only_right + ["red", "blue"] * both + ["x", "y"] * neither
     right = ["red", "red"] * only_left + ["red", "blue"] * only_right + ["red", "blue"] * both + ["x", "y"] * neither
@@ -88,7 +82,7 @@ def pairs_right(only_left: int, only_right: int, both: int, neither: int) -> Sco
 
 
 def test_the_verdict_is_the_exact_mcnemar_test():
-    """Two-sided binomial with 1/2 on the pairs that one eye alone has right: 2 / 2^6, and 2 (1 + 4) / 2^4."""
+    """Two-sided binomial with 1/2 on the pairs that one LLaVA alone has right: 2 / 2^6, and 2 (1 + 4) / 2^4."""
     certain = verdict(pairs_right(only_left=0, only_right=6, both=5, neither=9))
     assert certain == (
         "CLIP-MoE alone is right on 6 and CLIP alone on 0 of 20: chance alone would seldom give such a difference "
@@ -113,33 +107,30 @@ def test_the_interval_is_wilsons(right, count, low, high):
     assert interval(right, count) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_scores_are_read_back_and_a_broken_file_is_none(tmp_path):
+def test_scores_are_saved_with_every_answer(tmp_path):
     found = scores(["red", "blue"], ["red", "red"])
     found.seconds = 1.26
     save(found, tmp_path / "scores.json")
-    assert read(tmp_path / "scores.json") == {
+    assert read_json(tmp_path / "scores.json") == {
         "pair_accuracy": {"CLIP": 1.0, "CLIP-MoE": 0.0}, "pairs_and_questions": 1, "seconds": 1.3,
         "sentence": verdict(found),
         "rows": [{"pair": 0, "attribute": "color", "question": "What color?", "answers": ["red", "blue"],
                   "CLIP": ["red", "blue"], "CLIP-MoE": ["red", "red"]}],
     }  # fmt: skip
-    assert read(tmp_path / "none.json") is None
-    (tmp_path / "scores.json").write_bytes(b'{"pair_accuracy": \xff')
-    assert read(tmp_path / "scores.json") is None
 
 
 # ------------------------------------------------------------------------------------------------------- on tiny LLaVAs
 
 
 @pytest.fixture(params=["own", "shared"])
-def eyes(request) -> tuple[Eye, Eye]:
+def llavas(request) -> tuple[Llava, Llava]:
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def pairs(tmp_path, monkeypatch) -> list[BlindPair]:
     """Three pairs with 2, 0 and 1 questions; answered two pictures at a time."""
-    monkeypatch.setattr(scoring, "BATCH", 2)
+    monkeypatch.setattr(scores_module, "BATCH", 2)
     files = []
     for name, colour in COLOURS.items():
         files.append(tmp_path / f"{name}.png")
@@ -173,22 +164,22 @@ def test_every_question_of_every_pair_is_scored(pairs):
 
 
 @needs_upstream
-def test_scores_come_batch_by_batch_and_are_what_the_eyes_say(eyes, pairs):
+def test_scores_come_batch_by_batch_and_are_what_the_llavas_say(llavas, pairs):
     done: list[int] = []
 
     def run() -> Scores:
-        for found in score(eyes, pairs, threading.Event()):
+        for found in score(llavas, pairs, threading.Event()):
             done.append(found.done)
         return found
 
     found = within(60, run)
     assert done == [0, 2, 4, 6, 8, 10, 12] and found.total == 12
     assert found.names == ("CLIP", "CLIP-MoE") and found.seconds > 0
-    for number, eye in enumerate(eyes):
+    for number, llava in enumerate(llavas):
         for i, one in enumerate(found.items):
             for p in (0, 1):
                 with Image.open(one.pictures[p]) as picture:
-                    *_, text = eye.stream(picture.convert("RGB"), one.question, Generation(max_new_tokens=32))
+                    *_, text = llava.stream(picture.convert("RGB"), one.question, Generation(max_new_tokens=32))
                 # A random language model is often undecided, and a batch rounds otherwise than one picture: later on
                 # the two may part.
                 assert found.texts[number][2 * i + p][:24] == text[:24]
@@ -196,18 +187,18 @@ def test_scores_come_batch_by_batch_and_are_what_the_eyes_say(eyes, pairs):
 
 
 @needs_upstream
-def test_others_may_ask_between_two_batches(eyes, pairs):
+def test_others_may_ask_between_two_batches(llavas, pairs):
     picture, between = Image.new("RGB", (30, 30)), 0
-    for found in score(eyes, pairs, threading.Event()):
-        assert within(30, lambda: [list(eye.stream(picture, "What?", Generation(4)))[-1] for eye in eyes])
+    for found in score(llavas, pairs, threading.Event()):
+        assert within(30, lambda: [list(llava.stream(picture, "What?", Generation(4)))[-1] for llava in llavas])
         between += found.done < found.total
     assert between == 6 and found.done == found.total
 
 
 @needs_upstream
-def test_stop_ends_it_with_what_there_is(eyes, pairs):
+def test_stop_ends_it_with_what_there_is(llavas, pairs):
     stop = threading.Event()
-    for found in score(eyes, pairs, stop):
+    for found in score(llavas, pairs, stop):
         if found.done:
             stop.set()
     assert found.done == 2 and found.right(0) in ([True], [False])
@@ -268,11 +259,11 @@ def test_cosines_are_those_of_the_whole_clips(own):
     ]
     found = Similarity(own).cosines(*pictures)
     assert list(found) == ["CLIP", "CLIP-MoE"]
-    for eye in own:
-        bundle = load_bundle(eye.tower_source)
+    for llava in own:
+        bundle = load_bundle(llava.tower_source)
         one, two = (encode_images(bundle, ImageTransform(24)(picture)[None])[0] for picture in pictures)
         cosine = torch.nn.functional.cosine_similarity(one, two, dim=0).item()
-        assert found[eye.name] == pytest.approx(cosine, abs=1e-5)
+        assert found[llava.name] == pytest.approx(cosine, abs=1e-5)
     assert abs(found["CLIP"] - found["CLIP-MoE"]) > 1e-3
     assert Similarity(own).cosines(pictures[0], pictures[0]) == pytest.approx({"CLIP": 1.0, "CLIP-MoE": 1.0}, abs=1e-5)
 
@@ -286,7 +277,7 @@ def test_encoders_are_read_once_and_a_vanished_one_is_told(own, monkeypatch, tmp
         Similarity(own).cosines(picture, picture)
     assert "gone" in explain(error.value) and "not foreseen" not in explain(error.value)
     monkeypatch.undo()
-    monkeypatch.setattr("demo.similarity.load_bundle", lambda source: pytest.fail("read again"))
+    monkeypatch.setattr("demo.llava.similarity.load_bundle", lambda source: pytest.fail("read again"))
     assert alike.cosines(picture, picture) == first
 
 
@@ -335,11 +326,11 @@ def board_of(*texts: str, truth: tuple[str, str] | None = None, **more: Any) -> 
 
 def test_no_text_of_anybody_becomes_markup():
     evil = "<script>alert(\"1\")</script><img src=x onerror='alert(2)'>&amp;\"'>"
-    cells = {(eye, picture): cell(evil, "failed" if eye else "done") for eye in (0, 1) for picture in (0, 1)}
+    cells = {(llava, picture): cell(evil, "failed" if llava else "done") for llava in (0, 1) for picture in (0, 1)}
     pieces = {
         "board": html.board(cells, (evil, evil), (evil, evil + "2")),
         "cosines": html.cosines({evil: 0.5}, {}) + html.cosines({"dense": 0.5}, {"dense": evil}),
-        "bars": html.bars(evil, [html.bar_row(evil, 0.5, evil)]),
+        "bars": html.bars(evil, [(evil, 0.5, evil)]),
         "progress": html.progress(1, 2, evil),
         "note": html.note(evil),
     }
@@ -350,17 +341,15 @@ def test_no_text_of_anybody_becomes_markup():
 
 
 def test_the_scores_table_escapes_too():
-    from demo.tabs.score import as_table
-
     evil = "<script>1</script>"
     found = Scores(
         (evil, "b"), [Item(0, evil, evil, ("red", "blue"), (Path("1"), Path("2")))], (["red"] * 2, ["red"] * 2)
     )
-    read = Tags(as_table(found))
+    read = Tags(html.scores(found))
     assert "script" not in read.tags and read.text.count(evil) >= 3
 
 
-def test_an_eye_is_called_blind_only_where_the_truth_differs():
+def test_an_llava_is_called_blind_only_where_the_truth_differs():
     blind = board_of("red", "Red.", "red", "blue", truth=("red", "blue"))
     assert blind.text.count(html.BLIND) == 1 and blind.classes.count("blind") == 1 and "same" not in blind.classes
     unknown = board_of("red", "Red.", "red", "blue")
@@ -377,7 +366,7 @@ def test_no_badge_before_both_answers_are_there(state):
 
 
 def test_the_badge_is_its_own_eyes():
-    """In the head of the right column, where the right eye is the blind one."""
+    """In the head of the right column, where the right LLaVA is the blind one."""
     text = board_of("red", "blue", "blue", "blue", truth=("red", "blue")).text
     assert text.index("CLIP-MoE") < text.index(html.BLIND) < text.index("Picture 1")
 
@@ -416,7 +405,10 @@ def test_every_state_of_a_cell_says_what_goes_on(one, shown, busy):
 
 
 def test_bars_keep_inside():
-    assert "width:100.0%" in html.bar_row("a", 1.2, "") and "width:0.0%" in html.bar_row("a", -0.3, "")
+    assert re.findall(r"width:[\d.]+%", html.bars("", [("a", 1.2, ""), ("b", -0.3, "")])) == [
+        "width:100.0%",
+        "width:0.0%",
+    ]
     assert html.cosines({}, {}) == ""
     assert "0.987" in Tags(html.cosines({"dense": 0.9871}, {"dense": "CLIP"})).text
     assert 'max="1"' in html.progress(0, 0, "")
@@ -448,8 +440,8 @@ def foreign_value_error() -> ValueError:
 
 
 @pytest.fixture
-def quickstart(tmp_path) -> Models:
-    """The directory of a finished LLaVA quick start, as far as the demo looks at it."""
+def quickstart(tmp_path) -> tuple[Path, Path]:
+    """Both LLaVAs of a finished quick start, as far as the demo looks at it."""
     run = tmp_path / "run"
     moe, dense = make_towers(tmp_path / "encoder")
     for name, tower in (("llava-v1-base", dense), ("llava-v1-clipmoe", moe)):
@@ -457,7 +449,7 @@ def quickstart(tmp_path) -> Models:
     (run / "data").mkdir()
     (run / "data" / "heldout.jsonl").write_text("")
     write_json(run / "results.json", {})
-    return Models(run / "llava-v1-base", run / "llava-v1-clipmoe")
+    return run / "llava-v1-base", run / "llava-v1-clipmoe"
 
 
 @pytest.fixture
@@ -471,36 +463,37 @@ def mined(monkeypatch) -> list[Any]:
         (settings.output_dir / ROWS).write_text("")
         return settings.output_dir
 
-    monkeypatch.setattr("demo.mining.mine", record)
+    monkeypatch.setattr("demo.mining.quickstart.mine", record)
     return seen
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_the_quick_starts_towers_are_found_whichever_side_they_are_on(quickstart, mined, tmp_path, swapped):
-    models = Models(quickstart.right, quickstart.left) if swapped else quickstart
-    assert quickstart_pairs(models, tmp_path / "pairs") == tmp_path / "pairs"
+    assert (
+        quickstart_pairs(*(reversed(quickstart) if swapped else quickstart), tmp_path / "pairs") == tmp_path / "pairs"
+    )
     (settings,) = mined
     assert (Path(settings.dense).name, Path(settings.moe).name) == ("clip", "clip-moe")
-    assert Path(settings.images) == settings.questions == quickstart.left.parent / "data" / "heldout.jsonl"
+    assert Path(settings.images) == settings.questions == quickstart[0].parent / "data" / "heldout.jsonl"
     assert settings.only_with_questions and settings.output_dir == tmp_path / "pairs"
 
 
 def test_pairs_are_mined_once_and_anew_after_another_quick_start(quickstart, mined, tmp_path):
-    folder, results = tmp_path / "pairs", quickstart.left.parent / "results.json"
+    folder, results = tmp_path / "pairs", quickstart[0].parent / "results.json"
     for _ in range(2):
-        assert quickstart_pairs(quickstart, folder) == folder
+        assert quickstart_pairs(*quickstart, folder) == folder
     assert len(mined) == 1
     later = (folder / ROWS).stat().st_mtime + 10
     os.utime(results, (later, later))
-    assert quickstart_pairs(quickstart, folder) == folder
+    assert quickstart_pairs(*quickstart, folder) == folder
     assert len(mined) == 2
 
 
 def test_other_models_have_no_quick_start_pairs(quickstart, mined, tmp_path):
-    elsewhere = tmp_path / "elsewhere" / "llava-v1-clipmoe"
+    left, elsewhere = quickstart[0], tmp_path / "elsewhere" / "llava-v1-clipmoe"
     write_json(elsewhere / "config.json", {"mm_vision_tower": "clipmoe-336"})
-    assert quickstart_pairs(Models(quickstart.left, elsewhere), tmp_path / "pairs") is None
-    assert quickstart_pairs(Models(quickstart.left, quickstart.left), tmp_path / "pairs") is None  # one tower only
-    (quickstart.left.parent / "results.json").unlink()  # it has not ended
-    assert quickstart_pairs(quickstart, tmp_path / "pairs") is None
+    assert quickstart_pairs(left, elsewhere, tmp_path / "pairs") is None
+    assert quickstart_pairs(left, left, tmp_path / "pairs") is None  # one tower only
+    (left.parent / "results.json").unlink()  # it has not ended
+    assert quickstart_pairs(*quickstart, tmp_path / "pairs") is None
     assert not mined

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from demo_browser import (
+from tiny.browser import (
     LEFT,
     RIGHT,
     answers,
@@ -24,7 +24,7 @@ from demo_browser import (
     wait_for,
 )
 
-pytest_plugins = ["demo_fixtures"]
+pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
 
 
@@ -45,7 +45,7 @@ def new_round(page) -> None:
     page.locator("#vote-a:enabled").wait_for()
 
 
-def test_a_vote_is_blind_until_it_is_given(visit, site, eyes, votes):
+def test_a_vote_is_blind_until_it_is_given(visit, site, llavas, votes):
     page = visit(site)
     open_tab(page, "Pairs")
     captions(page, 6)  # which tell what CLIP says of pairs, and are loaded with the page
@@ -69,7 +69,7 @@ def test_a_vote_is_blind_until_it_is_given(visit, site, eyes, votes):
     pair = next(pair for pair in site.pairs if list(pair.names) == row["pictures"])
     assert (row["model_a"], row["model_b"], row["choice"]) == (*names, "b")
     assert [*row["answers_a"], *row["answers_b"]] == [shown[0, 0], shown[0, 1], shown[1, 0], shown[1, 1]]
-    true = answers(eyes, pictures_of(site, site.pairs.index(pair)), row["question"])
+    true = answers(llavas, pictures_of(site, site.pairs.index(pair)), row["question"])
     side = [LEFT, RIGHT].index(names[0])
     assert row["answers_a"] == [true[side, 0], true[side, 1]]
     assert re.search(r"preferred in [01] of 1 decided votes: 1?00?% \(95% interval \d+–\d+%\), too few to tell",
@@ -83,7 +83,7 @@ def test_sides_change_and_votes_by_the_keyboard_are_counted_once(visit, site, vo
     open_tab(page, "Blind vote")
     rows, given = [], []
     while len(given) < 8 or len({row["model_a"] for row in rows}) == 1:
-        assert len(given) < 24, "one eye was A 24 times in a row"
+        assert len(given) < 24, "one LLaVA was A 24 times in a row"
         given.append(["a", "tie", "bad", "b"][len(given) % 4])
         new_round(page)
         page.locator(f"#vote-{given[-1]}").focus()
@@ -184,7 +184,7 @@ def test_the_gallery_is_filtered_and_sorted(visit, site):
     assert all(number(text.rpartition("gap ")[2]) >= 0.25 for text in captions(page, 3))
 
 
-def test_a_pair_of_the_gallery_is_compared(visit, site, eyes):
+def test_a_pair_of_the_gallery_is_compared(visit, site, llavas):
     page = visit(site)
     open_tab(page, "Pairs")
     captions(page, 6)
@@ -199,13 +199,13 @@ def test_a_pair_of_the_gallery_is_compared(visit, site, eyes):
     page.wait_for_function("document.querySelector('#question textarea').value.startsWith('How many')")
     assert page.locator("#pair-picker input").input_value().startswith("3 · count")
     ask(page)
-    assert board(page) == answers(eyes, pictures_of(site, 2), "How many circles are there?")
+    assert board(page) == answers(llavas, pictures_of(site, 2), "How many circles are there?")
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
-def test_scores_of_all_pairs(visit, site, eyes):
+def test_scores_of_all_pairs(visit, site, llavas):
     file = site.output / "scores.json"
     file.unlink(missing_ok=True)
     page = visit(site)
@@ -229,7 +229,7 @@ def test_scores_of_all_pairs(visit, site, eyes):
     assert by_name["all"][2].startswith(f"{saved['pair_accuracy'][RIGHT]:.0%} (")
     found = [row for row in saved["rows"] if row["pair"] == 0]
     assert found[0][RIGHT] != found[0][LEFT] and len(set(found[0][LEFT])) == 1 and len(set(found[0][RIGHT])) == 2
-    assert f"{LEFT}: 6 of 6 · {RIGHT}: " in panel(page).inner_text()  # the blind eye's answers are the same each time
+    assert f"{LEFT}: 6 of 6 · {RIGHT}: " in panel(page).inner_text()  # the blind LLaVA's answers are the same each time
 
 
 def test_a_cancelled_score_leaves_the_page_usable(visit, slow_site):

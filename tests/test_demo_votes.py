@@ -29,12 +29,7 @@ def vote(choice: str = "a", question: str = "Which way?", a: str = MOE, b: str =
 
 
 def test_votes_are_read_back_as_they_were_given(tmp_path):
-    given = [
-        vote("a"),
-        vote("tie", 'Zeile\nzwei "日本" \u2028 \x85?'),
-        vote("bad"),
-        vote("b"),
-    ]
+    given = [vote("a"), vote("tie", 'Zeile\nzwei "日本" \u2028 \x85?'), vote("bad"), vote("b")]
     for one in given:
         append_vote(tmp_path / "new folder" / "votes.jsonl", one)
     assert read_votes(tmp_path / "new folder" / "votes.jsonl") == given

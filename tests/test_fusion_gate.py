@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import make_tiny_config, shake
-from tiny_llava import save_tower
+from tiny.llavas import save_tower
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig, active_parameters

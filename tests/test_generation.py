@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from tiny_llava import make_language_model, make_towers, upstream_in_this_process, upstream_is_installed
+from tiny.llavas import make_language_model, make_towers, upstream_in_this_process, upstream_is_installed
 
 from llava_clipmoe import run
 from llava_clipmoe.compat import versions

@@ -22,8 +22,8 @@ from train_llava.eval import converters, questions, scorers
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, merge, read_answers, write_jsonl
 from train_llava.eval.benchmarks import BENCHMARKS, SHORT_PROMPT
+from train_llava.eval.letters import letter
 from train_llava.eval.runners import Run, _readable_by_pandas, _split, _write_tsv
-from train_llava.eval.scorers import letter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PICTURE = b"\x89PNG not looked into"

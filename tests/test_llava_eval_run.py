@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,46 +20,26 @@ import pytest
 
 pytest.importorskip("llava", reason="upstream LLaVA is not installed")
 
+import torch
 from PIL import Image
-from tiny_llava import make_language_model, make_towers
+from tiny.llavas import make_language_model, make_llava, make_towers, upstream_in_this_process
 
+from llava_clipmoe import run
+from llava_clipmoe.processes import Children
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, read_answers, read_jsonl, write_jsonl
 from train_llava.eval.benchmarks import BENCHMARKS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-BUILD = """
-import sys, torch
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from transformers import AutoTokenizer, LlamaForCausalLM
-llama, tower, out = sys.argv[1:]
-language = LlamaForCausalLM.from_pretrained(llama)
-config = LlavaConfig(**{k: v for k, v in language.config.to_dict().items() if k != "model_type"})
-config.mm_vision_tower, config.mm_hidden_size, config.mm_projector_type = tower, 48, "mlp2x_gelu"
-config.mm_vision_select_layer, config.mm_vision_select_feature, config.image_aspect_ratio = -2, "patch", "pad"
-config.mm_use_im_start_end, config.mm_use_im_patch_token, config.use_mm_proj = False, False, True
-torch.manual_seed(0)
-model = LlavaLlamaForCausalLM(config)
-model.load_state_dict(language.state_dict(), strict=False)
-for parameter in model.get_model().mm_projector.parameters():
-    torch.nn.init.normal_(parameter, std=0.3)
-model.save_pretrained(out)
-AutoTokenizer.from_pretrained(llama, use_fast=False).save_pretrained(out)
-"""
-
 
 @pytest.fixture(scope="module")
-def tiny_llava(tmp_path_factory) -> Path:
-    """A random LLaVA of 2 blocks with a tiny CLIP-MoE as its eye. Its weights are large, so that it babbles."""
+def tiny_llava(tmp_path_factory) -> Iterator[Path]:
+    """A random LLaVA of 2 blocks whose vision tower is a tiny CLIP-MoE. Its weights are large, so that it babbles."""
     folder = tmp_path_factory.mktemp("tiny")
-    make_language_model(folder / "llama")
     tower, _ = make_towers(folder)
-    script = folder / "build.py"
-    script.write_text(BUILD)
-    words = [sys.executable, "-m", "llava_clipmoe.run", script, folder / "llama", tower, folder / "llava-tiny"]
-    subprocess.run(list(map(str, words)), check=True, env=_environment())
-    return folder / "llava-tiny"
+    with upstream_in_this_process():
+        yield make_llava(folder / "llava-tiny", tower, make_language_model(folder / "llama"))
 
 
 def _environment() -> dict[str, str]:
@@ -90,13 +72,36 @@ def pope(tmp_path) -> Path:
     return folder
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:'train_llava.eval.batched' found in sys.modules:RuntimeWarning")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What a runner's process does, done in this one, which has imported upstream already: that alone takes a process
+    ten seconds. (`python -m llava_clipmoe.run MODULE ...` is `run.main([MODULE, ...])`.)"""
+
+    def run_here(self: Children, command: list[str], **_: object) -> int:
+        assert command[:3] == [sys.executable, "-m", "llava_clipmoe.run"]
+        with one_at_a_time, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [])
+            patch.setenv("LLAVA_CLIPMOE_HOOK", "1")
+            try:
+                return run.main(command[3:])
+            except SystemExit as end:
+                return end.code or 0
+
+    one_at_a_time = threading.Lock()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Children, "run", run_here)
+
+
 def _evaluate(benchmark: str, model: Path, data: Path, out: Path, *flags: str) -> dict:
     words = [benchmark, "--model-path", str(model), "--data", str(data), "--output-dir", str(out), *flags]
     assert command.main(words) == 0
     return json.loads((out / "results.json").read_text())
 
 
-def test_batched_answers_equal_upstreams_one_by_one(tiny_llava, pope, tmp_path):
+def test_batched_answers_equal_upstreams_one_by_one(in_this_process, tiny_llava, pope, tmp_path):
     one = _evaluate("pope", tiny_llava, pope, tmp_path / "one")
     batched = _evaluate("pope", tiny_llava, pope, tmp_path / "batched", "--batch-size", "3")
     texts = [[row["text"] for row in read_answers(tmp_path / name / "answers.jsonl")] for name in ("one", "batched")]
@@ -113,7 +118,7 @@ def test_only_questions_without_an_answer_are_asked_and_two_processes_share_them
     parts.mkdir(parents=True)
     (tmp_path / "out/answers.jsonl").write_text("\n".join(lines[:3]))
     (parts / "answers-0.jsonl").write_text("\n".join([*lines[3:5], lines[5][:20]]))  # a killed process: cut at the end
-    results = _evaluate("pope", tiny_llava, pope, tmp_path / "out", "--num-gpus", "2", "--batch-size", "2")
+    results = _evaluate("pope", tiny_llava, pope, tmp_path / "out", "--num-gpus", "2")
     answers = read_answers(tmp_path / "out/answers.jsonl")
     assert [row["question_id"] for row in answers] == list(range(8)) and results["n"] == 8
     assert [row["text"].startswith("kept") for row in answers] == [True] * 5 + [False] * 3
@@ -122,7 +127,7 @@ def test_only_questions_without_an_answer_are_asked_and_two_processes_share_them
     assert not list(parts.glob("answers-*")), "merged and removed"
 
 
-def test_mmbench_goes_through_upstreams_runner(tiny_llava, tmp_path, monkeypatch):
+def test_mmbench_goes_through_upstreams_runner(in_this_process, tiny_llava, tmp_path, monkeypatch):
     """With options that pandas would take for numbers, on which upstream's runner would stop with a TypeError."""
     picture = io.BytesIO()
     Image.effect_noise((30, 20), 90).convert("RGB").save(picture, "PNG")
@@ -146,7 +151,9 @@ def test_mmbench_goes_through_upstreams_runner(tiny_llava, tmp_path, monkeypatch
     assert rounds[0]["text"] and upstream["text"].startswith(rounds[0]["text"])
 
 
-def test_rows_that_repeat_a_picture_are_answered_like_those_that_hold_it(tiny_llava, tmp_path, monkeypatch):
+def test_rows_that_repeat_a_picture_are_answered_like_those_that_hold_it(
+    in_this_process, tiny_llava, tmp_path, monkeypatch
+):
     """By both runners; with the picture in another process's share, behind the limit, and after a stop."""
     pictures = []
     for colour in ("black", "red"):
@@ -189,7 +196,10 @@ def test_a_missing_picture_is_named_before_the_model_is_loaded(pope, tmp_path):
         _evaluate("pope", tmp_path / "llava", pope, tmp_path / "out")
 
 
-def test_a_runner_that_fails_says_what_is_kept(pope, tmp_path):
+def test_a_runner_that_fails_says_what_is_kept(pope, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/transformers.py").write_text("raise SystemExit('this installation is broken')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'broken'}{os.pathsep}{REPOSITORY}")
     with pytest.raises(EvalError, match=r"exit status \d+\) after 0 of 8 answers.*the same command goes on"):
         _evaluate("pope", tmp_path / "llava-that-is-not-there", pope, tmp_path / "out")
     assert not (tmp_path / "out/results.json").exists()

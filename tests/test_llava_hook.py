@@ -252,7 +252,7 @@ def test_upstreams_names_reach_upstreams_function_untouched(builder, member):
 
 @pytest.mark.parametrize("member", ["vision_tower", "mm_vision_tower"])
 def test_our_names_are_ours_and_unknown_ones_fail_with_the_command(builder, member, tmp_path, monkeypatch):
-    from tiny_llava import make_towers
+    from tiny.llavas import make_towers
 
     cfg = types.SimpleNamespace(**{member: "clipmoe-336"}, mm_vision_select_layer=-2)
     with pytest.raises(UnknownTower, match="llava-clipmoe register clipmoe-336"):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_llava import make_language_model, make_towers, upstream_is_installed
+from tiny.llavas import make_language_model, make_towers, upstream_is_installed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

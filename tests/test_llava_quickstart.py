@@ -13,8 +13,11 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from train_llava import language_model, projector, quickstart, quickstart_steps
-from train_llava.quickstart import BLIND, TOWERS, Settings, Step, TowerRun
+from llava_clipmoe.processes import Children
+from train_llava.quickstart import child, command, language_model, projector
+from train_llava.quickstart.results import BLIND, collect, pair_accuracy, table_of
+from train_llava.quickstart.run import TowerRun, last_fraction, run_all
+from train_llava.quickstart.steps import TOWERS, Settings, Step, job_of, steps_of
 
 PROMPTS = "A chat between a curious user and an assistant. USER: What color is it? ASSISTANT: light red yellow gray"
 
@@ -125,7 +128,7 @@ def test_rare_answers_and_answers_weigh_more_than_words(tmp_path):
     answers = ["red"] * 35 + ["blue"] * 5
     (tmp_path / "stage2.json").write_text(json.dumps([row(i, a) for i, a in enumerate(answers)]))
     ids = {"thing": 1, "blue": 2, "fine": 3, "red": 4}
-    wanted = quickstart_steps.wanted_words(tmp_path, lambda word: [ids[word]])
+    wanted = child.wanted_words(tmp_path, lambda word: [ids[word]])
     assert wanted["0.png"][1] == wanted["0.png"][3] == 1
     assert 1 < wanted["0.png"][4] < wanted["39.png"][2]
 
@@ -141,6 +144,18 @@ def run_of(tmp_path, *steps):
     return TowerRun({"name": "base", "work": str(tmp_path / "work")}, steps, threads=1)
 
 
+SLEEP = "import os, time; open({pid!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+"""A step that writes its process's number and then does nothing for a minute."""
+
+
+def has_ended(pid):
+    try:
+        os.kill(int(pid.read_text()), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 def counting(folder, count):
     return f"import pathlib; pathlib.Path({str(folder)!r}).mkdir(); f = open({str(count)!r}, 'a'); f.write('x')"
 
@@ -150,34 +165,35 @@ def test_a_finished_step_is_kept_and_a_broken_one_begins_anew(tmp_path):
     good = python_step("one", first, counting(first, count))
     bad = python_step("two", second, f"import pathlib; pathlib.Path({str(second)!r}).mkdir(); raise SystemExit('why')")
     with pytest.raises(ChildProcessError, match=r"(?s)'two' failed.*why.*run the same command again"):
-        run_of(tmp_path, good, bad).run()
+        run_of(tmp_path, good, bad).run(Children())
     assert second.is_dir()  # half-written: must not count as finished
     run = run_of(tmp_path, good, python_step("two", second, counting(second, count)))
-    run.run()
+    run.run(Children())
     assert count.read_text() == "xx"  # "one" ran once, the mended "two" once
     assert run.progress() == run.total == 2
 
 
 def test_one_tower_failing_stops_the_other_and_is_the_error(tmp_path):
     failing = run_of(tmp_path / "a", python_step("x", tmp_path / "x", "raise SystemExit('broken here')"))
-    long = run_of(tmp_path / "b", python_step("y", tmp_path / "y", "import time; time.sleep(60)"))
+    pid = tmp_path / "pid"
+    long = run_of(tmp_path / "b", python_step("y", tmp_path / "y", SLEEP.format(pid=str(pid))))
     with pytest.raises(ChildProcessError, match="broken here"):
-        quickstart.run_all([long, failing], Console(quiet=True))
-    assert long._child.poll() is not None
+        run_all([long, failing], Console(quiet=True))
+    assert not pid.exists() or has_ended(pid)
 
 
 def test_progress_is_read_from_upstreams_bar(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"x" * 9000 + b"\r 25%|##   | 4/16 [00:12<00:36]\r 50%|###  | 8/16 [00:24<00:24]\r")
-    assert quickstart.last_fraction(log) == 0.5
+    assert last_fraction(log) == 0.5
     log.write_bytes(b"nothing yet")
-    assert quickstart.last_fraction(log) == 0
+    assert last_fraction(log) == 0
 
 
 def test_both_stages_run_upstreams_trainer(tmp_path):
     s = Settings(encoder_run=tmp_path / "encoder", output_dir=tmp_path / "out")
-    job = quickstart.job_of(s, "clipmoe")
-    steps = {step.name: step.command for step in quickstart.steps_of(s, job)}
+    job = job_of(s, "clipmoe")
+    steps = {step.name: step.command for step in steps_of(s, job)}
     for stage, version in (("stage 1", "plain"), ("stage 2", "v1")):
         command = steps[stage]
         assert command[1:4] == ["-m", "llava_clipmoe.run", "llava.train.train"]
@@ -189,7 +205,7 @@ def test_both_stages_run_upstreams_trainer(tmp_path):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_results_names_pick_upstreams_class_and_template(tmp_path, name):
-    folder = Path(quickstart.job_of(Settings(output_dir=tmp_path), name)["result"]).name
+    folder = Path(job_of(Settings(output_dir=tmp_path), name)["result"]).name
     assert "llava" in folder and "v1" in folder
     assert not any(word in folder for word in ("lora", "mpt", "mistral"))
 
@@ -203,21 +219,9 @@ def test_a_pair_counts_when_both_pictures_are_right():
         return {"pair": pair, "type": "Color", "answer": answer, "other": other, "text": text, "split": split}
 
     rows = [row(0, "red", "Red."), row(0, "blue", "blue"), row(1, "red", "red"), row(1, "blue", "red", "heldout")]
-    scores = quickstart.pair_accuracy(rows)
+    scores = pair_accuracy(rows)
     assert (scores["pairs"], scores["pictures"]) == (0.5, 0.75)
     assert scores["pairs with a held-out picture"] == 0 and scores["by type"] == {"Color": 0.5}
-
-
-def test_an_answer_must_be_the_answer_and_nothing_more():
-    assert quickstart.says(" Medium.", "medium")
-    assert not quickstart.says("medium-dark", "medium") and not quickstart.says("red or blue", "red")
-
-
-def test_a_sentence_is_told_by_the_words_that_the_other_lacks():
-    one, two = "a red circle", "a blue circle"
-    assert quickstart.says_rather("red", one, two) and quickstart.says_rather("A red circle.", one, two)
-    for wrong in ("blue", "a circle", "red or blue", ""):
-        assert not quickstart.says_rather(wrong, one, two), wrong
 
 
 def test_the_table_shows_every_score(tmp_path):
@@ -234,11 +238,11 @@ def test_the_table_shows_every_score(tmp_path):
         (folder / "pairs.jsonl").write_text("\n".join(json.dumps({**pair, "text": t}) for t in ("a", "a" * right)))
         runs.append(run_of(tmp_path))
         runs[-1].job = {"name": name, "answers": str(folder)}
-    results = quickstart.collect(runs)
+    results = collect(runs)
     assert results["heldout"]["base"] == {"size": 0.5, "overall": 0.5} and results["heldout"]["clipmoe"]["size"] == 1
     assert results[BLIND]["clipmoe"]["overall"] == 0.5 == results["chance"]["overall"]
     console = Console(width=140, record=True, quiet=False, file=open("/dev/null", "w"))
-    console.print(quickstart.table_of(results))
+    console.print(table_of(results))
     overall = next(line for line in console.export_text().splitlines() if "overall" in line)
     assert overall.split() == ["overall", "50.0", "100.0", "50.0", "50.0", "50.0", "2"]
 
@@ -248,7 +252,7 @@ def test_the_table_shows_every_score(tmp_path):
 
 def test_without_an_encoder_run_it_says_what_makes_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="make quickstart"):
-        quickstart.check(Settings(encoder_run=tmp_path, output_dir=tmp_path / "out"))
+        command.check(Settings(encoder_run=tmp_path, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -260,33 +264,34 @@ def encoder_run(tmp_path):
 
 
 def test_without_llava_it_says_which_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"llava-torch==1\.2\.2\.post1"):
-        quickstart.check(Settings(encoder_run=encoder_run(tmp_path), output_dir=tmp_path / "out"))
+        command.check(Settings(encoder_run=encoder_run(tmp_path), output_dir=tmp_path / "out"))
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(quickstart, "find_gguf", lambda: tmp_path)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(command, "find_gguf", lambda: tmp_path)
     s = Settings(encoder_run=encoder_run(tmp_path), output_dir=tmp_path / "out")
-    quickstart.check(s)
-    quickstart.check(s)
+    command.check(s)
+    command.check(s)
     with pytest.raises(ValueError, match="other settings"):
-        quickstart.check(Settings(encoder_run=s.encoder_run, output_dir=s.output_dir, seed=1))
+        command.check(Settings(encoder_run=s.encoder_run, output_dir=s.output_dir, seed=1))
 
 
 def test_a_kill_ends_the_children_too(tmp_path):
     """The same command goes on later: nothing of the old run may still write then."""
-    pid, folder = tmp_path / "pid", tmp_path / "long"
-    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    pid = tmp_path / "pid"
     program = f"""
-import signal, sys
-from rich.console import Console
-from train_llava.quickstart import Step, TowerRun, leave_on_sigterm, run_all
 from pathlib import Path
-leave_on_sigterm()
-step = Step("long", Path({str(folder)!r}), [sys.executable, "-c", {code!r}], 1.0)
-run_all([TowerRun({{"name": "base", "work": {str(tmp_path / "work")!r}}}, [step], 1)], Console(quiet=True))
+from rich.console import Console
+from llava_clipmoe.processes import exit_on_sigterm
+from train_llava.quickstart.run import TowerRun, run_all
+from train_llava.quickstart.steps import Step
+import sys
+step = Step("long", Path({str(tmp_path / "long")!r}), [sys.executable, "-c", {SLEEP.format(pid=str(pid))!r}], 1.0)
+with exit_on_sigterm():
+    run_all([TowerRun({{"name": "base", "work": {str(tmp_path / "work")!r}}}, [step], 1)], Console(quiet=True))
 """
     outer = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent.parent)
     deadline = time.monotonic() + 60
@@ -295,5 +300,4 @@ run_all([TowerRun({{"name": "base", "work": {str(tmp_path / "work")!r}}}, [step]
         time.sleep(0.1)
     outer.terminate()
     assert outer.wait(30) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert has_ended(pid)

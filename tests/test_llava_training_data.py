@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
 from test_llava_pretrain_data import stage1
-from tiny_llava import make_data, make_language_model, make_towers, upstream_in_this_process, upstream_is_installed
+from tiny.llavas import make_data, make_language_model, make_towers, upstream_in_this_process, upstream_is_installed
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from llava_clipmoe.compat import data

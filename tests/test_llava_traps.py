@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import shake
-from tiny_llava import make_language_model, make_towers, save_tower, upstream_is_installed
+from tiny.llavas import make_language_model, make_towers, save_tower, upstream_is_installed
 from torch import nn
 
 from llava_clipmoe import llava_hook, run

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llava import COLOURS, make_data, make_language_model, make_towers, upstream_is_installed
+from tiny.llavas import COLOURS, make_data, make_language_model, make_towers, upstream_is_installed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PINNED = os.environ.get("LLAVA_CLIPMOE_PINNED_PYTHON")

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_llava import make_towers, save_tower, upstream_is_installed
+from tiny.llavas import make_towers, save_tower, upstream_is_installed
 from torch import nn
 
 from llava_clipmoe.compression import compress

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from .answers import Row, read_jsonl
 
 KEPT = ("round_id", "options", "option_char")
-"""What MMBench's answers have more than others."""
+"""Fields that only MMBench's answers have."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Arguments:
 class Prompts(Dataset):
     """Questions -> (input ids [T] with one image token, pixels [3,R,R] or [N,3,R,R], picture size)."""
 
-    def __init__(self, questions: Sequence[Row], image_folder: Path, tokenizer: Any, processor: Any, config: Any,
-                 conv_mode: str):  # fmt: skip
+    def __init__(
+        self, questions: Sequence[Row], image_folder: Path, tokenizer: Any, processor: Any, config: Any, conv_mode: str
+    ):
         self.questions, self.image_folder, self.conv_mode = questions, image_folder, conv_mode
         self.tokenizer, self.processor, self.config = tokenizer, processor, config
 
@@ -85,7 +86,7 @@ def prompt_of(text: str, config: Any, conv_mode: str) -> str:
 def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]) -> tuple[Any, ...]:
     """-> ids [B,T] padded on the right, mask [B,T], pixels (stacked, or a list where shapes differ), sizes.
 
-    The side is free here: upstream takes the padding out by the mask before it puts the picture in and pads anew.
+    The side does not matter here: upstream removes the padding by the mask, puts the picture in, and pads again.
     """
     ids, pixels, sizes = zip(*batch, strict=True)
     width = max(len(row) for row in ids)
@@ -97,13 +98,14 @@ def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]
     return padded, mask, torch.stack(pixels) if same else list(pixels), list(sizes)
 
 
-def answer(model: Any, tokenizer: Any, prompts: Prompts, *, batch_size: int, max_new_tokens: int, workers: int = 0
-           ) -> Iterator[list[str]]:  # fmt: skip
+def answer(
+    model: Any, tokenizer: Any, prompts: Prompts, *, batch_size: int, max_new_tokens: int, workers: int = 0
+) -> Iterator[list[str]]:
     """Yields the answers of one batch after the other, in the order of the questions."""
     model.config.tokenizer_padding_side = "left"
     loader = DataLoader(prompts, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
     for ids, mask, pixels, sizes in loader:
-        half = {"device": model.device, "dtype": torch.float16}  # upstream's runners hand over halves, on every device
+        half = {"device": model.device, "dtype": torch.float16}  # as upstream's runners do, on every device
         with torch.inference_mode():
             found = model.generate(
                 ids.to(model.device),
@@ -114,7 +116,7 @@ def answer(model: Any, tokenizer: Any, prompts: Prompts, *, batch_size: int, max
                 num_beams=1,
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
-                pad_token_id=tokenizer.eos_token_id,  # what an answer that ended early is filled with: not printed
+                pad_token_id=tokenizer.eos_token_id,  # fills up answers that end early; not decoded
             )
         yield [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
 
@@ -132,15 +134,15 @@ def main(argv: list[str] | None = None) -> int:
     name = get_model_name_from_path(arguments.model_path)
     tokenizer, model, processor, _ = load_pretrained_model(arguments.model_path, arguments.model_base, name)
     prompts = Prompts(questions, arguments.image_folder, tokenizer, processor, model.config, arguments.conv_mode)
+    how = {name: getattr(arguments, name) for name in ("batch_size", "max_new_tokens", "workers")}
     rows = iter(questions)
     arguments.answers_file.parent.mkdir(parents=True, exist_ok=True)
     with arguments.answers_file.open("w", encoding="utf-8") as file, tqdm(total=len(questions)) as bar:
-        for texts in answer(model, tokenizer, prompts, batch_size=arguments.batch_size,
-                            max_new_tokens=arguments.max_new_tokens, workers=arguments.workers):  # fmt: skip
+        for texts in answer(model, tokenizer, prompts, **how):
             for text, question in zip(texts, rows, strict=False):
                 kept = {key: question[key] for key in KEPT if key in question}
-                line = {"question_id": question["question_id"], "prompt": question["text"], "text": text, **kept,
-                        "model_id": name, "metadata": {}}  # fmt: skip
+                line = {"question_id": question["question_id"], "prompt": question["text"], "text": text}
+                line |= {**kept, "model_id": name, "metadata": {}}
                 file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update(len(texts))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from . import converters, questions, scorers
 from .answers import EvalError, Row, read_json, read_jsonl, read_text
+from .letters import letter
 from .scorers import Choice, Metrics
 
 EVAL_ZIP = "eval.zip of LLaVA-1.5 (linked in docs/Evaluation.md of github.com/haotian-liu/LLaVA)"
@@ -76,13 +77,12 @@ class Benchmark:
         hits = {need.use: own.get(need.use) or need.find(data) for need in self.needs}
         missing = [need for need in self.needs if need.use in uses and not need.optional and hits[need.use] is None]
         if missing:
-            lines = [f"  {data / need.paths[0]}" + "".join(f"\n    or {data / path}" for path in need.paths[1:]) +
-                     f"\n      from {need.origin}" for need in missing]  # fmt: skip
-            raise EvalError(f"{self.title} needs these files, which are not there:\n" + "\n".join(lines))
+            lines = [f"{self.title} needs these files, which are not there:"]
+            for need in missing:
+                places = "\n    or ".join(str(data / path) for path in need.paths)
+                lines.append(f"  {places}\n      from {need.origin}")
+            raise EvalError("\n".join(lines))
         return {use: path for use, path in hits.items() if path is not None}
-
-
-# --- joining questions, truth and answers ---------------------------------------------------------------------------
 
 
 def _pope(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
@@ -158,16 +158,17 @@ def _textvqa(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metr
 
 def _gqa(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
     try:
-        truth = {name: (str((row.get("types") or {}).get("structural", "all")), row["answer"]) for name, row in
-                 read_json(found["truth"]).items()}  # fmt: skip
+        truth = {}
+        for name, row in read_json(found["truth"]).items():
+            truth[name] = str((row.get("types") or {}).get("structural", "all")), row["answer"]
     except (KeyError, TypeError, AttributeError) as error:
         raise EvalError(f"{found['truth']} is not GQA's question file: {type(error).__name__}: {error}.") from error
     unknown = [question["question_id"] for question in asked if str(question["question_id"]) not in truth]
     if unknown:
-        raise EvalError(f"{found['truth']} lacks {len(unknown)} of the questions, e.g. id {unknown[0]!r}: it is of "
-                        "another split or version.")  # fmt: skip
-    return scorers.gqa([(*truth[str(question["question_id"])], answer["text"]) for question, answer in
-                        zip(asked, answers, strict=True)])  # fmt: skip
+        missing = f"lacks {len(unknown)} of the questions, e.g. id {unknown[0]!r}"
+        raise EvalError(f"{found['truth']} {missing}: it is of another split or version.")
+    pairs = zip(asked, answers, strict=True)
+    return scorers.gqa([(*truth[str(question["question_id"])], answer["text"]) for question, answer in pairs])
 
 
 def _mmbench(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
@@ -181,21 +182,23 @@ def _mmbench(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metr
     for question, answer in zip(asked, answers, strict=True):
         base = question["question_id"] % questions.CIRCULAR_STEP
         shown = dict(zip(sorted(question["option_char"]), question["options"], strict=True))
-        said = scorers.letter(answer["text"], shown)
+        said = letter(answer["text"], shown)
         original = None if said is None else question["option_char"][ord(said) - ord("A")]
         rows.append(Choice(base, question["category"], original, question["answer"], forms[base] == question["forms"]))
     return scorers.choices(rows)
 
 
 def _choices(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> list[Choice]:
-    return [Choice(question["question_id"], question.get("category", "all"),
-                   scorers.letter(answer["text"], question["options"]), question["answer"])
-            for question, answer in zip(asked, answers, strict=True)]  # fmt: skip
+    rows = []
+    for question, answer in zip(asked, answers, strict=True):
+        said = letter(answer["text"], question["options"])
+        rows.append(Choice(question["question_id"], question.get("category", "all"), said, question["answer"]))
+    return rows
 
 
 def _ocrbench(found: Found, asked: Sequence[Row], answers: Sequence[Row]) -> Metrics:
-    return scorers.ocrbench([(question["category"], answer["text"], question["answers"]) for question, answer in
-                             zip(asked, answers, strict=True)])  # fmt: skip
+    pairs = zip(asked, answers, strict=True)
+    return scorers.ocrbench([(question["category"], answer["text"], question["answers"]) for question, answer in pairs])
 
 
 def _mmbench_entry(title: str, files: tuple[str, ...], lang: str, paper: tuple[float, float] | None) -> Benchmark:

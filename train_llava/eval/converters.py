@@ -33,8 +33,8 @@ def gqa_json(path: Path, answers: Sequence[Row]) -> None:
 
 def vizwiz_json(path: Path, questions: Sequence[Row], answers: Sequence[Row]) -> None:
     """[{"image", "answer"}] (scripts/convert_vizwiz_for_submission.py)."""
-    rows = [{"image": question["image"], "answer": normalise(answer["text"])} for question, answer in
-            zip(questions, answers, strict=True)]  # fmt: skip
+    pairs = zip(questions, answers, strict=True)
+    rows = [{"image": question["image"], "answer": normalise(answer["text"])} for question, answer in pairs]
     write_text(path, json.dumps(rows))
 
 
@@ -45,8 +45,10 @@ def vqav2_json(path: Path, split: Sequence[Row], answers: Sequence[Row]) -> None
     rows = [{"question_id": row["question_id"], "answer": said.get(row["question_id"], "")} for row in split]
     strangers = said.keys() - {row["question_id"] for row in split}
     if strangers:
-        raise EvalError(f"{len(strangers)} answered questions are not in test2015, e.g. id {next(iter(strangers))!r}: "
-                        "the two question files are of different versions.")  # fmt: skip
+        raise EvalError(
+            f"{len(strangers)} answered questions are not in test2015, e.g. id {next(iter(strangers))!r}: "
+            "the two question files are of different versions."
+        )
     write_text(path, json.dumps(rows))
 
 

@@ -22,21 +22,20 @@ from typing import Any
 from llava_clipmoe.files import atomic_file
 
 from .answers import EvalError, Row, read_json, read_jsonl
+from .scorers import HANDWRITTEN_MATHS
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 LETTER_PROMPT_CN = "请直接回答选项字母。"
 END = "\x04"
-"""A line put behind a table's last: where it is not read as a row, a cell before it was never closed."""
+"""A line added after a table's last one: where it is not read as a row of its own, a cell was never closed."""
+DAMAGED = "The file was cut or damaged; download it again."
 OCR_TOKENS = "Reference OCR token:"
 LETTERS = "ABCD"
 CIRCULAR_STEP = 1_000_000
 """MMBench numbers the turned copies of question i as i + 1e6, i + 2e6, ..."""
-MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
-           "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none"}  # fmt: skip
+MISSING = {"", "#N/A N/A", *"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None".split()}
+MISSING |= {"n/a", "nan", "null", "none"}
 """Cells that are empty for upstream's MMBench runner: what pandas reads as missing, and "none"."""
-
-
-# --- LLaVA's own question files -------------------------------------------------------------------------------------
 
 
 def llava_questions(path: Path) -> list[Row]:
@@ -56,9 +55,6 @@ def textvqa_without_ocr(path: Path) -> list[Row]:
         lines = question["text"].split("\n")
         question["text"] = "\n".join(line for line in lines if not line.startswith(OCR_TOKENS))
     return questions
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
@@ -85,14 +81,12 @@ def _delimited(path: Path) -> list[Row]:
                 if None in row or None in row.values():
                     if END in "".join(map(str, row.values())):
                         break
-                    raise EvalError(f"{path}, line {reader.line_num}: {len(columns)} cells are needed. The file was "
-                                    "cut or damaged; download it again.")  # fmt: skip
+                    raise EvalError(f"{path}, line {reader.line_num}: {len(columns)} cells are needed. {DAMAGED}")
     except UnicodeDecodeError as error:
         raise EvalError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, or download it again.") from error
     except csv.Error as error:
         raise EvalError(f"{path}, line {reader.line_num}: {error}. Download the file again.") from error
-    raise EvalError(f"{path}: a quote opens a cell in row {len(rows)} and is never closed. The file was cut or "
-                    "damaged; download it again.")  # fmt: skip
+    raise EvalError(f"{path}: a quote opens a cell in row {len(rows)} and is never closed. {DAMAGED}")
 
 
 def _columns(names: Sequence[str], path: Path) -> list[str]:
@@ -151,6 +145,7 @@ def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False)
     `text` is what upstream's runner keeps as the prompt; `suffix` is what it adds before it asks.
     """
     _, rows = read_table(path)
+    suffix = "\n" + (LETTER_PROMPT_CN if lang == "cn" else LETTER_PROMPT)
     questions = []
     for number, row in enumerate(rows):
         options = options_of(row)
@@ -161,13 +156,11 @@ def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False)
         for turn in range(len(letters) if all_rounds else 1):
             turned = texts[turn:] + texts[:turn]
             lines = [stem, *(f"{name}. {text}" for name, text in zip(letters, turned, strict=True))]
-            questions.append({
-                "question_id": _number(column(row, "index", path=path), path), "round_id": turn,
-                "text": "\n".join(lines), "suffix": "\n" + (LETTER_PROMPT_CN if lang == "cn" else LETTER_PROMPT),
-                "options": turned, "option_char": letters[turn:] + letters[:turn], "answer": row.get("answer"),
-                "category": "all" if is_missing(row.get("category")) else str(row["category"]),
-                "image_data": row.get("image"), "row": number,
-            })  # fmt: skip
+            question = {"question_id": _number(column(row, "index", path=path), path), "round_id": turn}
+            question |= {"text": "\n".join(lines), "suffix": suffix, "answer": row.get("answer")}
+            question |= {"options": turned, "option_char": letters[turn:] + letters[:turn]}
+            question["category"] = "all" if is_missing(row.get("category")) else str(row["category"])
+            questions.append(question | {"image_data": row.get("image"), "row": number})
     forms = Counter(question["question_id"] % CIRCULAR_STEP for question in questions)
     for question in questions:
         question["forms"] = forms[question["question_id"] % CIRCULAR_STEP]
@@ -192,13 +185,12 @@ def mmstar_questions(path: Path) -> list[Row]:
         answer = str(column(row, "answer", path=path)).strip().upper()
         if answer not in tuple(LETTERS):
             raise EvalError(f"{path}: the answer of row {number} is {row['answer']!r}, and must be one of A to D.")
-        lines = [str(column(row, "question", path=path)).strip(), *(f"{name}. {text}" for name, text in
-                 options.items()), LETTER_PROMPT]  # fmt: skip
-        questions.append({
-            "question_id": _number(row.get("index", number), path), "text": "\n".join(lines),
-            "image_data": column(row, "image", path=path), "category": str(column(row, "category", path=path)),
-            "answer": answer, "options": options or inline_options(str(row["question"])),
-        })  # fmt: skip
+        stem = str(column(row, "question", path=path)).strip()
+        lines = [stem, *(f"{name}. {text}" for name, text in options.items()), LETTER_PROMPT]
+        question = {"question_id": _number(row.get("index", number), path), "text": "\n".join(lines)}
+        question |= {"answer": answer, "options": options or inline_options(str(row["question"]))}
+        question["category"] = str(column(row, "category", path=path))
+        questions.append(question | {"image_data": column(row, "image", path=path)})
     return questions
 
 
@@ -234,14 +226,14 @@ def ocrbench_questions(path: Path) -> list[Row]:
         if answers in (None, "", []) or answers != answers:  # none, or NaN; and "" stands in any text
             raise EvalError(f"{path}: row {number} has no answer. Download it again.")
         maths = row.get("dataset_name", row.get("dataset")) == "HME100k"
-        picture = {"image": str(row["image_path"])} if "image_path" in row else \
-                  {"image_data": column(row, "image", "image_path", path=path)}  # fmt: skip
-        questions.append({
-            "question_id": name, "text": str(column(row, "question", path=path)),
-            "category": "Handwritten Mathematical Expression Recognition" if maths else
-                        str(column(row, "type", "question_type", "category", path=path)),
-            "answers": [str(answer) for answer in (answers if isinstance(answers, list) else [answers])], **picture,
-        })  # fmt: skip
+        category = HANDWRITTEN_MATHS if maths else str(column(row, "type", "question_type", "category", path=path))
+        question = {"question_id": name, "text": str(column(row, "question", path=path)), "category": category}
+        question["answers"] = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+        if "image_path" in row:
+            question["image"] = str(row["image_path"])
+        else:
+            question["image_data"] = column(row, "image", "image_path", path=path)
+        questions.append(question)
     return questions
 
 
@@ -255,14 +247,11 @@ def mmvp_questions(path: Path) -> list[Row]:
         truth = re.search(r"[A-Da-d]", str(column(row, "Correct Answer", path=path)))
         if truth is None:
             raise EvalError(f"{path}: row {index} has no correct answer like (a).")
-        questions.append({"question_id": index, "text": text, "image": f"{index}.jpg", "answer": truth.group().upper(),
-                          "options": inline_options(options)})  # fmt: skip
+        question = {"question_id": index, "text": text, "image": f"{index}.jpg"}
+        questions.append(question | {"answer": truth.group().upper(), "options": inline_options(options)})
     if len(questions) % 2:
         raise EvalError(f"{path} has {len(questions)} rows: two consecutive rows are a pair, so one is missing.")
     return questions
-
-
-# --- pictures inside tables -----------------------------------------------------------------------------------------
 
 
 def repeat_images(questions: Sequence[Row], table: Path) -> None:
@@ -282,8 +271,8 @@ def repeat_images(questions: Sequence[Row], table: Path) -> None:
             name = str(cell).strip()
             if name not in cells or name in passed:
                 fault = "which is not there" if name not in cells else "and that leads back to it"
-                raise EvalError(f"{table}: the row with index {passed[-1]} repeats the picture of the row with index "
-                                f"{name}, {fault}. The file was cut or damaged; download it again.")  # fmt: skip
+                repeats_it = f"the row with index {passed[-1]} repeats the picture of the row with index {name}"
+                raise EvalError(f"{table}: {repeats_it}, {fault}. {DAMAGED}")
             passed.append(name)
             cell = cells[name]
         if len(passed) > 1:
@@ -315,8 +304,8 @@ def image_bytes(question: Row) -> bytes:
         try:
             cell = base64.b64decode("".join(cell.split()), validate=True)
         except ValueError as error:
-            raise EvalError(f"the picture of question {name} is no base64 ({error}). Download the data again.") \
-                from error  # fmt: skip
+            message = f"the picture of question {name} is no base64 ({error}). Download the data again."
+            raise EvalError(message) from error
     if not isinstance(cell, bytes) or not cell:
         raise EvalError(f"question {name} has no picture. Download the data again.")
     return cell
@@ -327,5 +316,5 @@ def check_images(questions: Sequence[Row], folder: Path) -> None:
     names = {question["image"] for question in questions}
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        raise EvalError(f"{len(missing):,} of {len(names):,} images are not in {folder}, e.g. {missing[0]}. Was the "
-                        "archive unpacked whole, and into this folder?")  # fmt: skip
+        gone = f"{len(missing):,} of {len(names):,} images are not in {folder}, e.g. {missing[0]}."
+        raise EvalError(f"{gone} Was the archive unpacked whole, and into this folder?")

@@ -28,6 +28,7 @@ from .runners import Run, answer_all
 from .scorers import Metrics
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+PAPER_MODELS = ("llava-1.5-7b", "llava-1.5-7b + CLIP-MoE")
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# --- where answers come from ----------------------------------------------------------------------------------------
-
-
 def _load(benchmark: Benchmark, found: Found, all_rounds: bool) -> list[Row]:
     rounds = {"all_rounds": all_rounds} if benchmark.lang else {}
     return benchmark.questions(found["questions"], **benchmark.extras, **rounds)
@@ -165,11 +163,9 @@ def _gpus(number: int | None) -> tuple[str, ...]:
 
 def _same_settings(settings: EvalLlava) -> None:
     """Keep what decides the answers beside them; refuse to go on with answers of another model or other settings."""
-    now: dict[str, Any] = {
-        "benchmark": settings.benchmark, "model_path": settings.model_path, "model_base": settings.model_base,
-        "conv_mode": settings.conv_mode, "all_rounds": settings.all_rounds,
-        "weights": _fingerprint(settings.model_path),
-    }  # fmt: skip
+    names = ("benchmark", "model_path", "model_base", "conv_mode", "all_rounds")
+    now: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    now["weights"] = _fingerprint(settings.model_path)
     file = settings.folder / "settings.json"
     before = read_json(file) if file.is_file() else now
     changed = [name for name in now if before.get(name) != now[name]]
@@ -187,9 +183,6 @@ def _fingerprint(model_path: str) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-# --- what becomes of them -------------------------------------------------------------------------------------------
-
-
 def finish(
     settings: EvalLlava, benchmark: Benchmark, found: Found, questions: Sequence[Row] | None, answers: Sequence[Row]
 ) -> dict[str, Any]:
@@ -198,13 +191,17 @@ def finish(
     metrics: Metrics = benchmark.score(found, questions, answers) if scored else {}  # before anything is written
     model = settings.model_path or answers[0].get("model_id") or settings.answers.stem
     results: dict[str, Any] = {
-        "benchmark": settings.benchmark, "n": len(answers), "limited": settings.limit is not None,
-        "headline": benchmark.headline, "metrics": metrics, "model": model,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in
-                     asdict(settings).items()},
-        "paper": {"llava-1.5-7b": benchmark.paper[0], "llava-1.5-7b + CLIP-MoE": benchmark.paper[1]} if
-                 benchmark.paper else None,
-    }  # fmt: skip
+        "benchmark": settings.benchmark,
+        "n": len(answers),
+        "limited": settings.limit is not None,
+        "headline": benchmark.headline,
+        "metrics": metrics,
+        "model": model,
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+        },
+        "paper": dict(zip(PAPER_MODELS, benchmark.paper, strict=True)) if benchmark.paper else None,
+    }
     if benchmark.upload:
         name = benchmark.upload.format(model=Path(str(model).rstrip("/")).name)
         upload = settings.folder / "upload" / name
@@ -234,8 +231,8 @@ def show(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
     else:
         console.print("Not scored: the right answers are not here (give --data, with a split that has them).")
     if paper and not metrics:
-        console.print("The paper's figures: " + ", ".join(f"{name} {value}" for name, value in paper.items()),
-                      markup=False, highlight=False)  # fmt: skip
+        figures = ", ".join(f"{name} {value}" for name, value in paper.items())
+        console.print(f"The paper's figures: {figures}", markup=False, highlight=False)
     for text in (benchmark.note, results.get("next_step"), f"written to {file}"):
         if text:
             console.print(replace_surrogates(text), markup=False, highlight=False, soft_wrap=True)

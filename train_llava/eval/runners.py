@@ -10,15 +10,14 @@ from __future__ import annotations
 import base64
 import csv
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llava_clipmoe.files import atomic_file
+from llava_clipmoe.processes import Children, exit_on_sigterm
 
 from .answers import EvalError, Row, match, merge, read_answers, write_jsonl
 from .benchmarks import Benchmark
@@ -34,7 +33,7 @@ class Run:
 
     benchmark: Benchmark
     questions: Sequence[Row]
-    """All of the benchmark, whatever `limit` says: only so is an answer known to be one of its."""
+    """All of the benchmark, whatever `limit` says: an answer is checked against them."""
     limit: int | None
     image_folder: Path | None
     """None where the runner reads pictures from the table itself (MMBench)."""
@@ -109,21 +108,16 @@ def _collect(run: Run) -> list[Row]:
     return answers
 
 
-# --- one process ----------------------------------------------------------------------------------------------------
-
-
 def _command(run: Run, share: Sequence[Row], number: int) -> list[str]:
     """Write the share's question file and -> the command that answers it."""
     folder = run.folder / PARTS
     upstream_table = run.batch_size == 1 and run.benchmark.runner == "model_vqa_mmbench"
     asked = folder / f"questions-{number}.{'tsv' if upstream_table else 'jsonl'}"
     (_write_tsv if upstream_table else _write_questions)(run, share, asked)
-    command = [
-        sys.executable, "-m", "llava_clipmoe.run",
-        f"llava.eval.{run.benchmark.runner}" if run.batch_size == 1 else "train_llava.eval.batched",
-        "--model-path", run.model_path, "--question-file", str(asked),
-        "--answers-file", str(folder / f"answers-{number}.jsonl"), "--conv-mode", run.conv_mode,
-    ]  # fmt: skip
+    runner = f"llava.eval.{run.benchmark.runner}" if run.batch_size == 1 else "train_llava.eval.batched"
+    command = [sys.executable, "-m", "llava_clipmoe.run", runner, "--question-file", str(asked)]
+    command += ["--model-path", run.model_path, "--conv-mode", run.conv_mode]
+    command += ["--answers-file", str(folder / f"answers-{number}.jsonl")]
     if run.model_base:
         command += ["--model-base", run.model_base]
     if not upstream_table:
@@ -177,35 +171,12 @@ def _is_text(cell: object) -> bool:
 
 
 def _run_processes(commands: Sequence[Sequence[str]], gpus: Sequence[str]) -> list[int]:
-    """Run all commands at once, wait for them, -> their exit statuses. None outlives us."""
-    processes: list[subprocess.Popen] = []
-    with _terminated_like_interrupted():
-        try:
-            for command, gpu in zip(commands, gpus, strict=False):
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
-                processes.append(subprocess.Popen(command, env=environment))
-            return [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-            for process in processes:
-                process.wait()
+    """Run all commands at once and wait for them; -> their exit statuses. None of them outlives us."""
+    children = Children()
 
+    def run(command: Sequence[str], gpu: str) -> int | None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
+        return children.run(command, env=environment)
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (a cluster's time limit) ends us as Ctrl-C does: the runners are stopped and their answers merged."""
-
-    def stop(*_: object) -> None:
-        raise SystemExit(143)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever owns it looks after signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with exit_on_sigterm():
+        return children.run_all([partial(run, *pair) for pair in zip(commands, gpus, strict=False)])

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .letters import letter as letter
+from train_llava.judge import pairs_right
 
 Metrics = dict[str, Any]
 
@@ -27,9 +27,6 @@ def by_group(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     for group, points in rows:
         groups[group].append(points)
     return {group: percent(sum(points), len(points)) for group, points in groups.items()}
-
-
-# --- yes or no ------------------------------------------------------------------------------------------------------
 
 
 def pope_says_yes(text: str) -> bool:
@@ -49,8 +46,7 @@ def pope(rows: Sequence[tuple[str, str, str]]) -> Metrics:
         categories[category].append((label != "no", pope_says_yes(text)))
     found = {category: _binary(pairs) for category, pairs in categories.items()}
     mean = {key: sum(each[key] for each in found.values()) / len(found) for key in ("f1", "accuracy", "yes_ratio")}
-    return {"mean_f1": mean["f1"], "mean_accuracy": mean["accuracy"], "mean_yes_ratio": mean["yes_ratio"],
-            "by_category": found}  # fmt: skip
+    return {**{f"mean_{key}": value for key, value in mean.items()}, "by_category": found}
 
 
 def _binary(pairs: Sequence[tuple[bool, bool]]) -> Metrics:
@@ -70,8 +66,7 @@ def _binary(pairs: Sequence[tuple[bool, bool]]) -> Metrics:
 
 
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
-                  "OCR")  # fmt: skip
+MME_PERCEPTION = tuple("existence count position color posters celebrity scene landmark artwork OCR".split())
 
 
 def mme_says(text: str) -> str:
@@ -102,8 +97,6 @@ def mme(rows: Sequence[tuple[str, str, str, str]]) -> Metrics:
     return {**totals, "total": sum(totals.values()), "by_category": found}
 
 
-# --- short answers --------------------------------------------------------------------------------------------------
-
 # Words that the VQA evaluation writes with their apostrophe: a form that lost exactly one gets it back. Left out are
 # those that are words without it (ill, shell, were, well, id, wed, hell, lets).
 _APOSTROPHES = """
@@ -121,8 +114,8 @@ CONTRACTIONS = {
     for place, letter in enumerate(word)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the evaluation's own table has this one the wrong way round
-NUMBERS = {word: str(number) for number, word in
-           enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}  # fmt: skip
+NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS["none"] = "0"
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
@@ -192,9 +185,6 @@ def ocrbench(rows: Sequence[tuple[str, str, Sequence[str]]]) -> Metrics:
     return {"score": score, "percent": percent(score, len(right)), "by_category": dict(counts)}
 
 
-# --- multiple choice ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Choice:
     """One answer to a multiple-choice question."""
@@ -227,14 +217,14 @@ def choices(rows: Sequence[Choice]) -> Metrics:
     whole = [forms for forms in questions.values() if forms[0].whole]
     if any(len(forms) > 1 for forms in whole):
         points = [(forms[0].category, all(form.right for form in forms)) for forms in whole]
-        found |= {"circular_accuracy": percent(sum(hit for _, hit in points), len(points)),
-                  "circular_questions": len(points), "circular_by_category": by_group(points)}  # fmt: skip
+        found["circular_accuracy"] = percent(sum(hit for _, hit in points), len(points))
+        found |= {"circular_questions": len(points), "circular_by_category": by_group(points)}
     return found
 
 
 def pairs(rows: Sequence[Choice]) -> Metrics:
     """MMVP: rows in the order of its file; a pair (two consecutive rows) counts when both answers are right."""
-    both = [one.right and two.right for one, two in zip(rows[::2], rows[1::2], strict=False)]
+    both = pairs_right([row.right for row in rows])
     return {
         "pair_accuracy": percent(sum(both), len(both)),
         "accuracy": percent(sum(row.right for row in rows), len(rows)),

@@ -1,0 +1,210 @@
+"""One loaded LLaVA: asked one question at a time, its answer read as a stream or in batches.
+
+for text in llava.stream(picture, "What is the main color?", Generation()): ...
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from llava_clipmoe.vision_tower import CLIPMoEVisionTower
+from train_llava.eval.batched import Prompts, answer, prompt_of
+
+from .settings import Generation
+from .turns import Turns
+
+NEXT_TEXT_SECONDS = 600.0
+"""Longest wait for the next piece of text: a 7B model on a slow CPU reads a picture for minutes."""
+
+
+class ModelGone(ValueError):
+    """The directory of a loaded LLaVA is no longer on the disk."""
+
+
+@dataclass
+class LanguageModel:
+    """A loaded language model (as upstream's LLaVA class), and the queue that lets in one generation at a time."""
+
+    model: Any
+    tokenizer: Any
+    conversation: str
+    """Name of upstream's conversation template."""
+    turns: Turns = field(default_factory=Turns)
+
+
+@dataclass
+class Llava:
+    """A vision tower and a projector in front of a language model, which another Llava may share."""
+
+    name: str
+    directory: Path
+    llm: LanguageModel
+    tower: Any
+    projector: Any
+    config: Any
+
+    @property
+    def is_moe(self) -> bool:
+        return isinstance(self.tower, CLIPMoEVisionTower)
+
+    @property
+    def processor(self) -> Any:
+        return self.tower.image_processor
+
+    @property
+    def tower_source(self) -> str:
+        """Directory or hub id of the whole CLIP that the tower was read from."""
+        return str(self.tower.directory) if self.is_moe else self.tower.vision_tower_name
+
+    def check_files(self) -> None:
+        """Raise ModelGone when the directory has vanished: the loaded model still answers, a restart would fail."""
+        if not (self.directory / "config.json").is_file():
+            raise ModelGone(
+                f"The folder of {self.name} ({self.directory.name}) is no longer there. Answers still come from "
+                "memory, but the page cannot be started again without it."
+            )
+
+    @contextmanager
+    def in_place(
+        self, stop: threading.Event | None = None, waiting: Callable[[int], None] | None = None
+    ) -> Iterator[Any]:
+        """Take a turn at the language model, with this tower and projector in front of it; -> upstream's model.
+
+        `stop` and `waiting` as in `Turns.turn`, which raises QueueFull and Stopped.
+        """
+        with self.llm.turns.turn(waiting, stop):
+            inner, model = self.llm.model.get_model(), self.llm.model
+            if inner.vision_tower is not self.tower:
+                inner.vision_tower, inner.mm_projector = self.tower, self.projector
+                model.config = inner.config = self.config
+            yield model
+
+    def inputs(self, picture: Image.Image, question: str) -> dict[str, Any]:
+        """Arguments of upstream's `generate`: ids [1,T] with one image token, pixels, and the picture's size."""
+        from llava.mm_utils import process_images, tokenizer_image_token  # upstream: there where a LLaVA is loaded
+
+        pixels = process_images([picture], self.processor, self.config)
+        like = {"device": self.llm.model.device, "dtype": self.llm.model.dtype}
+        prompt = prompt_of(question, self.config, self.llm.conversation)
+        ids = tokenizer_image_token(prompt, self.llm.tokenizer, return_tensors="pt")
+        return {
+            "inputs": ids.unsqueeze(0).to(like["device"]),
+            "images": [part.to(**like) for part in pixels] if isinstance(pixels, list) else pixels.to(**like),
+            "image_sizes": [picture.size],
+        }
+
+    def stream(
+        self,
+        picture: Image.Image,
+        question: str,
+        how: Generation,
+        stop: threading.Event | None = None,
+        waiting: Callable[[int], None] | None = None,
+    ) -> Iterator[str]:
+        """Yields the answer so far: an empty text when the turn has come, then the whole text each time it has grown.
+
+        Setting `stop` ends it early, and so does closing the iterator. `waiting` is called with the number of
+        questions that come first. Raises what the generation raised (out of memory, for instance), QueueFull, Stopped.
+        """
+        closed = threading.Event()  # set when nobody reads on; `stop` belongs to the caller and may end other answers
+        stops = [closed] if stop is None else [closed, stop]
+        with self.in_place(stop, waiting) as model:
+            yield ""
+            streamer = TextIteratorStreamer(
+                self.llm.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=NEXT_TEXT_SECONDS
+            )
+            failed: list[BaseException] = []
+            arguments = {
+                **self.inputs(picture, question),
+                "streamer": streamer,
+                "use_cache": True,
+                "do_sample": False,
+                "max_new_tokens": how.max_new_tokens,
+                "stopping_criteria": [StopWhenSet(stops)],
+                "pad_token_id": self.llm.tokenizer.eos_token_id,
+            }
+            if how.temperature > 0:
+                arguments |= {"do_sample": True, "temperature": how.temperature}
+            thread = threading.Thread(target=_generate, args=(model, arguments, streamer, failed), daemon=True)
+            thread.start()
+            try:
+                yield from _growing(streamer, stops, separator_of(self.llm.conversation))
+            finally:
+                closed.set()
+                thread.join()  # the turn is given back only when the model is idle
+        if failed:
+            raise failed[0]
+
+    def answer_files(
+        self,
+        pictures: Sequence[Path],
+        questions: Sequence[str],
+        batch_size: int,
+        max_new_tokens: int = 32,
+        stop: threading.Event | None = None,
+    ) -> Iterator[list[str]]:
+        """Greedy answers to one question for each picture file, a batch at a time; others get turns in between."""
+        for start in range(0, len(pictures), batch_size):
+            part = slice(start, start + batch_size)
+            rows = [
+                {"question_id": i, "text": text, "image": str(picture)}
+                for i, (picture, text) in enumerate(zip(pictures[part], questions[part], strict=True))
+            ]
+            with self.in_place(stop) as model:
+                prompts = Prompts(rows, Path(), self.llm.tokenizer, self.processor, self.config, self.llm.conversation)
+                batches = answer(
+                    model, self.llm.tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
+                )
+                texts = next(batches)
+            yield texts  # after the turn: the reader may take any time before it asks for the next batch
+
+
+def _generate(model: Any, arguments: dict[str, Any], streamer: TextIteratorStreamer, failed: list) -> None:
+    """Body of the generating thread. Puts an error into `failed`, which the reader of the stream raises."""
+    try:
+        with torch.inference_mode():
+            model.generate(**arguments)
+    except BaseException as error:
+        failed.append(error)
+        streamer.end()
+
+
+def _growing(streamer: Iterator[str], stops: Sequence[threading.Event], separator: str) -> Iterator[str]:
+    """Pieces of text -> the answer so far, up to the template's separator."""
+    text = ""
+    for piece in streamer:
+        text += piece
+        before, found, _ = text.partition(separator)
+        if piece:
+            yield before.strip()
+        if found or any(stop.is_set() for stop in stops):
+            return
+
+
+class StopWhenSet(StoppingCriteria):
+    """Ends a generation when one of several events is set."""
+
+    def __init__(self, stops: Sequence[threading.Event]):
+        self.stops = stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), any(stop.is_set() for stop in self.stops), device=input_ids.device)
+
+
+def separator_of(conversation: str) -> str:
+    """What ends an answer in this template: in the text after it the model talks to itself."""
+    from llava.conversation import SeparatorStyle, conv_templates  # upstream
+
+    template = conv_templates[conversation]
+    if template.sep_style == SeparatorStyle.TWO or not template.sep:  # Mistral's has only the second
+        return template.sep2
+    return template.sep

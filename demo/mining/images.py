@@ -1,0 +1,108 @@
+"""Pictures to mine, whatever holds them: a folder, a table of paths, a data set.
+
+pictures = open_pictures("photos")             # a folder, a table of paths, or any source of train_encoder
+pictures.image(0), pictures.names[0]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from llava_clipmoe.files import replace_surrogates
+from train_encoder.config import DataConfig, digest
+from train_encoder.data import DataError, PairSource, decode_image
+from train_encoder.image_files import image_files
+from train_encoder.sources import FILE_KINDS, open_source
+from train_encoder.stores import FileStore
+from train_encoder.tables import IMAGE_COLUMNS, csv_header, json_rows, name_columns
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures by number. Can be sent to a loader's workers."""
+
+    names: list[str]
+    """For people: the path below the folder, or the row's key. Bytes of a file's name that are not UTF-8 are U+FFFD
+    here: neither files nor figures take the surrogates that Python has for them."""
+    paths: list[Path] | None
+    """Where each is, when they are files of their own."""
+    fingerprint: str
+    """Changes with the pictures and their order."""
+    max_pixels: int
+    source: PairSource | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", [replace_surrogates(name) for name in self.names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i in RGB, read and decoded now. Raises BadImage."""
+        if self.paths is None:
+            return self.source.image(i)
+        with FileStore(Path()).open(i, str(self.paths[i])) as file:
+            return decode_image(file, self.max_pixels)
+
+
+def open_pictures(images: str, *, split: str = "train", leave_out: Path | None = None) -> Pictures:
+    """Open a folder of pictures (at any depth, links followed), a CSV/TSV/JSON/JSONL file with a column of paths,
+    "openmoji", or anything else that `train_encoder` reads. No captions are needed in the first three.
+
+    `leave_out`: a folder whose pictures are not taken (that of the results). Raises DataError.
+    """
+    if images == "openmoji":
+        from train_encoder.openmoji import build_openmoji, list_emoji
+
+        folder = build_openmoji()
+        pictures = _files(sorted(image_files(folder / "images")), folder, DataConfig().max_pixels)
+        called = {f"images/{emoji.key}.png": emoji.name for emoji in list_emoji()}
+        return dataclasses.replace(pictures, names=[called.get(name, name) for name in pictures.names])
+    path = Path(images).expanduser()
+    if path.is_dir() and not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+        found = sorted(image_files(path, leave_out))
+        if found:
+            return _files(found, path, DataConfig().max_pixels)
+    config = DataConfig(source=images, split=split)
+    kind = FILE_KINDS.get(path.suffix.lower()) if path.is_file() else None
+    if kind in ("csv", "json"):
+        # A picture's own path is its caption: rows without one would be left out, and none is needed here.
+        column = _image_column(path, kind)
+        config = DataConfig(source=images, split=split, image_column=column, caption_columns=(column,))
+        source = open_source(config)
+        names = [source.name(i) for i in range(len(source))]
+        return _files([path.parent / name for name in names], path.parent, config.max_pixels, names)
+    source = open_source(config)
+    names = [source.name(i) for i in range(len(source))]
+    fingerprint = digest(source.fingerprint, source.images_fingerprint)
+    return Pictures(names, None, fingerprint, config.max_pixels, source)
+
+
+def _files(paths: list[Path], root: Path, max_pixels: int, names: list[str] | None = None) -> Pictures:
+    names = names or [path.relative_to(root).as_posix() for path in paths]
+    return Pictures(names, paths, digest(list(zip(names, map(_stamp, paths), strict=True))), max_pixels)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # missing, or no possible path: it is skipped when its turn comes
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _image_column(path: Path, kind: str) -> str:
+    """The column of paths of a table, by its name."""
+    columns = csv_header(path) if kind == "csv" else list(next(json_rows(path), {}))
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    for name in IMAGE_COLUMNS:
+        if name in by_lower:
+            return by_lower[name]
+    raise DataError(
+        f"{path} has no column that looks like an image; its columns are: {name_columns(columns)}. Call "
+        "the column with the paths `image`."
+    )

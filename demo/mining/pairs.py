@@ -1,0 +1,179 @@
+"""A folder of blind pairs: pictures that the dense tower embeds as the same though they differ.
+
+    FOLDER/pairs.jsonl          a line per pair, the widest gap first
+    FOLDER/pictures/            the pictures of the pairs, PNG
+    FOLDER/contact_sheet.png    the first pairs at a glance
+    FOLDER/mining.json          settings, models, counts
+
+The folder can be moved or given away. So what is read here may come from a stranger, and no path may lead out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from llava_clipmoe.files import parse_json, write_json, write_text
+
+ROWS, PICTURES, SHEET, SUMMARY = "pairs.jsonl", "pictures", "contact_sheet.png", "mining.json"
+LONG_SIDE = 1024
+"""Pixels: what a screen shows; LLaVA's towers look at 336."""
+HOW = "`llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` makes one."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about both pictures of a pair, with different right answers."""
+
+    attribute: str
+    question: str
+    answers: tuple[str, str]
+    """The right answer for the first and for the second picture."""
+
+
+@dataclass(frozen=True)
+class BlindPair:
+    """Two pictures, and how alike every encoder finds them."""
+
+    images: tuple[Path, Path]
+    """Absolute paths."""
+    names: tuple[str, str]
+    cosines: dict[str, float]
+    """By encoder: "dense", "clip-moe", "expert0" ..., and "dinov2" where it was the reference."""
+    reference: str
+    """What sees the pictures apart: "clip-moe", "experts" (the smallest cosine over them) or "dinov2"."""
+    gap: float
+    """The dense cosine minus the reference's."""
+    passed: bool
+    """Both thresholds held. False for a pair that is only the best of what there was."""
+    questions: tuple[Question, ...] = ()
+
+    @property
+    def difference(self) -> str:
+        """What differs by the first question, as "color: red / blue"; "" without a question."""
+        return f"{self.questions[0].attribute}: {' / '.join(self.questions[0].answers)}" if self.questions else ""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The questions' attributes, each once, in order."""
+        return tuple(dict.fromkeys(question.attribute for question in self.questions))
+
+
+def save_picture(image: Image.Image, folder: Path, name: str, number: int) -> str:
+    """Write a picture into `folder` as PNG, without metadata, its long side at most LONG_SIDE; -> the file's name.
+
+    `number` tells apart pictures whose names are equal.
+    """
+    stem = re.sub(r"[^\w-]+", "_", PurePosixPath(name.replace("\\", "/")).stem)[:40].strip("_")
+    file = f"{number:05}{'-' if stem else ''}{stem}.png"
+    image = image.convert("RGB")
+    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    # Made anew from the pixels: Pillow would write the original's colour profile into the PNG.
+    Image.frombytes("RGB", image.size, image.tobytes()).save(folder / file)
+    return file
+
+
+def write_pairs(folder: Path, pairs: Sequence[BlindPair], summary: Mapping[str, Any]) -> Path:
+    """Write pairs.jsonl and mining.json into `folder`, where the pictures are already; -> pairs.jsonl.
+
+    Raises ValueError for a picture that is not inside the folder.
+    """
+    folder = Path(folder).resolve()
+    rows = []
+    for pair in pairs:
+        row = asdict(pair)
+        row["images"] = [Path(image).resolve().relative_to(folder).as_posix() for image in pair.images]
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json(folder / SUMMARY, dict(summary))
+    write_text(folder / ROWS, "".join(rows))
+    return folder / ROWS
+
+
+def read_pairs(path: str | Path) -> list[BlindPair]:
+    """The pairs of a folder (or of its pairs.jsonl), in the file's order, the pictures' paths absolute.
+
+    Raises FileNotFoundError where there is no such file, or a picture is missing; ValueError, with the line's number,
+    for a row that is malformed or names a picture outside the folder.
+    """
+    path = Path(path)
+    file = path / ROWS if path.is_dir() or path.suffix != ".jsonl" else path
+    if not file.is_file():
+        raise FileNotFoundError(f"there are no mined pairs at {file}. {HOW}")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may be in a question
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}). {HOW}") from error
+    folder, pairs = file.parent.resolve(), []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            pairs.append(_pair(parse_json(line), folder))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{file}, line {number}: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{file}, line {number} is not a mined pair: {what}. {HOW}") from error
+    return pairs
+
+
+def _pair(row: dict[str, Any], folder: Path) -> BlindPair:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    reference, passed = row["reference"], row["passed"]
+    if not isinstance(reference, str) or not isinstance(passed, bool):
+        raise ValueError("`reference` must be a name and `passed` true or false")
+    cosines = {str(name): _cosine(value, name) for name, value in row["cosines"].items()}
+    if "dense" not in cosines:
+        raise ValueError("`cosines` has no 'dense'")
+    first, second = _two(row["images"], "images")
+    return BlindPair(
+        images=(_inside(folder, first), _inside(folder, second)),
+        names=_two(row["names"], "names"),
+        cosines=cosines,
+        reference=reference,
+        gap=_number(row["gap"], "gap"),
+        passed=passed,
+        questions=tuple(_question(question) for question in row.get("questions", ())),
+    )
+
+
+def _question(row: dict[str, Any]) -> Question:
+    attribute, question = row["attribute"], row["question"]
+    if not isinstance(attribute, str) or not isinstance(question, str):
+        raise ValueError("`attribute` and `question` of a question must be text")
+    return Question(attribute, question, _two(row["answers"], "answers"))
+
+
+def _two(value: Any, name: str) -> tuple[str, str]:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
+        raise ValueError(f"`{name}` must be two texts")
+    return value[0], value[1]
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -2.01 <= value <= 2.01:  # also not NaN
+        raise ValueError(f"`{name}` must be a number between -2 and 2, found {value!r}")
+    return float(value)
+
+
+def _cosine(value: Any, name: str) -> float:
+    if abs(_number(value, f"cosines.{name}")) > 1.01:
+        raise ValueError(f"`cosines.{name}` is not a cosine: {value}")
+    return float(value)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The picture called `name`, links followed. The page serves these files: one outside is a leak."""
+    path = (folder / name).resolve()
+    if Path(name).is_absolute() or not path.is_relative_to(folder):
+        raise ValueError(f"the picture {name!r} is not inside {folder}")
+    if not path.is_file():
+        raise FileNotFoundError(f"the picture {name!r} is missing. {HOW}")
+    return path

@@ -1,0 +1,249 @@
+"""Blind pairs among N pictures: close for the dense CLIP, apart for the reference. Exact, in bounded memory.
+
+    found = search(dense, [moe], Criteria(), device="cuda")     # dense, moe: [N,P], perhaps memory-mapped
+
+All N(N-1)/2 dense cosines are computed, tile by tile; a reference cosine only where the dense one is above its
+threshold. A `Pool` keeps the best of the pairs that are left, so that memory does not grow with their number. Of equal
+pairs the lower numbers win; the result does not depend on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from train_encoder.evaluate.retrieval import full_precision
+from train_encoder.features import pick_device
+from train_encoder.progress import Bar
+
+TILE = 2048
+"""Rows and columns of a tile: its cosines take 16 MB, and its product is large enough for full speed."""
+PART = 2**18
+"""Pairs handled at once: all of a tile may be above the threshold, and each step copies them."""
+LOOSE = 8
+"""The pool keeps this many times `per_image` pairs of each picture: when a picture's best pair is left out later, since
+its partner is in better ones, others must be there to replace it."""
+
+Accept = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Numbers of n first and n second pictures -> bool [n]: which pairs may be kept."""
+
+
+@dataclass(frozen=True)
+class Criteria:
+    dense_threshold: float = 0.95
+    reference_threshold: float = 0.6
+    top: int = 100
+    per_image: int = 2
+    candidates: int = 1000
+    pool: int = 100_000
+    """Pairs that the search remembers."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pairs kept, the widest gap first; n of them."""
+
+    first: np.ndarray  # int64 [n]
+    second: np.ndarray  # int64 [n], larger than `first`
+    outcome: str
+    """"both": all passed both thresholds. "dense": none did; the widest gaps above the dense threshold. "closest":
+    none was above it; the widest gaps among the highest dense cosines."""
+    above: int
+    """Pairs above the dense threshold, near duplicates among them."""
+    refused: int
+    """Those of them (or of the closest) that `accept` refused."""
+    forgotten: bool
+    """The pool was too small for all pairs, so that a pair of a picture in very many pairs may be missing."""
+
+
+class Rows:
+    """Embeddings [N,P] as L2-normalised fp32 on a device, by slice or numbers; only those are in memory."""
+
+    def __init__(self, array: np.ndarray, numbers: np.ndarray, device: torch.device) -> None:
+        """`numbers`: the rows that are used, ascending; row i is array[numbers[i]]."""
+        self.array, self.numbers, self.device = array, numbers, device
+
+    def __getitem__(self, index: slice | np.ndarray) -> torch.Tensor:
+        part = torch.from_numpy(np.asarray(self.array[self.numbers[index]]))
+        return F.normalize(part.to(self.device, torch.float32), dim=-1)
+
+
+def cosines(rows: Rows, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosines of n pairs of one tile, fp32 [n], by one product of the rows and columns that occur in them."""
+    a, i = _occurring(first)
+    b, j = _occurring(second)
+    product = rows[a] @ rows[b].T
+    return product[torch.from_numpy(i).to(product.device), torch.from_numpy(j).to(product.device)].cpu().numpy()
+
+
+def _occurring(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As np.unique with the inverse, but without a sort: the numbers are a tile's and so lie close together."""
+    low = numbers.min()
+    there = np.bincount(numbers - low) > 0
+    return there.nonzero()[0] + low, (np.cumsum(there) - 1)[numbers - low]
+
+
+def exact_cosines(array: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosines of n pairs in fp64 [n], each of its two rows alone."""
+    found = np.empty(len(first))
+    for start in range(0, len(first), TILE):
+        some = slice(start, start + TILE)
+        a, b = array[first[some]].astype(np.float64), array[second[some]].astype(np.float64)
+        found[some] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return found
+
+
+class Pool:
+    """The `keep` pairs with the largest keys, and at most `per_row` of a row. Holds 2 * keep at most, ever."""
+
+    def __init__(self, count: int, keep: int, per_row: int) -> None:
+        self.keep, self.per_row, self.size, self.largest = keep, per_row, 0, 0
+        self.pairs, self.keys = np.empty((2, 2 * keep), np.int64), np.empty(2 * keep, np.float64)
+        self.floor = -np.inf
+        self.floors = np.full(count, -np.inf)  # by row: the key that a pair of it must exceed
+
+    @property
+    def full(self) -> bool:
+        """Whether a pair has been forgotten."""
+        return bool(self.floor > -np.inf or (self.floors > -np.inf).any())
+
+    def wanted(self, first: np.ndarray, second: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return keys > np.maximum(self.floor, np.maximum(self.floors[first], self.floors[second]))
+
+    def add(self, first: np.ndarray, second: np.ndarray, keys: np.ndarray) -> None:
+        while len(keys):
+            some = self.wanted(first, second, keys)
+            first, second, keys = first[some], second[some], keys[some]
+            n = min(len(keys), 2 * self.keep - self.size)
+            place = slice(self.size, self.size + n)
+            self.pairs[0, place], self.pairs[1, place], self.keys[place] = first[:n], second[:n], keys[:n]
+            self.size += n
+            self.largest = max(self.largest, self.size)
+            first, second, keys = first[n:], second[n:], keys[n:]
+            if self.size == 2 * self.keep:
+                self._shrink()
+
+    def sorted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """first, second, keys: the largest key first, then the lower numbers."""
+        first, second, keys = *self.pairs[:, : self.size], self.keys[: self.size]
+        order = np.lexsort((second, first, -keys))
+        return first[order], second[order], keys[order]
+
+    def _shrink(self) -> None:
+        first, second, keys = self.sorted()
+        kept = np.ones(len(keys), bool)
+        rows = np.stack([first, second], 1).reshape(-1)  # in the order of the keys
+        order = np.argsort(rows, kind="stable")
+        starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
+        rank = np.arange(len(rows)) - np.repeat(starts, np.diff([*starts, len(rows)]))
+        last = order[rank == self.per_row - 1]
+        self.floors[rows[last]] = np.maximum(self.floors[rows[last]], keys[last // 2])
+        kept[order[rank >= self.per_row] // 2] = False
+        kept = np.flatnonzero(kept)
+        if len(kept) > self.keep:
+            kept = kept[: self.keep]
+            self.floor = keys[kept[-1]]
+        self.size = len(kept)
+        self.pairs[:, : self.size], self.keys[: self.size] = (first[kept], second[kept]), keys[kept]
+
+
+def close_pairs(
+    rows: Rows, count: int, above: Callable[[], float], advance: Callable[[int], None]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """first, second, cosine of all pairs above a threshold, tile by tile of the upper triangle, PART at a time.
+
+    `above` is asked before each tile; `advance` is told how many pairs have been looked at.
+    """
+    for i in range(0, count, TILE):
+        a = rows[i : i + TILE]
+        for j in range(i, count, TILE):
+            tile = a @ rows[j : j + TILE].T
+            mask = tile > above()
+            if i == j:
+                mask = mask.triu_(1)
+            for found, values in zip(mask.nonzero().split(PART), tile[mask].split(PART), strict=True):
+                if len(found):
+                    first, second = found.T.cpu().numpy()
+                    yield i + first, j + second, values.cpu().numpy()
+            advance(len(a) * (len(a) - 1) // 2 if i == j else tile.numel())
+
+
+def search(
+    dense: np.ndarray,
+    references: Sequence[np.ndarray],
+    criteria: Criteria,
+    *,
+    numbers: np.ndarray | None = None,
+    accept: Accept | None = None,
+    device: str = "auto",
+) -> Found:
+    """The blind pairs of N pictures. dense [N,P]; references: [N,P'] each, the smallest of their cosines counts.
+
+    `numbers`: the pictures to compare (default all). Where no pair passes both thresholds, the widest gaps of those
+    above the dense one are kept; where none is above it, the widest gaps of the `candidates` closest.
+    """
+    numbers = np.arange(len(dense)) if numbers is None else np.asarray(numbers, np.int64)
+    count, place = len(numbers), pick_device(device)
+    dense_rows, others = Rows(dense, numbers, place), [Rows(array, numbers, place) for array in references]
+    counts = {"above": 0, "refused": 0}
+
+    def accepted(first, second, cosine):
+        good = np.ones(len(first), bool) if accept is None else accept(numbers[first], numbers[second])
+        counts["refused"] += int((~good).sum())
+        return first[good], second[good], cosine[good]
+
+    pool = Pool(count, criteria.pool, LOOSE * criteria.per_image)
+    with torch.inference_mode(), full_precision():
+        with Bar("comparing", count * (count - 1) // 2, unit="pairs") as bar:
+            for pairs in close_pairs(dense_rows, count, lambda: criteria.dense_threshold, bar.advance):
+                counts["above"] += len(pairs[0])
+                first, second, cosine = accepted(*pairs)
+                if len(first):
+                    reference = np.min([cosines(rows, first, second) for rows in others], axis=0)
+                    # Pairs that pass get keys above 2, more than any gap: a wider gap alone does not push them out.
+                    passed = reference < criteria.reference_threshold
+                    pool.add(first, second, cosine.astype(np.float64) - reference + 4 * passed)
+        first, second, keys = pool.sorted()
+        outcome = "both" if len(keys) and keys[0] > 2 else "dense"
+        if outcome == "both":
+            first, second = first[keys > 2], second[keys > 2]
+        if not len(keys):
+            outcome, counts["refused"] = "closest", 0
+            first, second = _closest(dense_rows, count, criteria.candidates, accepted)
+    first, second = _by_gap(dense, references, numbers[first], numbers[second])
+    kept = _few_of_each(first, second, criteria.per_image, criteria.top)
+    return Found(first[kept], second[kept], outcome, **counts, forgotten=pool.full and len(kept) < criteria.top)
+
+
+def _closest(rows: Rows, count: int, candidates: int, accepted: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs with the highest dense cosines, in a second pass: only for where no pair is above the threshold."""
+    pool = Pool(count, candidates, per_row=count)
+    with Bar("comparing again", count * (count - 1) // 2, unit="pairs") as bar:
+        for pairs in close_pairs(rows, count, lambda: max(pool.floor, -2.0), bar.advance):
+            pool.add(*accepted(*pairs))
+    first, second, _ = pool.sorted()
+    return first[:candidates], second[:candidates]
+
+
+def _by_gap(dense, references, first, second) -> tuple[np.ndarray, np.ndarray]:
+    """Sort by gaps of fp64 cosines: those of a matrix product differ in the last bit with the tile they were in."""
+    reference = np.min([exact_cosines(array, first, second) for array in references], axis=0)
+    order = np.lexsort((second, first, reference - exact_cosines(dense, first, second)))
+    return first[order], second[order]
+
+
+def _few_of_each(first: np.ndarray, second: np.ndarray, per_image: int, top: int) -> list[int]:
+    """Positions of the first `top` pairs, without those whose pictures are in `per_image` earlier pairs already."""
+    uses: dict[int, int] = {}
+    kept: list[int] = []
+    for position, pair in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        if len(kept) == top:
+            break
+        if all(uses.get(image, 0) < per_image for image in pair):
+            kept.append(position)
+            uses.update({image: uses.get(image, 0) + 1 for image in pair})
+    return kept

@@ -1,0 +1,116 @@
+"""Pairs: all mined pairs, sorted and filtered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..session import Demo
+from ..uploads import FORMATS
+from . import html
+from .compare import Compare, show
+from .errors import explained, for_visitor
+
+THUMBNAIL = 160
+"""Pixels of one picture of a pair in the gallery."""
+ANY = "any"
+ORDERS = {
+    "widest gap first": lambda pair: -pair.gap,
+    "closest for CLIP first": lambda pair: -pair.cosines["dense"],
+    "farthest for the reference first": lambda pair: pair.cosines["dense"] - pair.gap,
+}
+"""The reference's cosine is the dense one minus the gap."""
+
+
+def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None:
+    if not demo.pairs:
+        gr.Markdown(
+            "No mined pairs are loaded. `llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` finds pairs in any "
+            "folder of pictures; start the demo with `--pairs FOLDER`."
+        )
+        return
+    gr.Markdown(_summary(demo))
+    gaps = [pair.gap for pair in demo.pairs]
+    lowest, highest = _floor(min(gaps)), _floor(max(gaps)) + 0.01
+    attributes = sorted({name for pair in demo.pairs for name in pair.attributes})
+    with gr.Row():
+        attribute = gr.Dropdown([ANY, *attributes], value=ANY, label="What differs", min_width=150, elem_id="attribute")
+        order = gr.Dropdown(list(ORDERS), value=next(iter(ORDERS)), label="Order", min_width=190, elem_id="order")
+        limits = dict(minimum=lowest, maximum=highest, value=lowest, step=0.01)
+        least = gr.Slider(**limits, min_width=190, label="Gap of at least", elem_id="least-gap")
+    shown = gr.State(list(range(len(demo.pairs))))
+    thumbnails = [_thumbnail(pair.images) for pair in demo.pairs]
+    gallery = gr.Gallery(
+        label="Pairs", columns=3, object_fit="contain", allow_preview=False, height=560, buttons=[], elem_id="gallery"
+    )
+    count = gr.Markdown(elem_id="pair-count")
+    chosen = gr.State(None)
+    details = gr.HTML(elem_id="pair-details")
+    compare = gr.Button("Compare this pair", visible=False, variant="primary", elem_id="compare-pair")
+
+    def select(name: str, by: str, gap: float) -> tuple[Any, ...]:
+        indices = chosen_pairs(demo, name, by, gap)
+        items = [(thumbnails[index], _caption(demo, index)) for index in indices]
+        text = f"{len(indices)} of {len(demo.pairs)} pairs"
+        return gr.Gallery(items, selected_index=None), indices, text, None, "", gr.Button(visible=False)
+
+    outputs = [gallery, shown, count, chosen, details, compare]
+    for control in (attribute, order, least):
+        control.change(explained(select), [attribute, order, least], outputs, trigger_mode="always_last")
+    page.load(explained(select), [attribute, order, least], outputs, show_progress="hidden")
+
+    def picked(indices: list[int], event: gr.SelectData) -> tuple[Any, ...]:
+        index = indices[event.index]
+        pair = demo.pairs[index]
+        return index, html.pair(pair.names, pair.questions) + html.cosines(pair.cosines), gr.Button(visible=True)
+
+    gallery.select(explained(picked), shown, [chosen, details, compare])
+
+    compare.click(for_visitor(demo, _compare), chosen, [tabs, compared.picker, *compared.show_outputs])
+
+
+def _compare(demo: Demo, session: str | None, index: int) -> tuple[Any, ...]:
+    """Open the Compare tab with a pair."""
+    return gr.Tabs(selected="compare"), index, *show(demo, session, index)
+
+
+def chosen_pairs(demo: Demo, attribute: str, order: str, gap: float) -> list[int]:
+    """Indices of the pairs that differ in `attribute` (ANY: all) with a gap of at least `gap`, in this order."""
+    fitting = [
+        index
+        for index, pair in enumerate(demo.pairs)
+        if pair.gap >= gap - 1e-9 and (attribute == ANY or attribute in pair.attributes)
+    ]
+    return sorted(fitting, key=lambda index: ORDERS[order](demo.pairs[index]))
+
+
+def _floor(gap: float) -> float:
+    return int(gap * 100 - (gap < 0)) / 100
+
+
+def _summary(demo: Demo) -> str:
+    passed = sum(pair.passed for pair in demo.pairs)
+    rest = "" if passed == len(demo.pairs) else f" {passed} pass both thresholds; the others are the widest gaps found."
+    return (
+        f"**{len(demo.pairs)} pairs** that the dense CLIP finds alike and *{demo.pairs[0].reference}* finds less "
+        f"alike. The gap is the difference of the two cosines.{rest} Choose one to see all cosines."
+    )
+
+
+def _caption(demo: Demo, index: int) -> str:
+    pair = demo.pairs[index]
+    return f"{pair.difference}{' · ' if pair.difference else ''}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
+
+
+def _thumbnail(paths: tuple[Any, Any]) -> Image.Image:
+    """Both pictures side by side."""
+    sheet = Image.new("RGB", (2 * THUMBNAIL + 8, THUMBNAIL), "white")
+    for number, path in enumerate(paths):
+        with Image.open(path, formats=FORMATS) as picture:  # a folder of pairs may be a stranger's
+            small = picture.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        left = number * (THUMBNAIL + 8) + (THUMBNAIL - small.width) // 2
+        sheet.paste(small, (left, (THUMBNAIL - small.height) // 2))
+    return sheet

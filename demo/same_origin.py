@@ -1,0 +1,184 @@
+"""The outer check of every request: what passes is what the page itself asks, from its own address.
+
+Its own address: Gradio sends no CORS header to other sites, so that they can read nothing. But a browser would still
+send their uploads here (a form needs no permission), and a host name of theirs that points to 127.0.0.1 would count as
+the page's own address. Both are refused.
+
+What the page asks: Gradio answers at some fifty addresses that the page does not use, takes and serves files of any
+kind, fetches what a value names as a URL, and opens what a value names as a path. No such request reaches it: one
+passes if the page makes such requests, and if every file that it names is the page's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+
+from demo.uploads import Uploads, inside
+
+THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
+EVERYWHERE = ("0.0.0.0", "::")
+API = "/gradio_api"
+READ = re.compile(
+    rf"/|/config|/theme\.css|/favicon\.ico|/(assets|static)/.+|{API}/(info|app_id|startup-events|queue/data|heartbeat/[^/]+)"
+)
+"""What the page reads from Gradio: itself, Gradio's scripts and styles, and the results of its events."""
+WRITTEN = (f"{API}/cancel", f"{API}/reset")
+JOIN, UPLOAD, PROGRESS, FILE = f"{API}/queue/join", f"{API}/upload", f"{API}/upload_progress", f"{API}/file="
+"""An event, an upload, an upload's progress, a file: answered here, or checked before Gradio gets it."""
+MOST_ASKED = 2**20
+"""Bytes of an event. Far more than the longest question, so that the page can say which limit that exceeds."""
+ASKED = ("data", "fn_index", "session_hash", "event_data", "trigger_id")
+PICTURES = {".png": "image/png", ".webp": "image/webp"}
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class SameOriginOnly:
+    """ASGI middleware: 403 for a request whose Origin is not the address that it was sent to."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        headers = Headers(raw=scope.get("headers") or [])
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+            refused = PlainTextResponse("This page takes nothing from other pages.", status_code=403)
+            await refused(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+class AsDeclared:
+    """ASGI middleware: tells the browser to trust the content type of every answer and never to guess a web page."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        async def declared(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receive, declared)
+
+
+class OnlyWhatIsUsed:
+    """ASGI middleware: the page's own requests pass, uploads and pictures are handled here, anything else gets 404."""
+
+    def __init__(self, app: Any, uploads: Uploads):
+        self.app, self.uploads = app, uploads
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the server's start and end: no address of Gradio's takes a websocket
+            return await self.app(scope, receive, send)
+        reads, writes, path = scope["method"] in ("GET", "HEAD"), scope["method"] == "POST", scope["path"]
+        answer: Response = PlainTextResponse("This page has nothing here.", status_code=404)
+        if (reads and READ.fullmatch(path)) or (writes and path in WRITTEN):
+            return await self.app(scope, receive, send)
+        if writes and path == JOIN:
+            asked = _event(await _body(receive, MOST_ASKED), self.uploads.served)
+            if asked is not None:
+                return await self.app(scope, _again(asked, receive), send)
+            answer = PlainTextResponse("This is nothing that the page asks.", status_code=400)
+        elif writes and path == UPLOAD:
+            answer = await self._upload(scope, receive)
+        elif reads and path == PROGRESS:  # Gradio did not see the upload, but the page waits for its end
+            answer = PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+        elif reads and path.startswith(FILE):
+            answer = self._file(path.removeprefix(FILE), answer)
+        await answer(scope, receive, send)
+
+    async def _upload(self, scope: dict[str, Any], receive: Receive) -> Response:
+        """Answer an upload as Gradio would, with a list of paths: here of one picture."""
+        body = await _body(receive, self.uploads.limits.max_bytes + 2**16)  # 2**16: what a form adds around the file
+        if body is None:
+            most = f"{self.uploads.limits.max_bytes:,}"
+            return PlainTextResponse(f"Too large: at most one file of {most} bytes is taken.", status_code=413)
+        try:
+            async with Request(scope, _again(body, receive)).form(max_files=1, max_fields=1) as form:
+                files = [await part.read() for part in form.getlist("files") if isinstance(part, UploadFile)]
+        except (MultiPartException, HTTPException):
+            files = []
+        if not files:
+            return PlainTextResponse("One file at a time is taken here.", status_code=400)
+        return JSONResponse([await run_in_threadpool(self.uploads.take, files[0])])
+
+    def _file(self, name: str, otherwise: Response) -> Response:
+        path = inside(self.uploads.served, name)
+        kind = PICTURES.get(path.suffix) if path and path.is_file() else None
+        if kind is None:
+            return otherwise
+        return FileResponse(path, media_type=kind, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
+
+
+def _event(body: bytes | None, served: Path) -> bytes | None:
+    """The request for an event, reduced to what may be asked; None for what may not.
+
+    Its values are text, numbers, or pictures in `served`, of which nothing but the path is passed on.
+    """
+    try:
+        sent = json.loads(body)
+        asked = {key: sent[key] for key in ASKED if key in sent}
+        asked["data"] = [_value(value, served) for value in sent["data"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return json.dumps(asked).encode()
+
+
+def _value(value: Any, served: Path) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    path = inside(served, value["path"])
+    if path is None:
+        raise ValueError("a file that is not the page's")
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+async def _body(receive: Receive, most: int) -> bytes | None:
+    """A request's body; None when it is longer than `most` bytes, or the client leaves before its end."""
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > most or message["type"] == "http.disconnect":
+            return None
+    return bytes(body)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` for the next reader of the request: gives `body`, then what is still to come."""
+    left = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> dict[str, Any]:
+        return left.pop() if left else await receive()
+
+    return again
+
+
+def middleware(host: str, uploads: Uploads) -> Sequence[Middleware]:
+    """For a server that listens on `host`. On all of a machine's addresses its names cannot be known: any is taken."""
+    names = ["*"] if host in EVERYWHERE else [*THIS_MACHINE, host]
+    return [
+        Middleware(AsDeclared),
+        Middleware(TrustedHostMiddleware, allowed_hosts=names),
+        Middleware(SameOriginOnly),
+        Middleware(OnlyWhatIsUsed, uploads=uploads),
+    ]

@@ -1,0 +1,158 @@
+"""The quick start's own steps for one tower, each in a process of its own. Upstream's two stages come between them.
+
+    python -m llava_clipmoe.run train_llava.quickstart.child warm-start|merge|answer JOB.json
+
+JOB.json is written by run.py: paths, the tower, the seed. Every step prints "done/total [" now and then, as upstream's
+progress bars do; run.py draws its bar from that.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llava_clipmoe.files import atomic_directory, load_tensors, read_json, write_text
+from train_encoder.allocator import keep_freed_memory
+from train_llava.eval.answers import read_jsonl, write_jsonl
+from train_llava.eval.batched import Prompts
+from train_llava.eval.batched import answer as answer_batches
+
+from .conversations import ANSWERS
+
+ANSWER_WEIGHT = 5.0
+"""Weight of an attribute's answer among the words that a picture's tokens are fitted to; a caption's word has 1."""
+TURNED_OFTEN = 5.0
+"""A turned drawing is sampled this many times as often as another: directions are rare, and the hardest to see."""
+_FILLER = frozenset("a an the with in and it than as about is its some little mostly partly by of".split())
+
+
+def warm_start(job: Mapping[str, Any]) -> None:
+    """Fit the projector to the words of the training captions and answers (projector.py) -> warm-start/."""
+    import torch
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+    from transformers import AutoTokenizer
+
+    from .projector import fit_projector, save_projector, visual_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(job["language_model"], use_fast=False)
+    wanted = wanted_words(Path(job["data"]), lambda word: tokenizer(f" {word}", add_special_tokens=False).input_ids)
+    # A dense CLIP is upstream's own tower, a CLIP-MoE is ours: upstream's builder knows both (llava_hook.py).
+    tower = build_vision_tower(SimpleNamespace(mm_vision_tower=job["tower"], mm_vision_select_layer=-2))
+    tokens = visual_tokens(tower, list(wanted))
+    embeddings = load_tensors(job["language_model"])["model.embed_tokens.weight"]
+    torch.manual_seed(job["seed"])
+    turned, total = str(Path(job["data"]) / "pictures"), job["warm_steps"]
+    often = [TURNED_OFTEN if image.startswith(turned) else 1.0 for image in wanted]
+
+    def progress(step: int) -> None:
+        _say(step, total, every=10)
+
+    how = {"steps": total, "seed": job["seed"], "often": often, "progress": progress}
+    state = fit_projector(tokens, list(wanted.values()), embeddings, **how)
+    with atomic_directory(job["warm_start"]) as folder:
+        save_projector(folder / "mm_projector.bin", state)
+
+
+def wanted_words(data: Path, ids_of: Callable[[str], list[int]]) -> dict[str, dict[int, float]]:
+    """Image -> {token id: weight}: the words of its caption, and of its attributes' answers.
+
+    Rare answers weigh more (up to four times), so that of two answers the frequent one is not always the likelier.
+    """
+    attribute = {answer: name for name, answers in ANSWERS.items() for answer in answers}
+    talks = read_json(data / "stage2.json")
+    answers = {row["image"]: [m["value"] for m in row["conversations"][1::2]] for row in talks}
+    counts = Counter(answer for given in answers.values() for answer in given if answer in attribute)
+    totals: dict[str, list[int]] = defaultdict(list)
+    for answer, count in counts.items():
+        totals[attribute[answer]].append(count)
+    wanted: dict[str, dict[int, float]] = {}
+    for row in read_json(data / "stage1.json"):
+        caption = re.split(r"[\s:;,.]+", row["conversations"][1]["value"])
+        weights = {i: 1.0 for word in caption if word and word not in _FILLER for i in ids_of(word)}
+        for answer in answers.get(row["image"], ()):
+            if answer in attribute:
+                usual = sum(totals[attribute[answer]]) / len(totals[attribute[answer]])
+                weights |= dict.fromkeys(ids_of(answer), ANSWER_WEIGHT * min(4.0, usual / counts[answer]))
+        wanted[row["image"]] = weights
+    often = Counter(i for weights in wanted.values() for i in weights)
+    return {image: {i: w for i, w in weights.items() if often[i] >= 4} for image, weights in wanted.items()}
+
+
+def merge(job: Mapping[str, Any]) -> None:
+    """Stage 2's LoRA and projector into one ordinary LLaVA directory, the tower named in its config."""
+    import torch
+    from llava.model.builder import load_pretrained_model
+
+    # "lora" in this name (and only here) tells upstream to merge what it loads.
+    tokenizer, model, _, _ = load_pretrained_model(job["stage2"], job["language_model"], "llava-lora", device="cpu")
+    # Neither the tower (its own directory has it) nor the output layer (it is the embeddings once more).
+    left_out = re.compile(r"\.vision_tower\.|^lm_head\.")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not left_out.search(name)}
+    model.config.use_cache = True
+    with atomic_directory(job["result"]) as folder:
+        model.to(torch.bfloat16).save_pretrained(
+            folder, state_dict={name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+        )
+        tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", job["card"])
+
+
+def answer(job: Mapping[str, Any]) -> None:
+    """Ask the finished directory, as upstream loads it, every held-out and pair question -> answers/.
+
+    Blind: the same model gets one plain grey picture with every question. As the answer then depends on the question
+    alone, each form is asked once and its answer stands for all.
+    """
+    from llava.model.builder import load_pretrained_model
+    from PIL import Image
+
+    name = Path(job["result"]).name
+    tokenizer, model, processor, _ = load_pretrained_model(job["result"], None, name, device="cpu")
+    heldout, pairs = (read_jsonl(Path(job["data"]) / f"{part}.jsonl") for part in ("heldout", "pairs"))
+    with atomic_directory(job["answers"]) as folder:
+        grey = folder / "grey.png"
+        Image.new("RGB", (336, 336), (127, 127, 127)).save(grey)
+        blind = [{"image": str(grey), "question": text} for text in dict.fromkeys(r["question"] for r in heldout)]
+        parts = {"heldout": heldout, "blind": blind, "pairs": pairs}
+        total, said = sum(map(len, parts.values())), 0
+        for part, rows in parts.items():
+            texts = []
+            for batch in _generate(model, tokenizer, processor, rows):
+                texts += batch
+                said += len(batch)
+                _say(said, total)
+            if part == "blind":
+                of_question = {row["question"]: text for row, text in zip(rows, texts, strict=True)}
+                rows, texts = heldout, [of_question[row["question"]] for row in heldout]
+            answered = zip(rows, texts, strict=True)
+            write_jsonl(folder / f"{part}.jsonl", [{**row, "text": text} for row, text in answered])
+
+
+def _generate(model: Any, tokenizer: Any, processor: Any, rows: Sequence[Mapping[str, Any]]):
+    questions = [{"question_id": i, "text": row["question"], "image": row["image"]} for i, row in enumerate(rows)]
+    prompts = Prompts(questions, Path(), tokenizer, processor, model.config, "vicuna_v1")
+    return answer_batches(model, tokenizer, prompts, batch_size=16, max_new_tokens=24)
+
+
+def _say(done: int, total: int, every: int = 1) -> None:
+    if done % every == 0 or done == total:
+        print(f"{done}/{total} [", flush=True)
+
+
+STEPS = {"warm-start": warm_start, "merge": merge, "answer": answer}
+
+
+def main(argv: list[str]) -> int:
+    keep_freed_memory()
+    step, job = argv
+    STEPS[step](read_json(job))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Scores of both towers' answers: results.json, and the table that is printed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from train_llava.eval.answers import read_jsonl
+from train_llava.judge import is_answer, names_answer, pairs_right, share
+
+from .conversations import ANSWERS
+from .run import TowerRun
+from .steps import TOWERS
+
+BLIND = "blind"
+
+
+def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of right answers by attribute, and "overall": over all questions."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        right[row["attribute"]].append(is_answer(row["text"], row["answer"]))
+    every = [value for values in right.values() for value in values]
+    return {**{attribute: share(values) for attribute, values in right.items()}, "overall": share(every)}
+
+
+def pair_accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of right pairs, of right single pictures, of right pairs with a held-out picture; and pairs by type."""
+    rows = sorted(rows, key=lambda row: row["pair"])
+    right = [names_answer(row["text"], row["answer"], row["other"]) for row in rows]
+    both = pairs_right(right)
+    heldout: list[bool] = []
+    types: dict[str, list[bool]] = defaultdict(list)
+    for one, two, pair_is_right in zip(rows[::2], rows[1::2], both, strict=True):
+        types[one["type"]].append(pair_is_right)
+        if "heldout" in (one["split"], two["split"]):
+            heldout.append(pair_is_right)
+    return {
+        "pairs": share(both),
+        "pictures": share(right),
+        "pairs with a held-out picture": share(heldout),
+        "by type": {kind: share(values) for kind, values in types.items()},
+        "counts": {"pairs": len(both), "pairs with a held-out picture": len(heldout)},
+    }
+
+
+def collect(runs: Sequence[TowerRun]) -> dict[str, Any]:
+    """What goes into results.json."""
+    results: dict[str, Any] = {"heldout": {}, BLIND: {}, "pairs": {}, "seconds": {}}
+    for run in runs:
+        name, folder = run.job["name"], Path(run.job["answers"])
+        heldout = read_jsonl(folder / "heldout.jsonl")
+        results["heldout"][name] = accuracy(heldout)
+        results[BLIND][name] = accuracy(read_jsonl(folder / "blind.jsonl"))
+        results["pairs"][name] = pair_accuracy(read_jsonl(folder / "pairs.jsonl"))
+        results["seconds"][name] = run.seconds
+    asked = {row["attribute"] for row in heldout}
+    counts = {attribute: sum(row["attribute"] == attribute for row in heldout) for attribute in ANSWERS}
+    chance = {attribute: 1 / len(answers) for attribute, answers in ANSWERS.items() if attribute in asked}
+    chance["overall"] = sum(chance[attribute] * counts[attribute] for attribute in chance) / len(heldout)
+    return {**results, "chance": {**chance, "pairs": 0.25}, "questions": {**counts, "overall": len(heldout)}}
+
+
+def table_of(results: Mapping[str, Any]) -> Table:
+    """Accuracy by attribute: both towers, each one blind, chance."""
+    table = Table(box=box.SIMPLE_HEAD, title="right answers to held-out questions, %")
+    for column in ("attribute", *TOWERS, *(f"{name} {BLIND}" for name in TOWERS), "chance", "questions"):
+        table.add_column(column, justify="left" if column == "attribute" else "right")
+    for attribute in results["chance"]:
+        if attribute == "pairs":
+            continue
+        scores = [results[part][name][attribute] for part in ("heldout", BLIND) for name in TOWERS]
+        numbers = [f"{100 * score:.1f}" for score in (*scores, results["chance"][attribute])]
+        table.add_row(attribute, *numbers, str(results["questions"][attribute]), end_section=attribute == "direction")
+    table.add_section()
+    for kind, label in (("pairs", "pairs"), ("pairs with a held-out picture", "held-out pairs")):
+        scores = [results["pairs"][name] for name in TOWERS]
+        numbers = [f"{100 * score[kind]:.1f}" for score in scores]
+        table.add_row(label, *numbers, "0.0", "0.0", "25.0", str(scores[0]["counts"][kind]))
+    return table
