@@ -47,7 +47,7 @@ from llava_clipmoe.model_directory import ClipBundle, read_config, save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoESparseMLP
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
-from train_encoder.compare_flops import vision_macs
+from train_encoder.compare.cost import vision_macs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -249,7 +249,7 @@ def tower_macs(config: CLIPMoEVisionConfig, delta: bool, dense: bool, blocks: in
     kind = copy.deepcopy(config)
     kind.num_hidden_layers, kind.moe_layers = blocks, [] if dense else list(range(blocks))
     kind.delta_ranks = [config.delta_ranks[0]] * blocks if delta else None
-    return vision_macs(SimpleNamespace(vision_config=kind, projection_dim=0))
+    return vision_macs(kind)
 
 
 def random_pixels(shape: dict[str, int], batch: int, dtype: str, device: torch.device) -> torch.Tensor:

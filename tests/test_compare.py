@@ -17,11 +17,18 @@ import torch
 from tiny_run import REPOSITORY, arguments, draw_data, environment
 
 from llava_clipmoe.files import load_tensors, read_json
-from train_encoder.compare import Settings, base_recipe, check, command, is_finished, main, recipes_of, run_flags
-from train_encoder.compare_cells import cost_of
-from train_encoder.compare_page import epochs_of
-from train_encoder.compare_run import Clock
-from train_encoder.recipes import RECIPES
+from train_encoder.compare.cells import cost_of
+from train_encoder.compare.command import (
+    Settings,
+    base_recipe,
+    check,
+    command,
+    epochs_of,
+    is_finished,
+    main,
+    recipes_of,
+    run_flags,
+)
 
 COMPARED = ("dmu-openmoji", "direct-ft-openmoji")
 
@@ -180,7 +187,7 @@ def test_all_recipes_of_a_scale_can_be_compared(scale):
     settings = Settings(("all",), scale=scale)
     check(settings, ())
     recipes = recipes_of(settings)
-    assert len(recipes) >= 7 and epochs_of(RECIPES[base_recipe(settings)][1]) == 0
+    assert len(recipes) >= 7 and epochs_of(base_recipe(settings)) == 0
     assert all("--base.source" in command(settings, recipe, 0, ()) for recipe in recipes)
 
 
@@ -239,16 +246,3 @@ def test_on_a_cpu_its_own_time_counts_where_it_is_known():
     ]
     assert cost_of(rows, {"router": 10}, cpu=True).seconds == 6.0
     assert cost_of(rows, {"router": 10}).seconds == 11.0
-
-
-def test_the_time_left_is_that_of_the_cells_that_ended_shared_by_the_jobs():
-    now = 0.0
-    clock = Clock(6, 2, lambda: now)
-    clock.begin("a"), clock.begin("kept")
-    clock.end("kept", ran=False)
-    clock.begin("b")
-    assert clock.left is None, "nothing ended yet that ran"
-    now = 100.0
-    clock.end("a", ran=True)
-    clock.begin("c")
-    assert clock.left == (2 * 100 + 0 + 100) / 2  # two wait, b is about to end, c has just begun

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train_encoder.compare import main
-from train_encoder.compare_cells import Cell, Cost
-from train_encoder.compare_html import html_page
-from train_encoder.compare_llava import llava_section, read_llavas
-from train_encoder.compare_page import make_page
-from train_encoder.compare_summary import fmoe_claims, paired, sentence
+from train_encoder.compare.cells import Cell, Cost
+from train_encoder.compare.command import main
+from train_encoder.compare.llava import llava_section, read_llavas
+from train_encoder.compare.summary import fmoe_claims, paired, sentence
+from train_encoder.compare.tables import make_page
 from train_encoder.openmoji_classes import open_zero_shot, openmoji_colours
 
 
@@ -74,7 +73,7 @@ def test_the_base_may_be_first():
 
 
 def test_the_page_opens_with_three_to_five_sentences(cells):
-    said = make_page(cells, [], ["x"]).summary
+    said = make_page(cells, [], ["x"]).points
     assert 3 <= len(said) <= 5
     assert said[0].startswith("**Retrieval, held|out**: dmu is first with 32.0, 1.0 above fmoe")
     assert "21.0 above the base, clearly" in said[0]
@@ -107,7 +106,7 @@ def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells):
 
 def test_nothing_of_a_name_becomes_markup(cells):
     cells["<script>"] = cells.pop("fmoe")
-    page = html_page(make_page(cells, [], ["<b>"]))
+    page = make_page(cells, [], ["<b>"]).html()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>'" not in page
 
 
@@ -141,15 +140,15 @@ def test_llavas_are_columns_and_benchmarks_rows(results):
     entries = ["checkpoints/llava-a", "moe=checkpoints/llava-b", str(results / "third")]
     llavas = read_llavas(entries, results / "runs" / "eval-llava")
     section = llava_section(llavas)
-    table = section.tables[0]
+    (table,) = section.tables
     assert table.head == ["benchmark", "metric", "llava-a", "moe", "third", "paper: 7B, with CLIP-MoE"]
     assert table.rows == [
         ["pope", "accuracy", "85.0", "86.2 (+1.2)", "80.0 (−5.0)", "85.9 → 86.4"],
         ["mmvet", "accuracy", "–", "–", "–", "–"],
         ["gqa", "accuracy", "62.0", "60.0 (−2.0)", "–", "–"],
     ]
-    assert "gqa: not the same number of questions (llava-a 100, moe 99)" in section.after
-    assert "mmvet: not scored here for third" in section.after
+    assert "gqa: not the same number of questions (llava-a 100, moe 99)" in section.blocks[-1]
+    assert "mmvet: not scored here for third" in section.blocks[-1]
 
 
 def test_a_llava_without_results_is_an_error_that_says_how_to_measure_it(results):
@@ -178,7 +177,7 @@ def test_llavas_alone_make_a_page_without_training_anything(results, capsys):
 
 def test_llavas_join_the_page_of_the_recipes(cells, results):
     page = make_page(cells, read_llavas([str(results / "third")], results), ["x"])
-    assert [section.anchor for section in page.sections][-2:] == ["cost", "llava"]
+    assert [section.anchor for section in page.sections][-3:] == ["cost", "llava", "reproduce"]
     assert "| pope | accuracy | 80.0 |" in page.markdown()
 
 

@@ -17,11 +17,11 @@ from rich.console import Console
 
 pytest.importorskip("matplotlib")
 
-from train_encoder import figures
 from train_encoder.config import to_dict
 from train_encoder.recipes import RECIPES
-from train_encoder.report import main, summary_table, write_report
-from train_encoder.sections import reproduce_command
+from train_encoder.report import figures
+from train_encoder.report.run import main, summary_table, write_report
+from train_encoder.report.sections import reproduce_command
 
 SYSTEMS = ["base", "stage1", "stage2", "stage3", "expert0", "expert1", "expert2", "expert3",
            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip
@@ -202,7 +202,7 @@ def test_the_headline_equals_results_json_with_delta_and_best_in_bold(whole, pag
     assert len(tables) == len(results)
     for table, (_, systems) in zip(tables, results.items(), strict=True):
         rows = rows_of(table)
-        assert [name for name in rows if name != "system"] == SYSTEMS
+        assert [name for name in rows if name != "variant"] == SYSTEMS
         for system, values in systems.items():
             for place, key in enumerate(["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10"]):
                 cell = rows[system][place]
@@ -222,7 +222,7 @@ def test_chance_and_counts_are_stated(page):
 
 def test_classification_shows_every_system_with_its_distance_to_the_base(page):
     ((head, *rows),) = page.tables["classification"]
-    assert head == ["system", "top-1", "top-5", "mean per class"] and [row[0] for row in rows] == SYSTEMS
+    assert head == ["variant", "top-1", "top-5", "mean per class"] and [row[0] for row in rows] == SYSTEMS
     assert rows[0][1].startswith("40.0") and "+2.0" in rows[1][1]
     assert "chance is 9.1%" in page.sections["classification"]
 
@@ -355,7 +355,7 @@ def test_what_comes_from_data_is_escaped(run):
 
 def test_two_builds_are_the_same_bytes(tmp_path):
     first = write_report(make_run(tmp_path / "a" / "run")).read_bytes()
-    command = [sys.executable, "-m", "train_encoder.report", str(make_run(tmp_path / "b" / "run"))]
+    command = [sys.executable, "-m", "llava_clipmoe.cli", "report", str(make_run(tmp_path / "b" / "run"))]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])  # another process
     assert (tmp_path / "b" / "run" / "report.html").read_bytes() == first
 
@@ -423,7 +423,7 @@ def test_an_evaluation_in_progress_shows_the_systems_it_has(run, no_drawing):
     (run / "results.json").write_text(json.dumps({"retrieval": short, "attributes": {}}))
     page = page_of(run)
     assert "Evaluation goes on" in page.text
-    assert list(rows_of(page.tables["retrieval"][0])) == ["system", *SYSTEMS[:3]]
+    assert list(rows_of(page.tables["retrieval"][0])) == ["variant", *SYSTEMS[:3]]
 
 
 def test_clusters_of_a_run_in_progress_are_read_from_their_files(run, no_drawing):
@@ -477,15 +477,14 @@ def test_a_run_that_does_not_exist_is_an_error_with_the_next_step(tmp_path, caps
 def test_the_summary_has_a_row_a_system_and_the_numbers_of_the_results(run):
     results = json.loads((run / "results.json").read_text())
     view = summary_table(results)
-    columns = [[str(cell) for cell in column.cells] for column in view.columns]
+    columns = [[getattr(cell, "text", cell) for cell in column] for column in zip(*view.rows, strict=True)]
     assert columns[0] == SYSTEMS
     assert len(columns) == 1 + 2 * 4 + 1
     names = results["retrieval"]["held-out, names"]
     assert columns[5] == [f"{100 * names[s]['i2t_r1']:.1f}" for s in SYSTEMS]
     assert columns[-1] == [f"{100 * results['attributes'][s]['overall']:.1f}" for s in SYSTEMS]
-    bold = [cell.style == "bold" for cell in view.columns[1].cells]
-    assert bold == [False] * 9 + [True]
+    assert [row[1].best for row in view.rows] == [False] * 9 + [True]
 
 
 def test_the_summary_of_nothing_is_an_empty_table():
-    assert summary_table({}).row_count == 0
+    assert summary_table({}).rows == []

@@ -35,15 +35,15 @@ from llava_clipmoe.model_directory import ClipBundle, load_bundle, public_name, 
 from llava_clipmoe.modeling_clipmoe import active_parameters
 from llava_clipmoe.upcycling import moe_config
 
-from .compare_flops import vision_macs
-from .compress_report import Trial, best, html_page, tables, verdict
-from .config import DataConfig
-from .data import BadImage, DataError, ImageTransform, PairSource, check_images, normalise
-from .evaluate.retrieval import evaluate_retrieval
-from .features import inference, pick_device, tokenise
-from .pipeline import parse_source
-from .progress import Bar
-from .sources import open_source
+from ..compare.cost import vision_macs
+from ..config import DataConfig
+from ..data import BadImage, DataError, ImageTransform, PairSource, check_images, normalise
+from ..evaluate.retrieval import evaluate_retrieval
+from ..features import inference, pick_device, tokenise
+from ..pipeline import parse_source
+from ..progress import Bar
+from ..sources import open_source
+from .report import Trial, best, make_page, verdict
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Study:
         cosine = None if self.sample is None else cosines(self.s, made, self.sample, self.full)
         return made, Trial(
             rank, energy, calibrated, [dataclasses.asdict(one) for one in kept], active_parameters(model.config),
-            vision_macs(model.config), cosine, self.recalls(made),
+            vision_macs(model.config.vision_config), cosine, self.recalls(made),
         )  # fmt: skip
 
     def find(self) -> list[Trial]:
@@ -280,7 +280,7 @@ class Study:
         return sorted(trials, key=lambda trial: (trial.rank, trial.calibrated))
 
     def _size(self, config: CLIPMoEConfig) -> dict[str, Any]:
-        return {"parameters": active_parameters(config), "vision_macs": vision_macs(config)}
+        return {"parameters": active_parameters(config), "vision_macs": vision_macs(config.vision_config)}
 
     def report(self, trial: Trial | None, trials: list[Trial]) -> dict[str, Any]:
         """What compress.json holds; shares are fractions of 1."""
@@ -327,7 +327,7 @@ def write(output: Path, bundle: ClipBundle, study: Study, trial: Trial, report: 
         card["calibration"] = "{source} ({images} images, {captions} captions)".format(**study.calibration.facts())
     save_bundle(dataclasses.replace(bundle, name=output.name), output, card=card)
     write_json(output / "compress.json", report)
-    write_text(output / "compress.html", html_page(report))
+    write_text(output / "compress.html", make_page(report).html())
 
 
 def main(argv: list[str]) -> int:
@@ -346,9 +346,9 @@ def main(argv: list[str]) -> int:
     except BadImage as error:
         raise DataError(str(error)) from error
     report, console = study.report(trial, trials), Console(soft_wrap=True)
-    for grid in tables(report):
-        console.print(f"\n{grid.title}\n", markup=False, highlight=False)
-        console.print(grid.markdown(), markup=False, highlight=False)
+    for section in make_page(report).sections:
+        if section.tables:
+            console.print(f"\n{section.markdown()}", markup=False, highlight=False)
     if s.find:
         console.print(f"\n{verdict(report)}", markup=False, highlight=False)
     if made is not None:
