@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -72,6 +72,9 @@ class Children:
         with ThreadPoolExecutor(at_once or len(works)) as pool:
             futures = [pool.submit(work) for work in works]
             try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises its error
                 return [future.result() for future in futures]
             except BaseException:
                 self.stop()

@@ -13,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
-from llava_clipmoe.upcycling import is_expert_or_gate, is_ffn, is_router_or_gate
+from llava_clipmoe.upcycling import is_expert_or_gate, is_ffn, is_router_or_gate, moe_config
 from train_encoder.compare.cost import CaptionTokens, caption_tokens, pair_macs, run_flops, vision_macs
 from train_encoder.config import LoraConfig, OptimConfig
+from train_encoder.methods import METHODS
 from train_encoder.methods.base import Training
+from train_encoder.recipes import RECIPES
 
 LOOP = {"experts_implementation": "loop"}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, **LOOP}
@@ -78,6 +80,29 @@ def test_a_dense_pair_costs_what_its_shapes_say():
     expected += tower(c, t.hidden_size, t.intermediate_size, t.num_hidden_layers)
     expected += (v.hidden_size + t.hidden_size) * config.projection_dim
     assert pair_macs(Training(config, lambda name: False, OptimConfig()), [c]) == (pytest.approx(expected), 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("base", []),
+        ("dmu", ["stage1", "stage2", "stage3", "router"]),
+        ("dmu-lora", ["stage1", "stage2", "stage3", "router"]),
+        ("fmoe", ["expert0", "expert1", "expert2", "expert3", "router"]),
+        ("sparse-upcycling", ["router"]),
+        ("direct-ft", ["finetune"]),
+    ],
+)
+def test_a_method_names_its_trainings_as_its_runs_log_them(recipe, names):
+    config, base = RECIPES[f"{recipe}-openmoji"][1], make_tiny_config()
+    result = moe_config(base, {"vision_model": [1], "text_model": [1]}, num_experts=4, fusion_gate=recipe == "fmoe")
+    trainings = METHODS[config.method].trainings(config, base, result)
+    assert list(trainings) == names
+    assert all((training.lora is not None) == (recipe == "dmu-lora" and name != "router")
+               for name, training in trainings.items())  # fmt: skip
+    if "stage1" in trainings:
+        ffn = "vision_model.encoder.layers.{}.mlp.fc1.weight"
+        assert [trainings["stage1"].trainable(ffn.format(block)) for block in (0, 1)] == [False, True]
 
 
 @pytest.mark.parametrize("experts", [{}, MOE, FMOE], ids=["dense", "moe", "fmoe"])

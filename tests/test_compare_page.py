@@ -42,6 +42,13 @@ def cells() -> dict[str, list[Cell]]:
     }
 
 
+@pytest.fixture
+def no_drawing(monkeypatch) -> None:
+    """For tests of what is on the page, not of how figures look: drawing is nearly all of the time."""
+    for module in ("train_encoder.report.figures", "train_encoder.compare.figures"):
+        monkeypatch.setattr(f"{module}.to_svg", lambda figure, name, label: f'<svg id="{name}"></svg>')
+
+
 # ------------------------------------------------------------------------------------------------------------ sentences
 
 
@@ -72,7 +79,7 @@ def test_the_base_may_be_first():
     assert sentence("Score", {"base": [0.3, 0.3], "a": [0.2, 0.2]}, "base").startswith("**Score**: base is first")
 
 
-def test_the_page_opens_with_three_to_five_sentences(cells):
+def test_the_page_opens_with_three_to_five_sentences(cells, no_drawing):
     said = make_page(cells, [], ["x"]).points
     assert 3 <= len(said) <= 5
     assert said[0].startswith("**Retrieval, held|out**: dmu is first with 32.0, 1.0 above fmoe")
@@ -92,13 +99,13 @@ def test_claims_of_clip_fmoe_stand_beside_the_papers_figures(cells):
     assert not fmoe_claims({"dmu": cells["dmu"]}), "both must be compared"
 
 
-def test_a_data_set_that_a_cell_was_not_measured_on_is_left_out(cells):
+def test_a_data_set_that_a_cell_was_not_measured_on_is_left_out(cells, no_drawing):
     del cells["fmoe"][1].results["zero_shot"]["shapes"]
     page = make_page(cells, [], ["x"]).markdown()
     assert "shapes" not in page and "Zero-shot" not in page and "held\\|out" not in page.split("##")[0]
 
 
-def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells):
+def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells, no_drawing):
     page = make_page(cells, [], ["x"]).markdown()
     assert "| dmu: expert3 | **32.0 ± 2.0** |" in page
     assert "| fmoe | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | – |" in page and "\n| base | 0" not in page
@@ -175,7 +182,7 @@ def test_llavas_alone_make_a_page_without_training_anything(results, capsys):
     assert "86.2 (+1.2)" in (out / "llava.html").read_text() and "llava.html" in capsys.readouterr().out
 
 
-def test_llavas_join_the_page_of_the_recipes(cells, results):
+def test_llavas_join_the_page_of_the_recipes(cells, results, no_drawing):
     page = make_page(cells, read_llavas([str(results / "third")], results), ["x"])
     assert [section.anchor for section in page.sections][-3:] == ["cost", "llava", "reproduce"]
     assert "| pope | accuracy | 80.0 |" in page.markdown()

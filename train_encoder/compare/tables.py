@@ -10,13 +10,12 @@ from typing import Any
 
 from ..report.document import MISSING, Code, Document, Figure, Score, Section, Table, duration, millions
 from ..report.figures import stacked_bars
-from ..report.sections import CLASSES
+from ..report.sections import CLASSES, RECALLS
 from .cells import Cell, Cells
 from .figures import cost_against_score, scores_with_errors
 from .llava import Llava, llava_section
 from .summary import fmoe_claims, summary
 
-RETRIEVAL = {"I2T R@1": "i2t_r1", "T2I R@1": "t2i_r1", "I2T R@5": "i2t_r5", "T2I R@5": "t2i_r5"}
 CLUSTERING_NOTE = (
     "Small data is clustered in a fraction of a second, and loading scikit-learn (about a second, once a run) may be "
     "most of it; `benchmarks/clustering.md` times the clusterings alone."
@@ -68,6 +67,25 @@ def score_table(columns: Mapping[str, Scores], summed_up: str, title: str = "", 
     return ScoreTable(["recipe", *columns], rows, title, note, scores=dict(columns[summed_up]))
 
 
+def score_tables(
+    cells: Cells, kind: str, titles: Mapping[str, str], counted: str, with_mean: bool = False
+) -> list[ScoreTable]:
+    """A table of every data set that all were measured on. titles: score -> column. counted: besides the pictures."""
+    tables = []
+    for name in _in_all(cells, kind):
+        found = by_seed(cells, lambda cell, name=name: cell.scores(kind, name))
+        columns = {
+            title: {recipe: [scores[key] for scores in seeds] for recipe, seeds in found.items()}
+            for key, title in titles.items()
+        }
+        if with_mean:
+            columns["mean"] = mean_of(list(columns.values()))
+        counts = next(iter(found.values()))[0]
+        note = f"{counts['images']} pictures, {counts[counted]} {counted}"
+        tables.append(score_table(columns, "mean" if with_mean else next(iter(columns)), name, note))
+    return tables
+
+
 def mean_and_spread(values: Sequence[float]) -> str:
     """In percent."""
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -108,34 +126,13 @@ def retrieval(cells: Cells) -> Section | None:
 
 
 def retrieval_tables(cells: Cells) -> list[ScoreTable]:
-    tables = []
-    for name in _in_all(cells, "retrieval"):
-        one = by_seed(cells, lambda cell, name=name: cell.scores("retrieval", name))
-        columns = {
-            title: {recipe: [scores[key] for scores in seeds] for recipe, seeds in one.items()}
-            for title, key in RETRIEVAL.items()
-        }
-        columns["mean"] = mean_of(list(columns.values()))
-        counts = next(iter(one.values()))[0]
-        note = f"{counts['images']} pictures, {counts['captions']} captions"
-        tables.append(score_table(columns, "mean", name, note))
-    return tables
+    return score_tables(cells, "retrieval", RECALLS, "captions", with_mean=True)
 
 
 def classification(cells: Cells) -> Section | None:
     """Zero-shot classification of every recipe's result (Table 5)."""
-    tables = []
-    for name in _in_all(cells, "zero_shot"):
-        one = by_seed(cells, lambda cell, name=name: cell.scores("zero_shot", name))
-        columns = {
-            title: {recipe: [scores[key] for scores in seeds] for recipe, seeds in one.items()}
-            for key, title in CLASSES.items()
-        }
-        counts = next(iter(one.values()))[0]
-        note = f"{counts['images']} pictures, {counts['classes']} classes"
-        tables.append(score_table(columns, "top-1", name, note))
-    section = Section("classification", "Zero-shot classification", tables)
-    return _with_figure(section, cells) if tables else None
+    tables = score_tables(cells, "zero_shot", CLASSES, "classes")
+    return _with_figure(Section("classification", "Zero-shot classification", tables), cells) if tables else None
 
 
 def attributes(cells: Cells) -> Section | None:

@@ -12,9 +12,9 @@ from matplotlib.ticker import ScalarFormatter
 
 from ..report import figures
 from ..report.document import Document, Figure, Section, Table, millions, percent
+from ..report.sections import RECALLS
 
 KINDS = {"image": "image embedding", "text": "text embedding", "patches": "patches (hidden state -2)"}
-SCORES = {"i2t_r1": "I2T R@1", "t2i_r1": "T2I R@1", "i2t_r5": "I2T R@5", "t2i_r5": "T2I R@5"}
 Recalls = Mapping[str, Mapping[str, float]]
 
 
@@ -64,7 +64,7 @@ def differing(kept: Mapping[str, Any]) -> list[float]:
 
 def gaps(before: Recalls, after: Recalls) -> list[float]:
     """After minus before of every R@1 and R@5, in points."""
-    return [100 * (after[name][score] - before[name][score]) for name in before for score in SCORES]
+    return [100 * (after[name][score] - before[name][score]) for name in before for score in RECALLS]
 
 
 def best(trials: Sequence[Trial], before: Recalls, cosine: float, points: float) -> Trial | None:
@@ -165,11 +165,11 @@ def _retrieval(before: Recalls, after: Recalls) -> Section:
     for name, was in before.items():
         cells = [
             f"{percent(was[score])} -> {percent(after[name][score])} ({100 * (after[name][score] - was[score]):+.1f})"
-            for score in SCORES
+            for score in RECALLS
         ]
         rows.append([name, *cells])
     note = f"In percent, full -> compressed. Mean change {statistics.mean(gaps(before, after)):+.2f} points."
-    return Section("retrieval", "Retrieval", [Table(["data", *SCORES.values()], rows), note])
+    return Section("retrieval", "Retrieval", [Table(["data", *RECALLS.values()], rows), note])
 
 
 def _counts(sample: Mapping[str, Any]) -> str:

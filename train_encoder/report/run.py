@@ -10,6 +10,7 @@ fractions of 1 and shown in percent.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,65 @@ from typing import Any
 
 from llava_clipmoe.files import write_text
 
+from ..config import to_dict
 from ..methods import METHODS
+from ..recipes import RECIPES
 from . import sections
-from .document import Block, Document, Section, Table, best_of, score
-from .sections import Run, load_run
+from .document import Block, Code, Document, Section, Table, best_of, score
+from .sections import RECALLS, Run, load_run
 
 REPORT = "report.html"
+
+
+# ---------------------------------------------------------------------------------------------------- the settings
+
+
+def settings(run: Run) -> list[Block] | None:
+    if run.config is None:
+        return None
+    rows = [[name, "none" if value is None else str(value)] for name, value in flatten(run.config).items()]
+    return [Table(["setting", "value"], rows, folded=f"All {len(rows)} settings")]
+
+
+def reproduce(run: Run) -> list[Block] | None:
+    if run.config is None:
+        return None
+    return [
+        "The nearest recipe, and every setting in which this run differs from it:",
+        Code(reproduce_command(run.config)),
+        "Under torchrun the same settings give the same global batches on any number of processes.",
+    ]
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, as the flags are called."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat
+
+
+def reproduce_command(config: dict[str, Any]) -> str:
+    """The command line of a run's config: the recipe that differs least, and a flag for each difference."""
+    mine = flatten(config)
+    options = []
+    for name, (_, recipe) in RECIPES.items():
+        theirs = flatten(to_dict(recipe))
+        options.append((name, {key: mine[key] for key in theirs if key in mine and mine[key] != theirs[key]}))
+    name, changed = min(options, key=lambda option: len(option[1]))
+    return " \\\n    ".join([f"llava-clipmoe train-encoder {name}", *(_flag(k, v) for k, v in changed.items())])
+
+
+def _flag(name: str, value: Any) -> str:
+    """One setting as tyro reads it: a switch is --a.b or --a.no-b, a list is its items."""
+    group, dot, last = name.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return f"--{group}{dot}{'' if value else 'no-'}{last}"
+    words = value if isinstance(value, list) else [value]
+    return " ".join([f"--{group}{dot}{last}", *(shlex.quote(str(word)) for word in words)])
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
 
 
 @dataclass(frozen=True)
@@ -57,8 +111,8 @@ PARTS = (
     Part("How far the routers moved", sections.movement, "measured after the router training"),
     Part("Time and memory", sections.cost, "known when the first piece of work is done"),
     Part("Parameters", sections.parameters, "counted when the CLIP-MoE has been made"),
-    Part("Settings", sections.settings, "read from config.json"),
-    Part("Reproduce", sections.reproduce, "read from config.json"),
+    Part("Settings", settings, "read from config.json"),
+    Part("Reproduce", reproduce, "read from config.json"),
 )  # fmt: skip
 
 
@@ -100,7 +154,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     """The headline of results.json for the terminal: a row a variant, in percent, the best of a column in bold."""
     columns: dict[str, dict[str, float | None]] = {}
     for name, variants in (results.get("retrieval") or {}).items():
-        for key, title in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("i2t_r5", "I2T R@5"), ("t2i_r5", "T2I R@5")):
+        for key, title in RECALLS.items():
             columns[f"{name}\n{title}"] = {variant: scores.get(key) for variant, scores in variants.items()}
     if attributes := results.get("attributes"):
         columns["attribute\npairs"] = {variant: scores.get("overall") for variant, scores in attributes.items()}

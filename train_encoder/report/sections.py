@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +12,11 @@ import numpy as np
 
 from llava_clipmoe.files import read_json
 
-from ..config import to_dict
 from ..progress import METRICS, read_metrics
-from ..recipes import RECIPES
 from . import figures
 from .document import (
     MISSING,
     Block,
-    Code,
     Figure,
     Score,
     Table,
@@ -35,6 +31,8 @@ RETRIEVAL = {
     "i2t_r1": "image→text R@1", "i2t_r5": "R@5", "i2t_r10": "R@10",
     "t2i_r1": "text→image R@1", "t2i_r5": "R@5", "t2i_r10": "R@10",
 }  # fmt: skip
+RECALLS = {"i2t_r1": "I2T R@1", "t2i_r1": "T2I R@1", "i2t_r5": "I2T R@5", "t2i_r5": "T2I R@5"}
+"""The four of a headline."""
 CLASSES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 TRIALS = {"i2t_r1": "images", "t2i_r1": "captions", "top1": "images"}
 """Score -> what it was measured on, for its standard error."""
@@ -199,7 +197,7 @@ def clusters(run: Run) -> Blocks:
     found = [entry for entry in _clusters(run) if any(entry["sizes"])]
     if not found:
         return None
-    batch = flatten(run.config or {}).get("mcl.optim.global_batch_size")
+    batch = (run.config or {}).get("mcl", {}).get("optim", {}).get("global_batch_size")
     depths = sorted({int(depth) for entry in found for depth in entry.get("batches_by_depth") or {}}, reverse=True)
     panels, rows = [], []
     for index, entry in enumerate(found):
@@ -363,48 +361,3 @@ def parameters(run: Run) -> Blocks:
             ratio = f"{counts[key] / counts['dense']:.2f}×" if counts.get("dense") else MISSING
             rows.append([label, millions(counts[key]), ratio])
     return [Table(["parameters", "number", "to base"], rows)]
-
-
-def settings(run: Run) -> Blocks:
-    if run.config is None:
-        return None
-    rows = [[name, "none" if value is None else str(value)] for name, value in flatten(run.config).items()]
-    return [Table(["setting", "value"], rows, folded=f"All {len(rows)} settings")]
-
-
-def reproduce(run: Run) -> Blocks:
-    if run.config is None:
-        return None
-    return [
-        "The nearest recipe, and every setting in which this run differs from it:",
-        Code(reproduce_command(run.config)),
-        "Under torchrun the same settings give the same global batches on any number of processes.",
-    ]
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, as the flags are called."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return flat
-
-
-def reproduce_command(config: dict[str, Any]) -> str:
-    """The command line of a run's config: the recipe that differs least, and a flag for each difference."""
-    mine = flatten(config)
-    options = []
-    for name, (_, recipe) in RECIPES.items():
-        theirs = flatten(to_dict(recipe))
-        options.append((name, {key: mine[key] for key in theirs if key in mine and mine[key] != theirs[key]}))
-    name, changed = min(options, key=lambda option: len(option[1]))
-    return " \\\n    ".join([f"llava-clipmoe train-encoder {name}", *(_flag(k, v) for k, v in changed.items())])
-
-
-def _flag(name: str, value: Any) -> str:
-    """One setting as tyro reads it: a switch is --a.b or --a.no-b, a list is its items."""
-    group, dot, last = name.replace("_", "-").rpartition(".")
-    if isinstance(value, bool):
-        return f"--{group}{dot}{'' if value else 'no-'}{last}"
-    words = value if isinstance(value, list) else [value]
-    return " ".join([f"--{group}{dot}{last}", *(shlex.quote(str(word)) for word in words)])
