@@ -9,15 +9,26 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..report.document import MISSING, Section, duration, signed
+from ..report.document import MISSING, Section, Table, duration, signed
 from .cells import Cells, Cost
 
 CLEAR = 2.0
 """A difference of so many standard errors, and of one sign in every seed, is called clear."""
 PAPER_CLUSTERING, PAPER_TRAINING = 4.15, -0.725
 """CLIP-FMoE paper: ICCL's clustering is 4.15 times as fast as CLIP-MoE's, its training takes 72.5% less time."""
+
+
+Scores = dict[str, list[float]]
+"""Recipe (or another row) -> its values by seed."""
+
+
+@dataclass(frozen=True)
+class ScoreTable(Table):
+    """Mean and spread of each recipe; `scores` is the column that the summary and the figures speak of."""
+
+    scores: Scores = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def summary(cells: Cells, found: Sequence[Section]) -> list[str]:
     """Three to five sentences: who is first where, by how much, and whether that is more than the spread."""
     base, said = next(iter(cells)), []
     for section in found:
-        for table in [table for table in section.tables if hasattr(table, "scores")][:2]:
+        for table in [table for table in section.tables if isinstance(table, ScoreTable)][:2]:
             scores = {recipe: table.scores[recipe] for recipe in cells}  # experts alone left out
             if len(scores) > 1:
                 said.append(sentence(f"{section.title}, {table.title}".rstrip(", "), scores, base))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..report.document import MISSING, Code, Document, Figure, Score, Section, Table, duration, millions
@@ -14,21 +13,12 @@ from ..report.sections import CLASSES, RECALLS
 from .cells import Cell, Cells
 from .figures import cost_against_score, scores_with_errors
 from .llava import Llava, llava_section
-from .summary import fmoe_claims, summary
+from .summary import Scores, ScoreTable, fmoe_claims, summary
 
 CLUSTERING_NOTE = (
     "Small data is clustered in a fraction of a second, and loading scikit-learn (about a second, once a run) may be "
     "most of it; `benchmarks/clustering.md` times the clusterings alone."
 )
-Scores = dict[str, list[float]]
-"""Recipe (or another row) -> its values by seed."""
-
-
-@dataclass(frozen=True)
-class ScoreTable(Table):
-    """Mean and spread of each recipe; `scores` is the column that the summary and the figures speak of."""
-
-    scores: Scores = field(default_factory=dict)
 
 
 def make_page(cells: Cells, llavas: Sequence[Llava], command: Sequence[str]) -> Document:

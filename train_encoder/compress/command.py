@@ -16,8 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -165,26 +164,23 @@ def load_sample(s: Settings, text: str, bundle: ClipBundle) -> Sample:
     return Sample(name, torch.stack(pixels), tuple(part for one in alike for part in one.split(s.batch_size)))
 
 
-See = Callable[[str, torch.Tensor], None]
-
-
-def run_sample(
-    s: Settings, bundle: ClipBundle, sample: Sample, see: See = lambda kind, found: None, bar: Bar | None = None
-) -> None:
-    """see(kind, features) gets, batch by batch, "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it)
-    and "text" [B,P]."""
+def features_of(
+    s: Settings, bundle: ClipBundle, sample: Sample, title: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """(kind, features) batch by batch: "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it) and "text"
+    [B,P]. title: of a progress bar."""
     device, model = pick_device(s.device), bundle.model
-    report = (lambda n: None) if bar is None else bar.advance
-    with inference(bundle, device, s.precision), bar or nullcontext():
+    bar = Bar(title, sample.size, unit="items", main=None if title else False)
+    with inference(bundle, device, s.precision), bar:
         for pixels in sample.pixels.split(s.batch_size):
             pixels = normalise(pixels.to(device), bundle.image_mean, bundle.image_std)
             out = model.vision_model(pixels, output_hidden_states=True)
-            see("image", model.visual_projection(out.pooler_output).float().cpu())
-            see("patches", out.hidden_states[-2][:, 1:].float().cpu())
-            report(len(pixels))
+            yield "image", model.visual_projection(out.pooler_output).float().cpu()
+            yield "patches", out.hidden_states[-2][:, 1:].float().cpu()
+            bar.advance(len(pixels))
         for ids in sample.ids:
-            see("text", model.get_text_features(ids.to(device)).float().cpu())
-            report(len(ids))
+            yield "text", model.get_text_features(ids.to(device)).float().cpu()
+            bar.advance(len(ids))
 
 
 def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Tensor]) -> dict[str, dict[str, float]]:
@@ -193,17 +189,11 @@ def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Te
     An image's patches count by their mean.
     """
     found: dict[str, list[torch.Tensor]] = {}
-    expected: Iterator[torch.Tensor] = iter(full)
-
-    def see(kind: str, features: torch.Tensor) -> None:
-        cosine = F.cosine_similarity(features.double(), next(expected).double(), dim=-1)
+    for (kind, features), expected in zip(features_of(s, bundle, sample), full, strict=True):
+        cosine = F.cosine_similarity(features.double(), expected.double(), dim=-1)
         found.setdefault(kind, []).append(cosine.mean(-1) if kind == "patches" else cosine)
-
-    run_sample(s, bundle, sample, see)
-    return {
-        kind: {"mean": torch.cat(parts).mean().item(), "min": torch.cat(parts).min().item()}
-        for kind, parts in found.items()
-    }
+    whole = {kind: torch.cat(parts) for kind, parts in found.items()}
+    return {kind: {"mean": cosine.mean().item(), "min": cosine.min().item()} for kind, cosine in whole.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- the work
@@ -221,17 +211,15 @@ class Study:
         self.moments = self._moments()
         self.full: list[torch.Tensor] = []
         if self.sample is not None:
-            bar = Bar("features of the full model", self.sample.size, unit="items")
-            run_sample(s, bundle, self.sample, lambda kind, found: self.full.append(found), bar)
+            self.full = [found for _, found in features_of(s, bundle, self.sample, "features of the full model")]
         self.before = self.recalls(bundle)
 
     def _moments(self) -> dict[str, Moments] | None:
         if self.calibration is None:
             return None
         with second_moments(self.bundle.model) as moments:
-            run_sample(
-                self.s, self.bundle, self.calibration, bar=Bar("calibrating", self.calibration.size, unit="items")
-            )
+            for _ in features_of(self.s, self.bundle, self.calibration, "calibrating"):
+                pass
         return moments
 
     def recalls(self, bundle: ClipBundle) -> dict[str, dict[str, float]]:
@@ -242,21 +230,15 @@ class Study:
         }
 
     def make(
-        self,
-        rank: int | None,
-        energy: float | None,
-        calibrated: bool,
-        bar: bool = False,
-        decomposed: Decomposed | None = None,
+        self, rank: int | None, energy: float | None, calibrated: bool, decomposed: Decomposed | None = None
     ) -> tuple[ClipBundle, Trial]:
-        """A compressed model, and what it keeps and scores."""
-        progress = Bar("compressing", sum(len(t.moe_layers) for t in _towers(self.bundle)), unit="blocks")
-        with progress if bar else nullcontext():
-            report = (lambda done, total: progress.advance(done - progress.done)) if bar else (lambda done, total: None)
-            moments = self.moments if calibrated else None
+        """A compressed model, and what it keeps and scores. decomposed: kept from trial to trial, under one bar."""
+        blocks, silent = sum(len(tower.moe_layers) for tower in _towers(self.bundle)), decomposed is not None
+        with Bar("compressing", blocks, unit="blocks", main=False if silent else None) as bar:
             model, kept = compress(
-                self.bundle.model, rank=rank, energy=energy, moments=moments, decomposed=decomposed, progress=report
-            )
+                self.bundle.model, rank=rank, energy=energy, moments=self.moments if calibrated else None,
+                decomposed=decomposed, progress=lambda done, _: bar.advance(done - bar.done),
+            )  # fmt: skip
         made = dataclasses.replace(self.bundle, model=model)
         cosine = None if self.sample is None else cosines(self.s, made, self.sample, self.full)
         return made, Trial(
@@ -342,7 +324,7 @@ def main(argv: list[str]) -> int:
         made = trial = None
         if s.output is not None and not (s.find and chosen is None):
             rank, calibrated = (chosen.rank, chosen.calibrated) if s.find else (s.rank, study.moments is not None)
-            made, trial = study.make(rank, s.energy, calibrated, bar=True)
+            made, trial = study.make(rank, s.energy, calibrated)
     except BadImage as error:
         raise DataError(str(error)) from error
     report, console = study.report(trial, trials), Console(soft_wrap=True)

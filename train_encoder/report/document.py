@@ -71,7 +71,7 @@ class Table:
         yield ""
 
     def __rich__(self) -> RichTable:
-        view = RichTable(title=self.title)
+        view = RichTable(title=Text(self.title, "table.title") if self.title else None)
         for number, name in enumerate(self.head):
             view.add_column(Text(name), justify="right" if number else "left", no_wrap=not number)
         for row in self.rows:
