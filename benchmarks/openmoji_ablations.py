@@ -21,7 +21,7 @@ import tyro
 from openmoji_seeds import mean_and_spread, mean_score
 
 from llava_clipmoe.files import read_json, write_text
-from train_encoder.compare_run import Runner
+from llava_clipmoe.processes import Children, end_of
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "previous": ("each stage goes on from the one before it", ("--mcl.start-from", "previous")),
@@ -58,7 +58,7 @@ def folder_of(runs: Path, name: str, seed: int) -> Path:
     return runs / f"{name}-seed{seed}"
 
 
-def make(s: Settings, runner: Runner, name: str, seed: int) -> None:
+def make(s: Settings, children: Children, name: str, seed: int) -> None:
     """One run; nothing where it is finished."""
     folder = folder_of(s.runs, name, seed)
     if (folder / "results.json").exists():
@@ -67,7 +67,10 @@ def make(s: Settings, runner: Runner, name: str, seed: int) -> None:
     words = [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", "dmu-openmoji", "--seed", str(seed),
              "--base.source", str(base), "--output-dir", str(folder), *VARIANTS[name][1]]  # fmt: skip
     print(f"{name}, seed {seed} (log: {folder}.log)", flush=True)
-    runner.run(words, folder.with_name(folder.name + ".log"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(folder.name + ".log")
+    if children.run(words, log=log):
+        raise ChildProcessError(f"{name}, seed {seed} failed; the end of {log}:\n{end_of(log)}")
 
 
 def row(name: str, runs: list[dict[str, Any]], against: list[float]) -> list[str]:
@@ -86,8 +89,9 @@ def row(name: str, runs: list[dict[str, Any]], against: list[float]) -> list[str
 
 def main() -> None:
     s = tyro.cli(Settings, description=__doc__, use_underscores=False)
-    runner = Runner(s.jobs)
-    runner.all([partial(make, s, runner, name, seed) for name in s.variants for seed in range(s.seeds)])
+    children = Children()
+    works = [partial(make, s, children, name, seed) for name in s.variants for seed in range(s.seeds)]
+    children.run_all(works, at_once=s.jobs)
 
     def results(runs: Path, name: str) -> list[dict[str, Any]]:
         return [read_json(folder_of(runs, name, seed) / "results.json") for seed in range(s.seeds)]

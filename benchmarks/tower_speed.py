@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -54,7 +53,7 @@ from tower_variants import (
 
 from llava_clipmoe.configuration_clipmoe import CLIPMoEVisionConfig
 from llava_clipmoe.model_directory import read_config
-from train_encoder.compare_flops import vision_macs
+from train_encoder.compare.cost import vision_macs
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 3e-2}
 """Largest |ours - reference| / |reference| (norms). In half precision a token between two experts may go to the other
@@ -104,7 +103,7 @@ def tower_macs(config: CLIPMoEVisionConfig, delta: bool, dense: bool, blocks: in
     kind = copy.deepcopy(config)
     kind.num_hidden_layers, kind.moe_layers = blocks, [] if dense else list(range(blocks))
     kind.delta_ranks = [config.delta_ranks[0]] * blocks if delta else None
-    return vision_macs(SimpleNamespace(vision_config=kind, projection_dim=0))
+    return vision_macs(kind)
 
 
 def necessary_macs(config: CLIPMoEVisionConfig, known: Mapping[str, tuple[str, str]]) -> dict[str, float]:

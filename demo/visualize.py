@@ -27,7 +27,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from train_encoder.evaluate.routing import NoExperts
-from train_encoder.figures import style
+from train_encoder.report.figures import style
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 """Colours that the colour-blind can tell apart too (Okabe and Ito 2008); its black is a grey here, for dark pages."""

@@ -40,7 +40,7 @@ COMMANDS = {
         "llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart",
     ),
     "compare": Command(
-        "train_encoder.compare:main",
+        "train_encoder.compare.command:main",
         "train and measure several recipes on the same data, and write one page of tables",
         "llava-clipmoe compare dmu-openmoji fmoe-openmoji direct-ft-openmoji --seeds 3",
     ),
@@ -50,7 +50,7 @@ COMMANDS = {
         "llava-clipmoe evaluate runs/quickstart/clip-moe retrieval --data openmoji",
     ),
     "compress": Command(
-        "train_encoder.compress:main",
+        "train_encoder.compress.command:main",
         "make a CLIP-MoE nearly as small and fast as a dense CLIP: one FFN a block and low-rank differences to it",
         "llava-clipmoe compress runs/quickstart/clip-moe runs/quickstart/clip-moe-delta --rank 64",
     ),
@@ -90,7 +90,7 @@ COMMANDS = {
         "llava-clipmoe demo --left LLAVA_DIR --right LLAVA_DIR --pairs runs/pairs",
     ),
     "report": Command(
-        "train_encoder.report:main",
+        "train_encoder.report.run:main",
         "write the page (report.html) of a run, finished or not",
         "llava-clipmoe report runs/quickstart",
     ),
@@ -104,6 +104,7 @@ OPTIONAL_MODULES = {
     "einops": ("einops", "llava"),
     "emoji": ("emoji", "train"),
     "imagehash": ("ImageHash", "demo"),
+    "jinja2": ("jinja2", "train"),
     "google": ("protobuf", "llava"),
     "gradio": ("gradio", "demo"),
     "matplotlib": ("matplotlib", "train"),

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train_encoder.compare import main
-from train_encoder.compare_cells import Cell, Cost
-from train_encoder.compare_html import html_page
-from train_encoder.compare_llava import llava_section, read_llavas
-from train_encoder.compare_page import make_page
-from train_encoder.compare_summary import fmoe_claims, paired, sentence
+from train_encoder.compare.cells import Cell, Cost
+from train_encoder.compare.command import main
+from train_encoder.compare.llava import llava_section, read_llavas
+from train_encoder.compare.summary import fmoe_claims, paired, sentence
+from train_encoder.compare.tables import make_page
 from train_encoder.openmoji_classes import open_zero_shot, openmoji_colours
 
 
@@ -41,6 +40,13 @@ def cells() -> dict[str, list[Cell]]:
         "dmu": [cell(score, 100.0, 4.0, experts=4) for score in (0.30, 0.32, 0.34)],
         "fmoe": [cell(score, 40.0, 1.0, experts=3) for score in (0.29, 0.31, 0.33)],
     }
+
+
+@pytest.fixture
+def no_drawing(monkeypatch) -> None:
+    """For tests of what is on the page, not of how figures look: drawing is nearly all of the time."""
+    for module in ("train_encoder.report.figures", "train_encoder.compare.figures"):
+        monkeypatch.setattr(f"{module}.to_svg", lambda figure, name, label: f'<svg id="{name}"></svg>')
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
@@ -73,8 +79,8 @@ def test_the_base_may_be_first():
     assert sentence("Score", {"base": [0.3, 0.3], "a": [0.2, 0.2]}, "base").startswith("**Score**: base is first")
 
 
-def test_the_page_opens_with_three_to_five_sentences(cells):
-    said = make_page(cells, [], ["x"]).summary
+def test_the_page_opens_with_three_to_five_sentences(cells, no_drawing):
+    said = make_page(cells, [], ["x"]).points
     assert 3 <= len(said) <= 5
     assert said[0].startswith("**Retrieval, held|out**: dmu is first with 32.0, 1.0 above fmoe")
     assert "21.0 above the base, clearly" in said[0]
@@ -93,13 +99,13 @@ def test_claims_of_clip_fmoe_stand_beside_the_papers_figures(cells):
     assert not fmoe_claims({"dmu": cells["dmu"]}), "both must be compared"
 
 
-def test_a_data_set_that_a_cell_was_not_measured_on_is_left_out(cells):
+def test_a_data_set_that_a_cell_was_not_measured_on_is_left_out(cells, no_drawing):
     del cells["fmoe"][1].results["zero_shot"]["shapes"]
     page = make_page(cells, [], ["x"]).markdown()
     assert "shapes" not in page and "Zero-shot" not in page and "held\\|out" not in page.split("##")[0]
 
 
-def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells):
+def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells, no_drawing):
     page = make_page(cells, [], ["x"]).markdown()
     assert "| dmu: expert3 | **32.0 ± 2.0** |" in page
     assert "| fmoe | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | – |" in page and "\n| base | 0" not in page
@@ -107,7 +113,7 @@ def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells):
 
 def test_nothing_of_a_name_becomes_markup(cells):
     cells["<script>"] = cells.pop("fmoe")
-    page = html_page(make_page(cells, [], ["<b>"]))
+    page = make_page(cells, [], ["<b>"]).html()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>'" not in page
 
 
@@ -141,15 +147,15 @@ def test_llavas_are_columns_and_benchmarks_rows(results):
     entries = ["checkpoints/llava-a", "moe=checkpoints/llava-b", str(results / "third")]
     llavas = read_llavas(entries, results / "runs" / "eval-llava")
     section = llava_section(llavas)
-    table = section.tables[0]
+    (table,) = section.tables
     assert table.head == ["benchmark", "metric", "llava-a", "moe", "third", "paper: 7B, with CLIP-MoE"]
     assert table.rows == [
         ["pope", "accuracy", "85.0", "86.2 (+1.2)", "80.0 (−5.0)", "85.9 → 86.4"],
         ["mmvet", "accuracy", "–", "–", "–", "–"],
         ["gqa", "accuracy", "62.0", "60.0 (−2.0)", "–", "–"],
     ]
-    assert "gqa: not the same number of questions (llava-a 100, moe 99)" in section.after
-    assert "mmvet: not scored here for third" in section.after
+    assert "gqa: not the same number of questions (llava-a 100, moe 99)" in section.blocks[-1]
+    assert "mmvet: not scored here for third" in section.blocks[-1]
 
 
 def test_a_llava_without_results_is_an_error_that_says_how_to_measure_it(results):
@@ -176,9 +182,9 @@ def test_llavas_alone_make_a_page_without_training_anything(results, capsys):
     assert "86.2 (+1.2)" in (out / "llava.html").read_text() and "llava.html" in capsys.readouterr().out
 
 
-def test_llavas_join_the_page_of_the_recipes(cells, results):
+def test_llavas_join_the_page_of_the_recipes(cells, results, no_drawing):
     page = make_page(cells, read_llavas([str(results / "third")], results), ["x"])
-    assert [section.anchor for section in page.sections][-2:] == ["cost", "llava"]
+    assert [section.anchor for section in page.sections][-3:] == ["cost", "llava", "reproduce"]
     assert "| pope | accuracy | 80.0 |" in page.markdown()
 
 

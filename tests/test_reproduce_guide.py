@@ -111,7 +111,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "eval-llava":
         settings.check()
     if words[0] == "compare":
-        from train_encoder.compare import check
+        from train_encoder.compare.command import check
 
         check(settings, [])  # recipes that exist, of one scale, at equal cost
 

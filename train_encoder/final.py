@@ -23,7 +23,7 @@ from .evaluate.retrieval import evaluate_retrieval
 from .evaluate.zero_shot import Classes, evaluate_zero_shot
 from .openmoji_classes import Templates, open_zero_shot
 from .progress import Bar, peak_memory_bytes
-from .report import summary_table, write_report
+from .report.run import summary_table, write_report
 from .sources import open_source
 
 if TYPE_CHECKING:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from ..pipeline import Pipeline
-from .base import BaseOnly
+from .base import BaseOnly, Method
 from .direct import DirectFinetuning
 from .dmu import DMU, VanillaMoE
 from .fmoe import FMoE
 from .lora import LoraDMU
 from .sparse import SparseUpcycling
 
-METHODS: dict[str, type[Pipeline]] = {
+METHODS: dict[str, type[Method]] = {
     "base": BaseOnly,
     "dmu": DMU,
     "dmu-lora": LoraDMU,

@@ -12,15 +12,18 @@ import numpy as np
 import torch
 
 from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
 from llava_clipmoe.load import load_bundle
-from llava_clipmoe.upcycling import check_stage, ffn_state, upcycle
+from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
 
 from ..clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
+from ..config import LoraConfig, TrainConfig
 from ..features import Embeddings
 from ..pipeline import System
 from ..sampler import plan_epoch
-from .mixture import Mixture
+from .base import Training
+from .mixture import Mixture, moe_blocks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,7 +31,28 @@ Tensors = dict[str, torch.Tensor]
 class DMU(Mixture):
     """Multistage contrastive learning makes the experts, one stage after the other."""
 
+    title = "A CLIP-MoE made by Diversified Multiplet Upcycling."
     paper = "Diversified Multiplet Upcycling"
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return (config.moe.num_experts - 1) * config.mcl.optim.epochs + super().epochs(config)
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        blocks = moe_blocks(result)
+
+        def trainable(name: str) -> bool:
+            return is_ffn(name) and _block_of(name) in blocks
+
+        one = Training(base, trainable, config.mcl.optim, cls.lora(config))
+        stages = {f"stage{number}": one for number in range(1, config.moe.num_experts)}
+        return {**stages, **super().trainings(config, base, result)}
+
+    @classmethod
+    def lora(cls, config: TrainConfig) -> LoraConfig | None:
+        """How low-rank the stages are; None: they are not."""
+        return None
 
     def make_result(self) -> ClipBundle:
         self.stages: list[Tensors] = []
@@ -148,6 +172,7 @@ class DMU(Mixture):
 class VanillaMoE(DMU):
     """The ablation of CLIP-MoE's Table 4: the base and a directly fine-tuned FFN are the experts; no clusters."""
 
+    title = "A mixture of the base's FFNs and one set of directly fine-tuned ones."
     paper = "vanilla MoE (CLIP-MoE, Table 4)"
 
     def paths(self, number: int) -> None:

@@ -24,17 +24,33 @@ from llava_clipmoe.upcycling import (
     ffn_state,
     fuse,
     is_expert_or_gate,
+    moe_config,
 )
 
 from ..alone import Alone
 from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
+from ..config import TrainConfig
+from .base import Training
 from .mixture import Mixture
 
 
 class FMoE(Mixture):
     """Cluster once, train the experts side by side, then routers and fusion gates together."""
 
+    title = "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate."
     paper = "CLIP-FMoE"
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return config.fmoe.optim.epochs + super().epochs(config)  # an expert passes over its own cluster
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        blocks = {"vision_model": result.vision_config.moe_layers, "text_model": result.text_config.moe_layers}
+        beside = moe_config(base, blocks, num_experts=1, num_experts_per_tok=1, fusion_gate=True)
+        one = Training(beside, is_expert_or_gate, config.fmoe.optim)
+        experts = {f"expert{number}": one for number in range(config.moe.num_experts)}
+        return {**experts, **super().trainings(config, base, result)}
 
     def make_result(self) -> ClipBundle:
         found = self.clusters()

@@ -33,7 +33,12 @@ MATRICES = ("fc1", "fc2")
 class LoraDMU(DMU):
     """DMU; a stage's training is of low rank, its files are those of a DMU stage (and with `keep` its adapter)."""
 
+    title = "A CLIP-MoE made by Diversified Multiplet Upcycling, its stages of low rank (LoRA)."
     paper = "Diversified Multiplet Upcycling, stages of low rank"
+
+    @classmethod
+    def lora(cls, config: TrainConfig) -> LoraConfig:
+        return config.lora
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         import peft  # noqa: F401  missing, it stops the run now and not after the base is trained

@@ -10,14 +10,15 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
-from ..config import MoEConfig
+from ..config import MoEConfig, TrainConfig
 from ..evaluate.routing import evaluate_routing, router_movement
-from ..pipeline import Pipeline, System
+from ..pipeline import System
+from .base import Method, Trainable, Training
 
 UNTRAINED = "clip-moe (untrained router)"
 
 
-class Mixture(Pipeline):
+class Mixture(Method):
     """A method that puts experts together and then trains what chooses among them."""
 
     paper = "CLIP-MoE"
@@ -27,15 +28,23 @@ class Mixture(Pipeline):
         """The experts put together, under fresh routers (the same ones every time: `seed` decides them)."""
         raise NotImplementedError
 
-    def learns_last(self, name: str) -> bool:
-        """Which tensors the last training changes."""
-        return is_router_or_gate(name)
+    @classmethod
+    def trainable_last(cls, config: TrainConfig) -> Trainable:
+        """What the last training changes."""
+        return is_router_or_gate
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return config.moe.optim.epochs
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        """The last one; what comes before it is the subclass's."""
+        return {"router": Training(result, cls.trainable_last(config), config.moe.optim)}
 
     def moe_blocks(self) -> set[tuple[str, int]]:
         """(tower, block) of every block that gets experts."""
-        config = self.upcycled_config()
-        vision = {("vision_model", i) for i in config.vision_config.moe_layers}
-        return vision | {("text_model", i) for i in config.text_config.moe_layers}
+        return moe_blocks(self.upcycled_config())
 
     def upcycled_config(self) -> CLIPMoEConfig:
         """The mixture's configuration, by the settings."""
@@ -55,7 +64,7 @@ class Mixture(Pipeline):
         """The result: the mixture after its last training, on shuffled global batches."""
         if not self.folder.result.exists():
             bundle = self.untrained_moe()
-            self.train("router", bundle, self.learns_last, self.config.moe.optim)
+            self.train("router", bundle, self.trainable_last(self.config), self.config.moe.optim)
             card = self.trained_card(self.paper)
             self.save(lambda: save_bundle(bundle, self.folder.result, card=card))
             self.discard("router")
@@ -80,3 +89,9 @@ class Mixture(Pipeline):
             "router_movement": router_movement(before, self.result, self.source, **settings),
             "parameters": {"dense": dense, **active_parameters(self.result.model.config)},
         }
+
+
+def moe_blocks(config: CLIPMoEConfig) -> set[tuple[str, int]]:
+    """(tower, block) of every block that has experts."""
+    towers = {"vision_model": config.vision_config, "text_model": config.text_config}
+    return {(name, block) for name, tower in towers.items() for block in tower.moe_layers}

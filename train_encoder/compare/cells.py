@@ -13,9 +13,10 @@ from llava_clipmoe.files import read_json
 from llava_clipmoe.model_directory import read_config
 from llava_clipmoe.tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer
 
-from .compare_flops import CaptionTokens, caption_tokens, run_flops, trainings, vision_macs
-from .config import TrainConfig, filled, to_dict
-from .progress import METRICS, read_metrics
+from ..config import TrainConfig, filled, to_dict
+from ..methods import METHODS
+from ..progress import METRICS, read_metrics
+from .cost import CaptionTokens, caption_tokens, run_flops, vision_macs
 
 RESULTS = ("clip-moe", "clip", "base")
 """Folders that may hold a run's result; the first that is there does."""
@@ -55,17 +56,21 @@ class Cell:
     inference_macs: int
     """Multiply-accumulates of the result's vision tower for one image."""
     flops: float = 0.0
-    """Floating-point operations of everything after the base (compare_flops.py)."""
+    """Floating-point operations of everything after the base (cost.py)."""
     tokens: CaptionTokens | None = None
     """Lengths of the captions that `flops` rests on."""
 
     @property
     def final(self) -> str:
-        """The result's name among the systems (runs older than the setting made a CLIP-MoE)."""
+        """The result's name among the variants (runs older than the setting made a CLIP-MoE)."""
         return self.results.get("result", "clip-moe")
 
-    def retrieval(self, name: str) -> dict[str, float]:
-        return self.results["retrieval"][name][self.final]
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the result was measured on a data set. kind: retrieval or zero_shot."""
+        return self.final in (self.results.get(kind) or {}).get(name, {})
+
+    def scores(self, kind: str, name: str) -> dict[str, float]:
+        return self.results[kind][name][self.final]
 
 
 Cells = Mapping[str, Sequence[Cell]]
@@ -79,16 +84,18 @@ def read_cell(folder: Path) -> Cell:
     rows, _ = read_metrics(folder / METRICS)
     base = read_config(folder / "base")
     result = read_config(next(folder / name for name in RESULTS if (folder / name).exists()))
-    found = trainings(config, base, result)
+    trainings = METHODS[config.method].trainings(config, base, result)
     cpu = config.engine.device == "cpu" and config.engine.workers == 0
-    cost = cost_of(rows, {name: training.optim.global_batch_size for name, training in found.items()}, cpu)
-    batch = max((training.optim.global_batch_size for training in found.values()), default=1)
-    data = json.dumps(settings["data"], sort_keys=True)
-    tokens = _tokens(data, folder / "base", base.text_config.max_position_embeddings, batch) if found else None
-    encoded = cost.encoded, cost.encoded_captions
-    chunks = {row["stage"]: row["chunk_size"] for row in rows if "chunk_size" in row}
-    flops = run_flops(config, base, result, steps_of(rows), *encoded, tokens, chunks) if found else 0.0
-    return Cell(read_json(folder / "results.json"), cost, vision_macs(result), flops, tokens)
+    batches = {name: training.optim.global_batch_size for name, training in trainings.items()}
+    cost, flops, tokens = cost_of(rows, batches, cpu), 0.0, None
+    if trainings:
+        data = json.dumps(settings["data"], sort_keys=True)
+        context = base.text_config.max_position_embeddings
+        tokens = _tokens(data, folder / "base", context, max(batches.values()))
+        encoded = cost.encoded, cost.encoded_captions
+        chunks = {row["stage"]: row["chunk_size"] for row in rows if "chunk_size" in row}
+        flops = run_flops(trainings, config.engine, base, steps_of(rows), *encoded, tokens, chunks)
+    return Cell(read_json(folder / "results.json"), cost, vision_macs(result.vision_config), flops, tokens)
 
 
 _measured: dict[tuple, CaptionTokens] = {}

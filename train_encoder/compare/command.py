@@ -15,12 +15,14 @@ With --llava, what eval-llava measured of several LLaVAs is a table of the page,
 
 from __future__ import annotations
 
+import os
 import shutil
-import signal
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,14 +31,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llava_clipmoe.files import read_json, write_text
+from llava_clipmoe.processes import Children, end_of, exit_on_sigterm
 
-from .compare_cells import Cell, read_cell
-from .compare_html import html_page
-from .compare_llava import read_llavas
-from .compare_page import epochs_of, make_page
-from .compare_run import Clock, Runner
-from .page import duration
-from .recipes import RECIPES
+from ..methods import METHODS
+from ..recipes import RECIPES
+from ..report.document import duration
+from .cells import Cell, read_cell
+from .llava import read_llavas
+from .tables import make_page
 
 BASE = "base"
 SCALES = ("openmoji", "vitl14-336-sharegpt4v")
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> int:
     page = make_page(cells, llavas, ["llava-clipmoe", "compare", *argv])
     stem = s.output_dir / ("compare" if s.recipes else "llava")
     write_text(stem.with_suffix(".md"), page.markdown())
-    write_text(stem.with_suffix(".html"), html_page(page))
+    write_text(stem.with_suffix(".html"), page.html())
     console.print(page.markdown(), markup=False, highlight=False, soft_wrap=True)
     console.print(f"page: {stem}.md, with figures: {stem}.html", soft_wrap=True)
     return 0
@@ -151,12 +153,18 @@ def check(s: Settings, more: Sequence[str]) -> None:
         raise ValueError(
             "with --data, say what to measure: --retrieval NAME=SOURCE (pictures that training never sees)."
         )
-    spent = {name: epochs_of(RECIPES[name][1]) for name in recipes}
+    spent = {name: epochs_of(name) for name in recipes}
     if len(set(spent.values())) > 1:
         listed = ", ".join(f"{name} {epochs:g}" for name, epochs in spent.items())
         raise ValueError(
             f"these recipes do not pass over the data equally often (epochs: {listed}): compare one scale."
         )
+
+
+def epochs_of(recipe: str) -> float:
+    """Passes over the data after the base. 0 for the base alone."""
+    config = RECIPES[recipe][1]
+    return METHODS[config.method].epochs(config)
 
 
 def _given(flags: Sequence[str], *names: str) -> bool:
@@ -202,50 +210,68 @@ def base_recipe(s: Settings) -> str:
 
 def run_everything(s: Settings, more: Sequence[str], console: Console) -> None:
     """All bases, then all cells; what is finished is kept. Ctrl-C and SIGTERM end the children too."""
-    runner = Runner(s.jobs)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    bases = [(base_recipe(s), seed) for seed in range(s.seeds)]
     cells = [(recipe, seed) for seed in range(s.seeds) for recipe in recipes_of(s)]
-    try:
-        with Progress(*columns, console=console) as bars:
-            for kind, group in (("bases", [(base_recipe(s), seed) for seed in range(s.seeds)]), ("cells", cells)):
-                task, clock = bars.add_task(kind, total=len(group)), Clock(len(group), s.jobs)
-
-                def one(cell: tuple[str, int], kind=kind, task=task, clock=clock) -> None:
-                    clock.begin(cell)
-                    ran = run_cell(s, *cell, more, runner, bars.print)
-                    clock.end(cell, ran)
-                    left = f", about {clock.left / 60:.0f} min left" if clock.left else ""
-                    bars.update(task, advance=1, description=kind + left)
-
-                runner.all([lambda cell=cell: one(cell) for cell in group])
-    finally:
-        runner.stop()
-        signal.signal(signal.SIGTERM, before)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    children = Children()
+    with exit_on_sigterm(), Progress(*columns, console=console) as bars:
+        for kind, group in (("bases", bases), ("cells", cells)):
+            run_group(s, kind, group, more, children, bars)
 
 
-def run_cell(s: Settings, recipe: str, seed: int, more: Sequence[str], runner: Runner, say) -> bool:
-    """Run one cell unless it is finished, and drop what is large and needed no more -> whether it ran."""
-    folder = folder_of(s, recipe, seed)
-    if is_finished(folder, [entry.partition("=")[0] for entry in zero_shot_of(s, more)]):
-        return False
-    say(f"{recipe}, seed {seed} (log: {folder}.log)")
-    started = time.monotonic()
-    ended = runner.run(command(s, recipe, seed, more), Path(f"{folder}.log"))
-    if ended:
-        for name in LARGE:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        cost = read_cell(folder).cost
-        spent = f": {cost.steps:,} steps, {cost.samples:,} samples" if cost.steps else ""
-        say(f"{recipe}, seed {seed}{spent}; {duration(time.monotonic() - started)} in all")
-    return ended
+def run_group(
+    s: Settings, kind: str, group: Sequence[tuple[str, int]], more: Sequence[str], children: Children, bars: Progress
+) -> None:
+    """Those of the (recipe, seed) that are not finished, `jobs` at once, with the time that is left."""
+    missing = [cell for cell in group if not is_finished(folder_of(s, *cell), _classified(s, more))]
+    task = bars.add_task(kind, total=len(group), completed=len(group) - len(missing))
+    took: list[float] = []
+
+    def run_one(cell: tuple[str, int]) -> None:
+        started = time.monotonic()
+        run_cell(s, *cell, more, children, bars.print)
+        took.append(time.monotonic() - started)
+        left = statistics.mean(took) * (len(missing) - len(took)) / s.jobs / 60
+        bars.update(task, advance=1, description=f"{kind}, about {left:.0f} min left" if left else kind)
+
+    if missing:
+        children.run_all([partial(run_one, cell) for cell in missing], at_once=s.jobs)
+
+
+def _classified(s: Settings, more: Sequence[str]) -> list[str]:
+    """Names of what every cell classifies."""
+    return [entry.partition("=")[0] for entry in zero_shot_of(s, more)]
+
+
+def run_cell(
+    s: Settings, recipe: str, seed: int, more: Sequence[str], children: Children, say: Callable[[str], None]
+) -> None:
+    """Run one cell, and drop what is large and needed no more. Raises ChildProcessError when it fails by itself."""
+    folder, started = folder_of(s, recipe, seed), time.monotonic()
+    log = Path(f"{folder}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    say(f"{recipe}, seed {seed} (log: {log})")
+    threads = str(max(1, (os.cpu_count() or 1) // s.jobs))
+    status = children.run(command(s, recipe, seed, more), log=log, env={"OMP_NUM_THREADS": threads, **os.environ})
+    if status is None:  # everything is being stopped
+        return
+    if status:
+        raise ChildProcessError(
+            f"a cell failed (exit status {status}). The end of {log}:\n{end_of(log)}\n"
+            "Mend the cause and run the same command again: finished cells are kept."
+        )
+    for name in LARGE:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    cost = read_cell(folder).cost
+    spent = f": {cost.steps:,} steps, {cost.samples:,} samples" if cost.steps else ""
+    say(f"{recipe}, seed {seed}{spent}; {duration(time.monotonic() - started)} in all")
 
 
 def command(s: Settings, recipe: str, seed: int, more: Sequence[str]) -> list[str]:
     """One cell as a `train-encoder` command."""
     words = [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", recipe, "--seed", str(seed)]
     words += ["--output-dir", str(folder_of(s, recipe, seed))]
-    if RECIPES[recipe][1].method != BASE:
+    if recipe != base_recipe(s):
         # The very same base for all: converged before any of them starts, with its positions as they are.
         words += ["--base.source", str(folder_of(s, base_recipe(s), seed) / "base"), "--base.text-positions", "None"]
     return [*words, *run_flags(s, more)]

@@ -1,4 +1,4 @@
-"""Figures of the report: values in, one inline SVG (text) out.
+"""Figures of a page: values in, one inline SVG (text) out.
 
 The same values give the same bytes (fixed hash salt, no dates, no pixels), nothing outside the page is referred to, and
 axes and text take the page's own text colour, so that one SVG reads well on a light and on a dark page.
@@ -6,10 +6,11 @@ axes and text take the page's own text colour, so that one SVG reads well on a l
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 import matplotlib
@@ -55,7 +56,7 @@ def style() -> matplotlib.rc_context:
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """Render as inline SVG. `name` (letters, digits) keeps ids apart on a page; `label` is read to the blind."""
+    """Render as inline SVG. `name` (letters, digits) keeps ids apart on a page; `label`: what a screen reader says."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
@@ -76,13 +77,26 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     return re.sub(r"<svg.*?>", lambda _: opening, svg, count=1, flags=re.S).strip()
 
 
-def _panel(width: float, height: float, title: str, xlabel: str = "", ylabel: str = "") -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_subplot()
-    axes.set_title(_short(title, 44), loc="left")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    return figure, axes
+@contextlib.contextmanager
+def panel(
+    width: float, height: float, title: str = "", xlabel: str = "", ylabel: str = ""
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of inches and its axes, in the look of all figures; `to_svg` belongs inside the `with`."""
+    with style():
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_subplot()
+        axes.set_title(_short(title, 44), loc="left")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        yield figure, axes
+
+
+def name_rows(axes: Axes, names: Sequence[object], length: int = 18) -> None:
+    """A named row at every whole number of the y axis, the first one on top."""
+    axes.set_yticks(np.arange(len(names)), [_short(name, length) for name in names])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
 
 
 def _short(text: object, length: int = 22) -> str:
@@ -107,22 +121,19 @@ def thin(length: int, most: int = 500) -> np.ndarray:
 
 def curve(name: str, title: str, steps: Sequence[int], values: Sequence[float], ylabel: str, colour: int = 0) -> str:
     """One quantity over training: every logged value thin, their moving average (a 20th of the curve) bold."""
-    with style():
-        figure, axes = _panel(4.0, 2.5, title, "step", ylabel)
-        keep = thin(len(values))
-        x, raw = np.asarray(steps)[keep], np.asarray(values, dtype=np.float64)[keep]
-        raw = np.where(np.isfinite(raw), raw, np.nan)
-        axes.plot(x, raw, color=COLOURS[colour], alpha=0.5, linewidth=0.9)
-        even = smooth(values, max(3, len(values) // 20))[keep]
+    keep = thin(len(values))
+    x, raw = np.asarray(steps)[keep], np.asarray(values, dtype=np.float64)[keep]
+    even = smooth(values, max(3, len(values) // 20))[keep]
+    with panel(4.0, 2.5, title, "step", ylabel) as (figure, axes):
+        axes.plot(x, np.where(np.isfinite(raw), raw, np.nan), color=COLOURS[colour], alpha=0.5, linewidth=0.9)
         axes.plot(x, even, color=COLOURS[colour], linewidth=1.8, marker="o" if len(x) == 1 else None)
         return to_svg(figure, name, f"{ylabel} of {title} by step")
 
 
 def cluster_sizes(name: str, title: str, sizes: Sequence[int], batch: int | None) -> str:
     """Sizes of a stage's clusters, largest first, on a log scale; the line is one global batch."""
-    with style():
-        figure, axes = _panel(4.0, 2.5, title, "cluster, largest first", "images")
-        ordered = np.sort(np.asarray([size for size in sizes if size > 0]))[::-1]
+    ordered = np.sort(np.asarray([size for size in sizes if size > 0]))[::-1]
+    with panel(4.0, 2.5, title, "cluster, largest first", "images") as (figure, axes):
         axes.stairs(ordered, np.arange(len(ordered) + 1) + 0.5, fill=True, color=COLOURS[0], alpha=0.75, baseline=0.5)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -132,67 +143,65 @@ def cluster_sizes(name: str, title: str, sizes: Sequence[int], batch: int | None
         axes.grid(visible=False, axis="x")
         if batch:
             axes.axhline(batch, color=COLOURS[1], linewidth=1.4, linestyle="--")
-            axes.annotate(f"one batch: {batch:,}", (1, batch), (-2, 2), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+            axes.annotate(
+                f"one batch: {batch:,}", (1, batch), (-2, 2), xycoords=("axes fraction", "data"),
+                textcoords="offset points", ha="right", va="bottom",
+            )  # fmt: skip
         return to_svg(figure, name, f"cluster sizes of {title}")
 
 
-def heatmap(name: str, title: str, shares: Sequence[Sequence[float]], blocks: Sequence[object]) -> str:
-    """Share of tokens whose first choice is an expert: a row a block (the first one on top), a column an expert."""
-    table = np.asarray(shares, dtype=np.float64)
-    rows, columns = table.shape
-    with style():
-        figure, axes = _panel(max(2.6, 0.55 * columns + 1.2), 0.9 + 0.21 * rows, title, "expert", "block")
-        top = max(float(np.nanmax(table, initial=0)), 2 / columns)
-        axes.grid(visible=False)
-        axes.pcolormesh(table, cmap="viridis", vmin=0, vmax=top, edgecolors="none", rasterized=False)
-        colours = matplotlib.colormaps["viridis"]
-        for row in range(rows):
-            for column in range(columns):
-                value = table[row, column]
-                red, green, blue, _ = colours(value / top)
-                ink = "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-                axes.text(column + 0.5, row + 0.5, _percent(value), ha="center", va="center", color=ink, fontsize=7.5)
-        axes.set_xticks(np.arange(columns) + 0.5, [str(column) for column in range(columns)])
-        axes.set_yticks(np.arange(rows) + 0.5, [_short(block, 12) for block in blocks])
+def heatmap(
+    name: str, title: str, values: Sequence[Sequence[float]], rows: Sequence[object], columns: Sequence[object],
+    low: float, high: float, text: Callable[[float], str], label: str,
+) -> str:  # fmt: skip
+    """Values by block (rows, the first one on top) and expert (columns); colours reach from `low` to `high`.
+
+    text: what stands in a field. label: what a screen reader says.
+    """
+    grid = np.asarray(values, dtype=np.float64)
+    with panel(max(2.8, 0.65 * len(columns) + 1.4), 0.9 + 0.21 * len(rows), title, "expert", "block") as (figure, axes):
+        axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high, edgecolors="none", rasterized=False)
+        for (row, column), value in np.ndenumerate(grid):
+            red, green, blue, _ = matplotlib.colormaps["viridis"]((value - low) / (high - low))
+            ink = "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+            axes.text(column + 0.5, row + 0.5, text(value), ha="center", va="center", color=ink, fontsize=7.5)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [str(column) for column in columns])
+        axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(row, 18) for row in rows])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
         axes.invert_yaxis()
-        return to_svg(figure, name, f"routing shares, {title}")
+        return to_svg(figure, name, label)
 
 
-def _percent(value: float) -> str:
+def whole_percent(value: float) -> str:
     return f"{100 * value:.0f}%" if math.isfinite(value) else "-"
 
 
-def lines_by_block(name: str, title: str, series: dict[str, tuple[Sequence, Sequence[float]]], percent: bool) -> str:
-    """One line a tower over its blocks. `series`: tower -> (block numbers, values)."""
-    with style():
-        figure, axes = _panel(4.0, 2.5, title, "block")
-        for index, (label, (blocks, values)) in enumerate(series.items()):
-            colour = COLOURS[index % len(COLOURS)]
+def lines_by_block(name: str, title: str, series: Mapping[str, tuple[Sequence, Sequence[float]]]) -> str:
+    """Shares by block, a line a tower. `series`: tower -> (block numbers, values)."""
+    with panel(4.0, 2.5, title, "block") as (figure, axes):
+        for colour, (label, (blocks, values)) in zip(COLOURS, series.items(), strict=False):
             axes.plot(blocks, values, color=colour, marker="o", markersize=3, label=_short(label))
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if percent:
-            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         axes.legend(loc="best")
         return to_svg(figure, name, title)
 
 
-def stacked_bars(name: str, title: str, rows: Sequence[str], parts: dict[str, Sequence[float]], xlabel: str) -> str:
+def stacked_bars(
+    name: str, title: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str
+) -> str:  # fmt: skip
     """A horizontal bar a row, made of `parts`: what it is -> its value in every row."""
-    with style():
-        figure, axes = _panel(4.4, 1.1 + 0.27 * len(rows) + (0.25 if len(parts) > 1 else 0), title, xlabel)
+    legend = len(parts) > 1
+    with panel(4.4, 1.1 + 0.27 * len(rows) + 0.25 * legend, title, xlabel) as (figure, axes):
         left = np.zeros(len(rows))
         for index, (label, values) in enumerate(parts.items()):
-            axes.barh(np.arange(len(rows)), values, left=left, height=0.65, color=COLOURS[index % len(COLOURS)],
-                      label=_short(label))  # fmt: skip
+            colour = COLOURS[index % len(COLOURS)]
+            axes.barh(np.arange(len(rows)), values, left=left, height=0.65, color=colour, label=_short(label))
             left += np.asarray(values, dtype=np.float64)
-        axes.set_yticks(np.arange(len(rows)), [_short(row, 18) for row in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.invert_yaxis()
-        if len(parts) > 1:
+        name_rows(axes, rows)
+        if legend:
             figure.legend(loc="outside lower center", ncols=min(3, len(parts)))
         return to_svg(figure, name, title)

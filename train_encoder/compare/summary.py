@@ -9,15 +9,26 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .compare_cells import Cells, Cost
-from .page import duration
+from ..report.document import MISSING, Section, Table, duration, signed
+from .cells import Cells, Cost
 
 CLEAR = 2.0
 """A difference of so many standard errors, and of one sign in every seed, is called clear."""
 PAPER_CLUSTERING, PAPER_TRAINING = 4.15, -0.725
 """CLIP-FMoE paper: ICCL's clustering is 4.15 times as fast as CLIP-MoE's, its training takes 72.5% less time."""
+
+
+Scores = dict[str, list[float]]
+"""Recipe (or another row) -> its values by seed."""
+
+
+@dataclass(frozen=True)
+class ScoreTable(Table):
+    """Mean and spread of each recipe; `scores` is the column that the summary and the figures speak of."""
+
+    scores: Scores = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,18 @@ def sentence(title: str, scores: Mapping[str, Sequence[float]], base: str | None
     return f"{text}; it is {100 * over.mean:.1f} above the base{sure}."
 
 
+def summary(cells: Cells, found: Sequence[Section]) -> list[str]:
+    """Three to five sentences: who is first where, by how much, and whether that is more than the spread."""
+    base, said = next(iter(cells)), []
+    for section in found:
+        for table in [table for table in section.tables if isinstance(table, ScoreTable)][:2]:
+            scores = {recipe: table.scores[recipe] for recipe in cells}  # experts alone left out
+            if len(scores) > 1:
+                said.append(sentence(f"{section.title}, {table.title}".rstrip(", "), scores, base))
+    spent = cost_sentence(cells)
+    return [*said[:4], *([spent] if spent else [])]
+
+
 def cost_sentence(cells: Cells) -> str | None:
     """The cheapest and the dearest recipe after the base; None for fewer than two."""
     spent = {recipe: statistics.mean(cell.cost.seconds for cell in run) for recipe, run in cells.items()}
@@ -102,14 +125,10 @@ def fmoe_claims(cells: Cells) -> list[list[str]]:
     total = [b.seconds / a.seconds - 1 for a, b in both]
     training = [b.train_seconds / a.train_seconds - 1 for a, b in both]
     return [
-        ["clustering time, dmu : fmoe", _mean(faster, 1, "x", signed=False), f"{PAPER_CLUSTERING:g}x as fast"],
-        ["the same with the features that are clustered", _mean(seen, 1, "x", signed=False), "–"],
-        [
-            "total training time, fmoe against dmu",
-            _mean(total, 100, "%"),
-            f"{100 * PAPER_TRAINING:+.1f}%".replace("-", "−"),
-        ],
-        ["of it gradient steps alone", _mean(training, 100, "%"), "–"],
+        ["clustering time, dmu : fmoe", _mean(faster, 1, "x", sign=False), f"{PAPER_CLUSTERING:g}x as fast"],
+        ["the same with the features that are clustered", _mean(seen, 1, "x", sign=False), MISSING],
+        ["total training time, fmoe against dmu", _mean(total, 100, "%"), f"{signed(100 * PAPER_TRAINING)}%"],
+        ["of it gradient steps alone", _mean(training, 100, "%"), MISSING],
     ]
 
 
@@ -117,8 +136,8 @@ def _seeing(cost: Cost) -> float:
     return cost.clusters + cost.other_seconds.get("features", 0.0)
 
 
-def _mean(values: Sequence[float], scale: float, unit: str, signed: bool = True) -> str:
+def _mean(values: Sequence[float], scale: float, unit: str, sign: bool = True) -> str:
     digits = 1 if scale > 1 else 2
     spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    mean = f"{scale * statistics.mean(values):{'+' if signed else ''}.{digits}f}".replace("-", "−")
-    return f"{mean}{spread}{unit}"
+    mean = scale * statistics.mean(values)
+    return f"{signed(mean, digits) if sign else f'{mean:.{digits}f}'}{spread}{unit}"

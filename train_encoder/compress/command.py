@@ -16,8 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,15 +36,15 @@ from llava_clipmoe.model_card import public_name
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import moe_config
 
-from .compare_flops import vision_macs
-from .compress_report import Trial, best, html_page, tables, verdict
-from .config import DataConfig
-from .data import BadImage, DataError, ImageTransform, PairSource, check_images, normalise
-from .evaluate.retrieval import evaluate_retrieval
-from .features import inference, pick_device, tokenise
-from .pipeline import parse_source
-from .progress import Bar
-from .sources import open_source
+from ..compare.cost import vision_macs
+from ..config import DataConfig
+from ..data import BadImage, DataError, ImageTransform, PairSource, check_images, normalise
+from ..evaluate.retrieval import evaluate_retrieval
+from ..features import inference, pick_device, tokenise
+from ..pipeline import parse_source
+from ..progress import Bar
+from ..sources import open_source
+from .report import Trial, best, make_page, verdict
 
 
 @dataclass(frozen=True)
@@ -167,26 +166,23 @@ def load_sample(s: Settings, text: str, bundle: ClipBundle) -> Sample:
     return Sample(name, torch.stack(pixels), tuple(part for one in alike for part in one.split(s.batch_size)))
 
 
-See = Callable[[str, torch.Tensor], None]
-
-
-def run_sample(
-    s: Settings, bundle: ClipBundle, sample: Sample, see: See = lambda kind, found: None, bar: Bar | None = None
-) -> None:
-    """see(kind, features) gets, batch by batch, "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it)
-    and "text" [B,P]."""
+def features_of(
+    s: Settings, bundle: ClipBundle, sample: Sample, title: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """(kind, features) batch by batch: "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it) and "text"
+    [B,P]. title: of a progress bar."""
     device, model = pick_device(s.device), bundle.model
-    report = (lambda n: None) if bar is None else bar.advance
-    with inference(bundle, device, s.precision), bar or nullcontext():
+    bar = Bar(title, sample.size, unit="items", main=None if title else False)
+    with inference(bundle, device, s.precision), bar:
         for pixels in sample.pixels.split(s.batch_size):
             pixels = normalise(pixels.to(device), bundle.image_mean, bundle.image_std)
             out = model.vision_model(pixels, output_hidden_states=True)
-            see("image", model.visual_projection(out.pooler_output).float().cpu())
-            see("patches", out.hidden_states[-2][:, 1:].float().cpu())
-            report(len(pixels))
+            yield "image", model.visual_projection(out.pooler_output).float().cpu()
+            yield "patches", out.hidden_states[-2][:, 1:].float().cpu()
+            bar.advance(len(pixels))
         for ids in sample.ids:
-            see("text", model.get_text_features(ids.to(device)).float().cpu())
-            report(len(ids))
+            yield "text", model.get_text_features(ids.to(device)).float().cpu()
+            bar.advance(len(ids))
 
 
 def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Tensor]) -> dict[str, dict[str, float]]:
@@ -195,17 +191,11 @@ def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Te
     An image's patches count by their mean.
     """
     found: dict[str, list[torch.Tensor]] = {}
-    expected: Iterator[torch.Tensor] = iter(full)
-
-    def see(kind: str, features: torch.Tensor) -> None:
-        cosine = F.cosine_similarity(features.double(), next(expected).double(), dim=-1)
+    for (kind, features), expected in zip(features_of(s, bundle, sample), full, strict=True):
+        cosine = F.cosine_similarity(features.double(), expected.double(), dim=-1)
         found.setdefault(kind, []).append(cosine.mean(-1) if kind == "patches" else cosine)
-
-    run_sample(s, bundle, sample, see)
-    return {
-        kind: {"mean": torch.cat(parts).mean().item(), "min": torch.cat(parts).min().item()}
-        for kind, parts in found.items()
-    }
+    whole = {kind: torch.cat(parts) for kind, parts in found.items()}
+    return {kind: {"mean": cosine.mean().item(), "min": cosine.min().item()} for kind, cosine in whole.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- the work
@@ -223,17 +213,15 @@ class Study:
         self.moments = self._moments()
         self.full: list[torch.Tensor] = []
         if self.sample is not None:
-            bar = Bar("features of the full model", self.sample.size, unit="items")
-            run_sample(s, bundle, self.sample, lambda kind, found: self.full.append(found), bar)
+            self.full = [found for _, found in features_of(s, bundle, self.sample, "features of the full model")]
         self.before = self.recalls(bundle)
 
     def _moments(self) -> dict[str, Moments] | None:
         if self.calibration is None:
             return None
         with second_moments(self.bundle.model) as moments:
-            run_sample(
-                self.s, self.bundle, self.calibration, bar=Bar("calibrating", self.calibration.size, unit="items")
-            )
+            for _ in features_of(self.s, self.bundle, self.calibration, "calibrating"):
+                pass
         return moments
 
     def recalls(self, bundle: ClipBundle) -> dict[str, dict[str, float]]:
@@ -244,26 +232,20 @@ class Study:
         }
 
     def make(
-        self,
-        rank: int | None,
-        energy: float | None,
-        calibrated: bool,
-        bar: bool = False,
-        decomposed: Decomposed | None = None,
+        self, rank: int | None, energy: float | None, calibrated: bool, decomposed: Decomposed | None = None
     ) -> tuple[ClipBundle, Trial]:
-        """A compressed model, and what it keeps and scores."""
-        progress = Bar("compressing", sum(len(t.moe_layers) for t in _towers(self.bundle)), unit="blocks")
-        with progress if bar else nullcontext():
-            report = (lambda done, total: progress.advance(done - progress.done)) if bar else (lambda done, total: None)
-            moments = self.moments if calibrated else None
+        """A compressed model, and what it keeps and scores. decomposed: kept from trial to trial, under one bar."""
+        blocks, silent = sum(len(tower.moe_layers) for tower in _towers(self.bundle)), decomposed is not None
+        with Bar("compressing", blocks, unit="blocks", main=False if silent else None) as bar:
             model, kept = compress(
-                self.bundle.model, rank=rank, energy=energy, moments=moments, decomposed=decomposed, progress=report
-            )
+                self.bundle.model, rank=rank, energy=energy, moments=self.moments if calibrated else None,
+                decomposed=decomposed, progress=lambda done, _: bar.advance(done - bar.done),
+            )  # fmt: skip
         made = dataclasses.replace(self.bundle, model=model)
         cosine = None if self.sample is None else cosines(self.s, made, self.sample, self.full)
         return made, Trial(
             rank, energy, calibrated, [dataclasses.asdict(one) for one in kept], active_parameters(model.config),
-            vision_macs(model.config), cosine, self.recalls(made),
+            vision_macs(model.config.vision_config), cosine, self.recalls(made),
         )  # fmt: skip
 
     def find(self) -> list[Trial]:
@@ -282,7 +264,7 @@ class Study:
         return sorted(trials, key=lambda trial: (trial.rank, trial.calibrated))
 
     def _size(self, config: CLIPMoEConfig) -> dict[str, Any]:
-        return {"parameters": active_parameters(config), "vision_macs": vision_macs(config)}
+        return {"parameters": active_parameters(config), "vision_macs": vision_macs(config.vision_config)}
 
     def report(self, trial: Trial | None, trials: list[Trial]) -> dict[str, Any]:
         """What compress.json holds; shares are fractions of 1."""
@@ -329,7 +311,7 @@ def write(output: Path, bundle: ClipBundle, study: Study, trial: Trial, report: 
         card["calibration"] = "{source} ({images} images, {captions} captions)".format(**study.calibration.facts())
     save_bundle(dataclasses.replace(bundle, name=output.name), output, card=card)
     write_json(output / "compress.json", report)
-    write_text(output / "compress.html", html_page(report))
+    write_text(output / "compress.html", make_page(report).html())
 
 
 def main(argv: list[str]) -> int:
@@ -344,13 +326,13 @@ def main(argv: list[str]) -> int:
         made = trial = None
         if s.output is not None and not (s.find and chosen is None):
             rank, calibrated = (chosen.rank, chosen.calibrated) if s.find else (s.rank, study.moments is not None)
-            made, trial = study.make(rank, s.energy, calibrated, bar=True)
+            made, trial = study.make(rank, s.energy, calibrated)
     except BadImage as error:
         raise DataError(str(error)) from error
     report, console = study.report(trial, trials), Console(soft_wrap=True)
-    for grid in tables(report):
-        console.print(f"\n{grid.title}\n", markup=False, highlight=False)
-        console.print(grid.markdown(), markup=False, highlight=False)
+    for section in make_page(report).sections:
+        if section.tables:
+            console.print(f"\n{section.markdown()}", markup=False, highlight=False)
     if s.find:
         console.print(f"\n{verdict(report)}", markup=False, highlight=False)
     if made is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_clipmoe.files import read_json
 
-from .compare_tables import Section, Table
+from ..report.document import MISSING, Section, Table, signed
 
 NEEDED = ("benchmark", "n", "headline", "metrics")
 ORDER = ("mme", "pope", "mmbench", "mmbench_cn", "mmvet", "vizwiz", "mmstar", "ocrbench", "vqav2", "textvqa",
@@ -89,7 +89,8 @@ def llava_section(llavas: Sequence[Llava]) -> Section:
         notes += _doubts(benchmark, llavas, of)
     head = ["benchmark", "metric", *(llava.name for llava in llavas), "paper: 7B, with CLIP-MoE"]
     intro = f"In brackets: the difference to {first.name}." if len(llavas) > 1 else ""
-    return Section("llava", "LLaVA", intro, [Table(head, rows)], " ".join(notes))
+    blocks = [intro, Table(head, rows), " ".join(notes)]
+    return Section("llava", "LLaVA", [block for block in blocks if block])
 
 
 def _headline(result: dict[str, Any] | None) -> float | None:
@@ -99,13 +100,12 @@ def _headline(result: dict[str, Any] | None) -> float | None:
 
 def _cell(value: float | None, first: float | None) -> str:
     if value is None:
-        return "–"
-    delta = "" if first is None else f" ({value - first:+.1f})".replace("-", "−")
-    return f"{value:,.1f}{delta}"
+        return MISSING
+    return f"{value:,.1f}" if first is None else f"{value:,.1f} ({signed(value - first)})"
 
 
 def _paper(result: dict[str, Any]) -> str:
-    return " → ".join(f"{value:,.1f}" for value in result["paper"].values()) if result.get("paper") else "–"
+    return " → ".join(f"{value:,.1f}" for value in result["paper"].values()) if result.get("paper") else MISSING
 
 
 def _doubts(benchmark: str, llavas: Sequence[Llava], of: Sequence[dict[str, Any] | None]) -> list[str]:

@@ -1,0 +1,231 @@
+"""The page of a comparison: a summary, the tables in the layout of the papers', and figures below them."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..report.document import MISSING, Code, Document, Figure, Score, Section, Table, duration, millions
+from ..report.figures import stacked_bars
+from ..report.sections import CLASSES, RECALLS
+from .cells import Cell, Cells
+from .figures import cost_against_score, scores_with_errors
+from .llava import Llava, llava_section
+from .summary import Scores, ScoreTable, fmoe_claims, summary
+
+CLUSTERING_NOTE = (
+    "Small data is clustered in a fraction of a second, and loading scikit-learn (about a second, once a run) may be "
+    "most of it; `benchmarks/clustering.md` times the clusterings alone."
+)
+
+
+def make_page(cells: Cells, llavas: Sequence[Llava], command: Sequence[str]) -> Document:
+    """cells: recipe -> its runs by seed, the base first (none: LLaVAs alone)."""
+    own = [make(cells) for make in (retrieval, classification, attributes, routing, cost)] if cells else []
+    found = [section for section in own if section is not None]
+    sections = [*found, *([llava_section(llavas)] if llavas else [])]
+    sections.append(Section("reproduce", "Reproduce", [Code(shlex.join(command))]))
+    if not cells:
+        return Document("Comparison of LLaVAs", "", sections)
+    seeds = len(next(iter(cells.values())))
+    lead = (
+        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}, in percent. Every recipe starts from "
+        "the same base of its seed and spends as many epochs on the same captions."
+    )
+    return Document("Comparison of recipes", lead, sections, summary(cells, found))
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def by_seed(cells: Cells, read: Callable[[Cell], Any]) -> dict[str, list[Any]]:
+    return {recipe: [read(cell) for cell in run] for recipe, run in cells.items()}
+
+
+def score_table(columns: Mapping[str, Scores], summed_up: str, title: str = "", note: str = "") -> ScoreTable:
+    """A row a recipe, the best mean of a column in bold; `summed_up`: the column of `scores`."""
+    best = {name: max(map(statistics.mean, column.values())) for name, column in columns.items()}
+    rows = []
+    for recipe in columns[summed_up]:
+        row: list[str | Score] = [recipe]
+        for name, column in columns.items():
+            values = column[recipe]
+            row.append(Score(mean_and_spread(values), best=statistics.mean(values) == best[name]))
+        rows.append(row)
+    return ScoreTable(["recipe", *columns], rows, title, note, scores=dict(columns[summed_up]))
+
+
+def score_tables(
+    cells: Cells, kind: str, titles: Mapping[str, str], counted: str, with_mean: bool = False
+) -> list[ScoreTable]:
+    """A table of every data set that all were measured on. titles: score -> column. counted: besides the pictures."""
+    tables = []
+    for name in _in_all(cells, kind):
+        found = by_seed(cells, lambda cell, name=name: cell.scores(kind, name))
+        columns = {
+            title: {recipe: [scores[key] for scores in seeds] for recipe, seeds in found.items()}
+            for key, title in titles.items()
+        }
+        if with_mean:
+            columns["mean"] = mean_of(list(columns.values()))
+        counts = next(iter(found.values()))[0]
+        note = f"{counts['images']} pictures, {counts[counted]} {counted}"
+        tables.append(score_table(columns, "mean" if with_mean else next(iter(columns)), name, note))
+    return tables
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """In percent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def mean_of(columns: Sequence[Scores]) -> Scores:
+    """The mean of several columns, row by row and seed by seed."""
+    rows = columns[0] if columns else {}
+    return {row: [statistics.mean(seed) for seed in zip(*(c[row] for c in columns), strict=True)] for row in rows}
+
+
+def _with_figure(section: Section, cells: Cells) -> Section:
+    panels = [
+        scores_with_errors(f"{section.anchor}{i}", table.title or section.title, {r: table.scores[r] for r in cells})
+        for i, table in enumerate(section.tables)
+    ]
+    how = (
+        "A dot is the mean over seeds, small dots are the seeds, the line is ± one standard deviation; the dashed "
+        "line is the base."
+    )
+    return Section(section.anchor, section.title, [*section.blocks, Figure(panels, how)])
+
+
+def _in_all(cells: Cells, kind: str) -> list[str]:
+    """Names of the data sets that every cell's result was measured on."""
+    every = [cell for run in cells.values() for cell in run]
+    return [name for name in every[0].results.get(kind) or {} if all(cell.has(kind, name) for cell in every)]
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def retrieval(cells: Cells) -> Section | None:
+    """Every recipe's result (Tables 2, 4 and 6 of the CLIP-MoE paper), a table a data set."""
+    tables = retrieval_tables(cells)
+    return _with_figure(Section("retrieval", "Retrieval", tables), cells) if tables else None
+
+
+def retrieval_tables(cells: Cells) -> list[ScoreTable]:
+    return score_tables(cells, "retrieval", RECALLS, "captions", with_mean=True)
+
+
+def classification(cells: Cells) -> Section | None:
+    """Zero-shot classification of every recipe's result (Table 5)."""
+    tables = score_tables(cells, "zero_shot", CLASSES, "classes")
+    return _with_figure(Section("classification", "Zero-shot classification", tables), cells) if tables else None
+
+
+def attributes(cells: Cells) -> Section | None:
+    """Attribute pairs (Table 1): every recipe's result, then each expert alone."""
+    if not all(cell.results.get("attributes") for run in cells.values() for cell in run):
+        return None
+    found: dict[str, list[dict[str, Any]]] = {}
+    for recipe, run in cells.items():
+        experts = [name for name in run[0].results["attributes"] if name.startswith("expert")]
+        for row, variant in [(recipe, None), *((f"{recipe}: {name}", name) for name in experts)]:
+            found[row] = [cell.results["attributes"][variant or cell.final] for cell in run]
+    columns = {"all": {row: [scores["overall"] for scores in seeds] for row, seeds in found.items()}}
+    for kind in next(iter(found.values()))[0]["by_type"]:
+        columns[kind] = {
+            row: [scores["by_type"][kind]["accuracy"] for scores in seeds] for row, seeds in found.items()
+        }  # fmt: skip
+    intro = "A pair counts when both of its pictures are matched right: chance is 25."
+    section = Section("attributes", "Attribute pairs", [intro, score_table(columns, "all")])
+    return _with_figure(section, cells)
+
+
+def routing(cells: Cells) -> Section | None:
+    """First choices of the vision tower's tokens by expert, averaged over its MoE blocks (Figure 2 as numbers)."""
+    shares = routing_shares(cells)
+    if not shares:
+        return None
+    most = max(map(len, shares.values()))
+    rows, parts = [], {f"expert {e}": [0.0] * len(shares) for e in range(most)}
+    for number, (recipe, experts) in enumerate(shares.items()):
+        rows.append([recipe, *map(mean_and_spread, experts), *[MISSING] * (most - len(experts))])
+        for expert, seeds in enumerate(experts):
+            parts[f"expert {expert}"][number] = statistics.mean(seeds)
+    bars = stacked_bars("routing", "first choices", list(shares), parts, "share of tokens")
+    return Section("routing", "Routing", [
+        "Share of the pictures' tokens whose first choice is an expert, over all blocks.",
+        Table(["recipe", *parts], rows),
+        Figure([bars], "Even routing gives every expert the same length."),
+    ])  # fmt: skip
+
+
+def routing_shares(cells: Cells) -> dict[str, list[list[float]]]:
+    """Recipe -> for each expert its share by seed; only recipes whose result is a mixture."""
+    found = {}
+    for recipe, run in cells.items():
+        if all(cell.results.get("routing") for cell in run):
+            by_block = [zip(*cell.results["routing"]["vision"], strict=True) for cell in run]
+            by_expert = [[statistics.mean(expert) for expert in experts] for experts in by_block]
+            found[recipe] = [list(seeds) for seeds in zip(*by_expert, strict=True)]
+    return found
+
+
+def cost(cells: Cells) -> Section:
+    """Training cost, parameters and inference cost (as the CLIP-FMoE page counts them), and the score against them."""
+    head = ["recipe", "steps", "samples", "training", "features", "clusters", "all", "training TFLOPs", "peak memory",
+            "parameters", "active", "vision MACs an image"]  # fmt: skip
+    blocks = [_cost_intro(cells), Table(head, [_cost_row(recipe, run) for recipe, run in cells.items()])]
+    if claims := fmoe_claims(cells):
+        blocks += [Table(["", "here", "paper"], claims, "CLIP-FMoE against CLIP-MoE", "by seed"), CLUSTERING_NOTE]
+    scores = mean_of([table.scores for table in retrieval_tables(cells)])
+    if scores:
+        minutes, operations = by_seed(cells, lambda c: c.cost.seconds / 60), by_seed(cells, lambda c: c.flops / 1e12)
+        panels = [
+            cost_against_score("cost-time", "minutes after the base", minutes, scores),
+            cost_against_score("cost-flops", "TFLOPs after the base", operations, scores),
+        ]
+        blocks.append(Figure(
+            panels,
+            "Up and to the left is better: a higher mean of all retrieval scores, for less. Bars: ± one standard "
+            "deviation over seeds.",
+        ))  # fmt: skip
+    return Section("cost", "Cost", blocks)
+
+
+def _cost_row(recipe: str, run: Sequence[Cell]) -> list[str]:
+    costs = [cell.cost for cell in run]
+    features, clusters = (
+        duration(statistics.mean(cost.other_seconds.get(kind, 0.0) for cost in costs))
+        for kind in ("features", "clusters")
+    )
+    parameters = run[0].results["parameters"]
+    return [
+        recipe, f"{costs[0].steps:,}", f"{costs[0].samples:,}", _time([cost.train_seconds for cost in costs]),
+        features, clusters, _time([cost.seconds for cost in costs]),
+        f"{statistics.mean(cell.flops for cell in run) / 1e12:,.1f}",
+        f"{max(cost.peak_memory for cost in costs) / 2**30:.2f} GiB",
+        millions(parameters["total"]), millions(parameters["active"]), f"{run[0].inference_macs / 1e9:.3f} G",
+    ]  # fmt: skip
+
+
+def _time(seconds: Sequence[float]) -> str:
+    spread = f" ± {duration(statistics.stdev(seconds))}" if len(seconds) > 1 and any(seconds) else ""
+    return duration(statistics.mean(seconds)) + spread
+
+
+def _cost_intro(cells: Cells) -> str:
+    tokens = [cell.tokens for run in cells.values() for cell in run if cell.tokens is not None]
+    how = (
+        "Everything after the base, mean over seeds; evaluation is not counted. Times are a CPU's own where a run "
+        "used nothing else, else the clock's. TFLOPs: 10¹² operations of a run, forward and backward through what "
+        "needs a gradient, features included"
+    )
+    if not tokens:
+        return f"{how}."
+    if not all(one.measured for one in tokens):
+        return f"{how}; captions at the text tower's whole context, as the data could not be read for their lengths."
+    return f"{how}; captions at {tokens[0].padded:.0f} tokens, the mean length of a padded batch."

@@ -1,0 +1,203 @@
+"""One model for every page: a run's report, a comparison, a compression. A document is built once, then printed (its
+tables by rich), written as Markdown, or written as one HTML file that needs nothing else.
+
+    Document("A run", "What it is.", [Section("scores", "Scores", ["Some prose.", Table(["variant", "R@1"], rows)])])
+
+Prose knows **bold** and `code`, as in Markdown. Everything is escaped on its way to the page, but for figures (SVG).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from rich.table import Table as RichTable
+from rich.text import Text
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell that is more than text: a score."""
+
+    text: str
+    best: bool = False
+    """Bold."""
+    error: str = ""
+    """Small print behind the text, as ±2.3."""
+    change: str = ""
+    """Small print below it, as +1.4 or −0.6: green or red."""
+
+    @property
+    def direction(self) -> str:
+        if not set(self.change) - set("+−0."):
+            return "same"
+        return "up" if self.change.startswith("+") else "down"
+
+    def markdown(self) -> str:
+        text = f"**{self.text}**" if self.best else self.text
+        return " ".join(filter(None, [text, self.error, self.change and f"({self.change})"]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text or `Score`s; the first column names the row. A `title` and a `note` stand above it."""
+
+    kind: ClassVar[str] = "table"
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Score]]
+    title: str = ""
+    note: str = ""
+    folded: str = ""
+    """HTML: the table is hidden behind this line until it is clicked."""
+    tiles: Sequence[tuple[str, str]] = ()
+    """HTML: (what it is, the figure) of the few that are shown large above the table."""
+
+    def markdown(self) -> Iterator[str]:
+        if self.title:
+            yield from (f"**{self.title}**{f' ({self.note})' if self.note else ''}", "")
+        for number, row in enumerate([self.head, *self.rows]):
+            cells = [cell.markdown() if isinstance(cell, Score) else cell for cell in row]
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            if number == 0:
+                yield "|---" * len(row) + "|"
+        yield ""
+
+    def __rich__(self) -> RichTable:
+        view = RichTable(title=Text(self.title, "table.title") if self.title else None)
+        for number, name in enumerate(self.head):
+            view.add_column(Text(name), justify="right" if number else "left", no_wrap=not number)
+        for row in self.rows:
+            cells = [cell if isinstance(cell, Score) else Score(cell) for cell in row]
+            view.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in cells))
+        return view
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels (SVG, from figures.py) and how to read them. Markdown has no figures."""
+
+    kind: ClassVar[str] = "figure"
+    panels: Sequence[str]
+    how_to_read: str
+
+    def markdown(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    kind: ClassVar[str] = "code"
+    text: str
+
+    def markdown(self) -> Iterator[str]:
+        yield from ("```", self.text, "```", "")
+
+
+Block = str | Table | Figure | Code
+"""A part of a section; a plain string is a paragraph."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title and what stands below it."""
+
+    anchor: str
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def tables(self) -> list[Table]:
+        return [block for block in self.blocks if isinstance(block, Table)]
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", ""]
+        for block in self.blocks:
+            lines += [block, ""] if isinstance(block, str) else block.markdown()
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole page."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    points: Sequence[str] = field(default_factory=list)
+    """Sentences in a box at the top."""
+    points_title: str = ""
+    window_title: str = ""
+    """What a browser's tab says; the title when absent."""
+
+    def markdown(self) -> str:
+        parts = [f"# {self.title}", *filter(None, [self.lead, self.points_title])]
+        parts += ["\n".join(f"- {point}" for point in self.points)] if self.points else []
+        return "\n\n".join([*parts, *(section.markdown().rstrip() for section in self.sections)]) + "\n"
+
+    def html(self) -> str:
+        """The whole file; the same document gives the same bytes."""
+        return _TEMPLATES.get_template("page.html.j2").render(page=self)
+
+
+def _inline(text: str) -> Markup:
+    """Prose with Markdown's **bold** and `code` -> HTML; all else is escaped."""
+    bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))
+    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", bold))
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+_TEMPLATES.filters["inline"] = _inline
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def percent(share: float | None) -> str:
+    return MISSING if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """With its sign, a true minus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def millions(count: float, digits: int = 2) -> str:
+    return f"{count / 1e6:,.{digits}f} M"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def standard_error(share: float, n: int) -> float:
+    """Binomial standard error of a share measured on n independent trials."""
+    return math.sqrt(max(share * (1 - share), 0) / n) if n else math.nan
+
+
+def best_of(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def score(value: float | None, best: float | None = None, base: float | None = None, n: int | None = None) -> Score:
+    """A share in percent, bold where it is the best; with its distance to `base`, and with its standard error where it
+    was measured on `n` trials."""
+    if value is None:
+        return Score(MISSING)
+    error = f"±{100 * standard_error(value, n):.1f}" if n else ""
+    return Score(percent(value), value == best, error, "" if base is None else signed(100 * (value - base)))

@@ -1,0 +1,363 @@
+"""The sections of a run's report: each takes a `Run` and gives what stands there, or None when there is nothing yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_clipmoe.files import read_json
+
+from ..progress import METRICS, read_metrics
+from . import figures
+from .document import (
+    MISSING,
+    Block,
+    Figure,
+    Score,
+    Table,
+    best_of,
+    duration,
+    millions,
+    percent,
+    score,
+)
+
+RETRIEVAL = {
+    "i2t_r1": "image→text R@1", "i2t_r5": "R@5", "i2t_r10": "R@10",
+    "t2i_r1": "text→image R@1", "t2i_r5": "R@5", "t2i_r10": "R@10",
+}  # fmt: skip
+RECALLS = {"i2t_r1": "I2T R@1", "t2i_r1": "T2I R@1", "i2t_r5": "I2T R@5", "t2i_r5": "T2I R@5"}
+"""The four of a headline."""
+CLASSES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+TRIALS = {"i2t_r1": "images", "t2i_r1": "captions", "top1": "images"}
+"""Score -> what it was measured on, for its standard error."""
+Blocks = list[Block] | None
+
+
+@dataclass
+class Run:
+    """What a run directory holds; what could not be read is None or empty, with the reason in `problems`."""
+
+    directory: Path
+    config: dict[str, Any] | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Training -> its logged steps."""
+    done: list[dict[str, Any]] = field(default_factory=list)
+    """Finished pieces of work."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def final(self) -> str:
+        """The result's name among the variants (runs older than the setting made a CLIP-MoE)."""
+        return self.results.get("result", "clip-moe")
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        path = self.directory / name
+        if not path.exists():
+            self.problems.append(f"{name} is not there yet.")
+            return None
+        try:
+            value = read_json(path)
+        except ValueError as error:
+            self.problems.append(f"{name} cannot be read: {error}")
+            return None
+        if not isinstance(value, dict):
+            self.problems.append(f"{name} holds no JSON object.")
+            return None
+        return value
+
+
+def load_run(directory: str | Path) -> Run:
+    """Read a run directory. Raises NotADirectoryError when there is none; absent and damaged files are noted."""
+    run = Run(Path(directory))
+    if not run.directory.is_dir():
+        raise NotADirectoryError(f"there is no run at {run.directory}: give the --output-dir of a train-encoder run.")
+    run.config = run.read("config.json")
+    run.results = run.read("results.json") or {}
+    rows, unreadable = read_metrics(run.directory / METRICS)
+    if not rows:
+        run.problems.append(f"{METRICS} is not there yet, or is empty.")
+    if unreadable:
+        run.problems.append(f"{METRICS}: {unreadable} unreadable line(s) left out (a killed run tears its last line).")
+    for row in rows:
+        if row.get("event") == "done":
+            run.done.append(row)
+        elif "step" in row and "stage" in row:
+            run.steps.setdefault(str(row["stage"]), []).append(row)
+    return run
+
+
+def _score_rows(variants: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> list[list[str | Score]]:
+    """A row a variant, in the order in which the method evaluated them; the distance to the base below each score."""
+    best = {key: best_of(scores.get(key) for scores in variants.values()) for key in keys}
+    base, rows = variants.get("base", {}), []
+    for name, scores in variants.items():
+        row: list[str | Score] = [name]
+        for key in keys:
+            compared = None if name == "base" else base.get(key)
+            row.append(score(scores.get(key), best[key], compared, scores.get(TRIALS.get(key, ""))))
+        rows.append(row)
+    return rows
+
+
+def retrieval(run: Run) -> Blocks:
+    blocks: list[Block] = []
+    for name, variants in (run.results.get("retrieval") or {}).items():
+        first, base, result = next(iter(variants.values())), variants.get("base", {}), variants.get("clip-moe", {})
+        tiles = [
+            (f"{RETRIEVAL[key]}, base → CLIP-MoE", f"{percent(base[key])} → {percent(result[key])}")
+            for key in ("i2t_r1", "t2i_r1") if key in base and key in result
+        ]  # fmt: skip
+        images, note = first.get("images"), ""
+        if images:
+            note = f"{images:,} images, {first['captions']:,} captions; chance R@1 is {100 / images:.2g}%."
+        rows = _score_rows(variants, list(RETRIEVAL))
+        blocks.append(Table(["variant", *RETRIEVAL.values()], rows, name, note, tiles=tiles))
+    if not blocks:
+        return None
+    return [
+        *blocks,
+        "R@k: the share of queries whose right answer is among the first k, in percent; bold is the best of a "
+        "column, the small number below is the distance to the base. ± is one binomial standard error, "
+        "√(p(1−p)/n), with n images for image→text and n captions for text→image; several captions of one image "
+        "are not independent, which makes the ± of text→image too small where there are several. A difference "
+        "below about twice its ± may be chance. stageK is the dense CLIP of a stage; expertK is the CLIP-MoE with "
+        "all tokens sent to one expert, which should agree with stageK (expert0 with the base) up to rounding.",
+    ]
+
+
+def classification(run: Run) -> Blocks:
+    tables: list[Block] = []
+    for name, variants in (run.results.get("zero_shot") or {}).items():
+        first = next(iter(variants.values()))
+        note = f"{first['images']:,} images, {first['classes']:,} classes; chance is {100 / first['classes']:.2g}%."
+        tables.append(Table(["variant", *CLASSES.values()], _score_rows(variants, list(CLASSES)), name, note))
+    return tables or None
+
+
+def loss(run: Run) -> Blocks:
+    if not run.steps:
+        return None
+    panels: list[str] = []
+    balance: list[str] = []
+    for index, (stage, rows) in enumerate(run.steps.items()):
+        contrastive = "contrastive" if any("contrastive" in row for row in rows) else "loss"
+        for key, target in ((contrastive, panels), ("balance", balance)):
+            logged = [row for row in rows if row.get(key) is not None]
+            if logged:
+                steps, values = [row["step"] for row in logged], [float(row[key]) for row in logged]
+                label, colour = "loss" if key == "loss" else f"{key} loss", int(target is balance)
+                target.append(figures.curve(f"{key}{index}", stage, steps, values, label, colour))
+    blocks: list[Block] = [Figure(
+        panels,
+        "Contrastive loss of every training: thin is what was logged, bold its moving average over a twentieth of "
+        "the curve. Lower is better within a panel only: a later stage's negatives come from one narrow cluster, "
+        "so its loss starts higher and says nothing against it.",
+    )]  # fmt: skip
+    if balance:
+        blocks.append(Figure(
+            balance,
+            "Load-balance loss of the router training, averaged over the blocks: 1 when all experts are first "
+            "choice equally often, the number of experts when one takes every token.",
+        ))  # fmt: skip
+    diverged = [
+        stage for stage, rows in run.steps.items()
+        if not all(math.isfinite(float(row.get("loss") or 0)) for row in rows)
+    ]  # fmt: skip
+    if diverged:
+        blocks.append(f"Steps whose loss was not finite (gaps in the curve): {', '.join(diverged)}.")
+    return blocks
+
+
+def _clusters(run: Run) -> list[dict[str, Any]]:
+    """From results.json; before it is written, from clusters/stage*.npz (cluster ids accumulated as in training)."""
+    if run.results.get("clusters"):
+        return run.results["clusters"]
+    found, ids = [], []
+    files = sorted((run.directory / "clusters").glob("stage*.npz"), key=lambda file: (len(file.name), file.name))
+    for stage, path in enumerate(files, start=1):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                ids.append(archive["labels"])
+            sizes = np.unique(np.stack(ids, axis=1), axis=0, return_counts=True)[1]
+        except (OSError, ValueError, KeyError) as error:
+            run.problems.append(f"clusters/{path.name} cannot be read: {error}")
+            break
+        found.append({"stage": stage, "sizes": sizes.tolist()})
+    return found
+
+
+def clusters(run: Run) -> Blocks:
+    found = [entry for entry in _clusters(run) if any(entry["sizes"])]
+    if not found:
+        return None
+    batch = (run.config or {}).get("mcl", {}).get("optim", {}).get("global_batch_size")
+    depths = sorted({int(depth) for entry in found for depth in entry.get("batches_by_depth") or {}}, reverse=True)
+    panels, rows = [], []
+    for index, entry in enumerate(found):
+        sizes = np.asarray([size for size in entry["sizes"] if size > 0], dtype=np.int64)
+        label = f"stage{entry['stage']}" if isinstance(entry["stage"], int) else entry["stage"]
+        panels.append(figures.cluster_sizes(f"clusters{index}", label, sizes, batch))
+        small = f"{100 * sizes[sizes < batch].sum() / sizes.sum():.1f}%" if batch else MISSING
+        middle = int(np.median(sizes))
+        numbers = [f"{number:,}" for number in (len(sizes), sizes.min(), middle, sizes.max())]
+        at = entry.get("batches_by_depth") or {}
+        rows.append([label, *numbers, small, *(f"{at[str(d)]:,}" if str(d) in at else MISSING for d in depths)])
+    head = ["stage", "clusters", "smallest", "median", "largest", "images in clusters below a batch"]
+    return [
+        Figure(
+            panels,
+            "Images in each cluster from which a stage draws its batches, largest first, on a log scale. What lies "
+            "below the dashed line is smaller than one global batch.",
+        ),
+        Table([*head, *(f"batches at depth {depth}" for depth in depths)], rows),
+        "Depth is how many stages of clusters all images of a batch share: a cluster smaller than a batch is "
+        "filled up from the cluster that it came from, one depth less; depth 0 is the whole data set.",
+    ]
+
+
+def attributes(run: Run) -> Blocks:
+    variants = run.results.get("attributes")
+    if not variants:
+        return None
+    pairs = {name: one.get("pairs") for entry in variants.values() for name, one in entry.get("by_type", {}).items()}
+    rows = []
+    for name, n in pairs.items():
+        values = [entry.get("by_type", {}).get(name, {}).get("accuracy") for entry in variants.values()]
+        rows.append([name, f"{n:,}" if n else MISSING, *(score(value, best_of(values)) for value in values)])
+    values, total = [entry.get("overall") for entry in variants.values()], next(iter(variants.values())).get("pairs")
+    overall = [score(value, best_of(values), n=total) for value in values]
+    rows.append(["overall", f"{total:,}" if total else MISSING, *overall])
+    fewest = min((n for n in pairs.values() if n), default=0)
+    noise = f" With {fewest} pairs an attribute's ± is up to {50 / math.sqrt(fewest):.0f} points." if fewest else ""
+    return [
+        "Pairs of images that a variant tells apart, in percent.",
+        Table(["attribute", "pairs", *variants], rows),
+        "Scored as MMVP-VLM is: a pair counts when both of its images are matched to their own statements; chance "
+        "is 25%. Bold is the best of a row: experts that see different things are best in different rows. ± is one "
+        f"binomial standard error.{noise}",
+    ]
+
+
+def routing(run: Run) -> Blocks:
+    data = run.results.get("routing") or {}
+    towers = {tower: data[tower] for tower in ("vision", "text") if data.get(tower)}
+    if not towers:
+        return None
+    panels, notes = [], []
+    for tower, shares in towers.items():
+        experts = len(shares[0])
+        blocks = data.get(f"{tower}_blocks") or range(len(shares))
+        high = max(float(np.nanmax(shares, initial=0)), 2 / experts)
+        panels.append(figures.heatmap(
+            f"routing{tower}", tower, shares, blocks, range(experts), 0, high, figures.whole_percent,
+            f"routing shares, {tower}",
+        ))  # fmt: skip
+        narrow = sum(max(row) > 0.8 for row in shares)
+        notes.append(
+            f"{tower}: {narrow} of {len(shares)} blocks give more than 80% of their tokens to one expert first; the "
+            f"smallest share anywhere is {percent(min(map(min, shares)))}%."
+        )
+    how = (
+        f"Share of tokens whose first choice is an expert; a row is a block and adds to 100%. Even use would be "
+        f"{100 / len(next(iter(towers.values()))[0]):.0f}% everywhere; expert 0 is the base, expert K comes from "
+        "stage K."
+    )
+    return [Figure(panels, how), " ".join(notes)]
+
+
+def movement(run: Run) -> Blocks:
+    routers = run.results.get("router_movement")
+    if not routers:
+        return None
+    titles = {"relative_change": "change of the weights, |W − W₀| / |W₀|",
+              "changed_top1": "tokens with a new first expert"}  # fmt: skip
+    panels, rows = [], []
+    for key, title in titles.items():
+        series: dict[str, tuple[list[int], list[float]]] = {}
+        for position, entry in enumerate(routers):
+            tower, _, number = str(entry["block"]).rpartition(".")
+            if entry.get(key) is not None:
+                blocks, values = series.setdefault(tower or "blocks", ([], []))
+                blocks.append(int(number) if number.isdigit() else position)
+                values.append(entry[key])
+        if series:
+            panels.append(figures.lines_by_block(f"moved{key.replace('_', '')}", title, series))
+    for entry in routers:
+        cosine = MISSING if entry.get("cosine") is None else f"{entry['cosine']:.4f}"
+        change, changed = (f"{percent(entry.get(key))}%" for key in titles)
+        rows.append([entry["block"], change, cosine, changed])
+    blocks: list[Block] = [Figure(
+        panels,
+        "How far training moved each router W from its random start W₀, and how many tokens it sends to another "
+        "expert for it. Lines near 0% mean that the routing is still the random one.",
+    )]  # fmt: skip
+    if stages := run.results.get("ffn_change"):
+        moved = ", ".join(f"{name} {percent(share)}%" for name, share in stages.items())
+        blocks.append(f"The experts themselves, all FFNs of a stage against the base's: {moved}.")
+    head = ["block", "|W − W₀| / |W₀|", "cosine(W, W₀)", "tokens with a new first expert"]
+    return [*blocks, Table(head, rows, folded=f"All {len(rows)} routers")]
+
+
+@dataclass
+class _Work:
+    seconds: float = 0.0
+    images: int = 0
+    memory: int = 0
+    """Bytes, the peak."""
+
+    def cells(self) -> list[str]:
+        rate = f"{self.images / self.seconds:,.1f}" if self.images and self.seconds else MISSING
+        memory = f"{self.memory / 2**30:.2f}" if self.memory else MISSING
+        return [duration(self.seconds), f"{self.images:,}" if self.images else MISSING, rate, memory]
+
+
+def cost(run: Run) -> Blocks:
+    if not run.done:
+        return None
+    merged: dict[tuple[str, str], _Work] = {}
+    for row in run.done:
+        work = merged.setdefault((str(row.get("stage") or "whole run"), str(row.get("work", ""))), _Work())
+        work.seconds += row.get("seconds") or 0
+        work.images += row.get("images") or 0
+        work.memory = max(work.memory, row.get("peak_memory_bytes") or 0)
+    whole = _Work(sum(work.seconds for work in merged.values()), 0, max(work.memory for work in merged.values()))
+    rows = [[stage, name, *work.cells()] for (stage, name), work in merged.items()]
+    rows.append(["total", "", duration(whole.seconds), "", "", whole.cells()[-1]])
+    stages, names = (list(dict.fromkeys(key[part] for key in merged)) for part in (0, 1))
+    unit, unit_name = (1, "seconds")
+    if whole.seconds > 120:
+        unit, unit_name = (3600, "hours") if whole.seconds > 7200 else (60, "minutes")
+    times = {name: [merged.get((stage, name), _Work()).seconds / unit for stage in stages] for name in names}
+    memory = [max(work.memory for key, work in merged.items() if key[0] == stage) / 2**30 for stage in stages]
+    return [
+        Figure(
+            [
+                figures.stacked_bars("time", "time", stages, times, unit_name),
+                figures.stacked_bars("memory", "peak memory", stages, {"peak": memory}, "GiB"),
+            ],
+            "Time of each stage by the kind of work, and the most memory that any of its work needed: "
+            "allocated on the GPU where there is one, else resident memory of the process.",
+        ),
+        Table(["stage", "work", "time", "images", "images/s", "peak memory, GiB"], rows),
+        "Memory is that of process 0. Work that was interrupted and done again counts once.",
+    ]
+
+
+def parameters(run: Run) -> Blocks:
+    counts = run.results.get("parameters")
+    if not counts:
+        return None
+    labels = {"dense": "base (dense)", "active": "CLIP-MoE, used for one token", "total": "CLIP-MoE, all"}
+    rows = []
+    for key, label in labels.items():
+        if counts.get(key) is not None:
+            ratio = f"{counts[key] / counts['dense']:.2f}×" if counts.get("dense") else MISSING
+            rows.append([label, millions(counts[key]), ratio])
+    return [Table(["parameters", "number", "to base"], rows)]
