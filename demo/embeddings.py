@@ -30,8 +30,9 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import local_directory, read_config
 from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.config import digest
-from train_encoder.data import BadImage, DataError, ImageTransform
-from train_encoder.features import NotFinite, Precision, encode_images, pick_device
+from train_encoder.data.decode import BadImage, ImageTransform
+from train_encoder.data.pairs import DataError
+from train_encoder.features.encode import NotFinite, Precision, encode_images, pick_device
 from train_encoder.progress import Bar
 
 FORMAT = 1

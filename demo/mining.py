@@ -32,7 +32,8 @@ from demo.pairs import BlindPair, save_picture, write_pairs
 from demo.questions import Questions
 from demo.search import Criteria, Found, exact_cosines, search
 from llava_clipmoe.files import atomic_directory, remove_leftovers, replace_surrogates, write_json
-from train_encoder.data import BadImage, DataError
+from train_encoder.data.decode import BadImage
+from train_encoder.data.pairs import DataError
 
 OUTCOMES = {
     "both": "passed both thresholds",

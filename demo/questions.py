@@ -9,8 +9,8 @@ import numpy as np
 from demo.images import Pictures
 from demo.pairs import Question
 from llava_clipmoe.files import replace_surrogates
-from train_encoder.data import DataError
-from train_encoder.sources import json_rows
+from train_encoder.data.pairs import DataError
+from train_encoder.data.tables import json_rows
 
 FORMAT = 'A row is {"image": "a.png", "attribute": "color", "question": "What is the main color?", "answer": "red"}.'
 

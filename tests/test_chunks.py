@@ -16,10 +16,10 @@ from measured_memory import GIB, CPUAllocator
 
 from llava_clipmoe.files import read_json
 from llava_clipmoe.upcycling import is_ffn, moe_config, upcycle
-from train_encoder import chunks, loop
-from train_encoder.chunks import Card, ChunkError, choose_chunk, even, largest_chunk, ran_out_of_memory
 from train_encoder.config import EngineConfig, OptimConfig
-from train_encoder.losses import make_objective
+from train_encoder.training import chunks, loop
+from train_encoder.training.chunks import Card, ChunkError, choose_chunk, even, largest_chunk, ran_out_of_memory
+from train_encoder.training.losses import make_objective
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs the `dev` extra")
 

@@ -23,8 +23,9 @@ from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import only_expert
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 from train_encoder.evaluate import command, mmvp, retrieval, routing, zero_shot
-from train_encoder.evaluate.retrieval import BenchmarkNotFound, evaluate_retrieval, recalls
-from train_encoder.features import NotFinite, encode_images, encode_texts
+from train_encoder.evaluate.benchmarks import BenchmarkNotFound
+from train_encoder.evaluate.retrieval import evaluate_retrieval, recalls
+from train_encoder.features.encode import NotFinite, encode_images, encode_texts
 
 CPU = {"device": "cpu", "precision": "fp32"}
 

@@ -20,9 +20,8 @@ from llava_clipmoe.cli import main as command
 from llava_clipmoe.files import load_tensors, read_json
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_ffn
-from train_encoder import loop
+from train_encoder.command import main
 from train_encoder.config import LoraConfig
-from train_encoder.frozen import hold_frozen_in
 from train_encoder.methods.lora import (
     LoraDMU,
     adapter_state,
@@ -31,8 +30,10 @@ from train_encoder.methods.lora import (
     is_adapter,
     merge_adapter,
 )
-from train_encoder.pipeline import Pipeline, main
 from train_encoder.recipes import RECIPES
+from train_encoder.training import loop
+from train_encoder.training.precision import hold_frozen_in
+from train_encoder.training.run import Pipeline
 
 RANK, ALPHA = 4, 6.0
 BLOCKS = {("vision_model", 0), ("vision_model", 2), ("text_model", 1)}

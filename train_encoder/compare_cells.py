@@ -15,7 +15,7 @@ from llava_clipmoe.tokenizer import has_tokenizer, load_tokenizer, open_clip_tok
 
 from .compare_flops import CaptionTokens, caption_tokens, run_flops, trainings, vision_macs
 from .config import TrainConfig, filled, to_dict
-from .progress import METRICS, read_metrics
+from .training.metrics import METRICS, read_metrics
 
 RESULTS = ("clip-moe", "clip", "base")
 """Folders that may hold a run's result; the first that is there does."""

@@ -30,10 +30,10 @@ from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.upcycling import is_expert_or_gate, is_ffn, is_router_or_gate, moe_config
 
 from .config import DataConfig
-from .data import first_sentence
-from .features import tokenise
-from .losses import make_objective
-from .sources import open_source
+from .data.formats import open_source
+from .data.pairs import first_sentence
+from .features.encode import tokenise
+from .training.losses import make_objective
 
 Learns = Callable[[str], bool]
 """Whether a parameter learns, by its name."""

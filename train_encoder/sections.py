@@ -28,8 +28,8 @@ from .page import (
     system_order,
     table,
 )
-from .progress import METRICS, read_metrics
 from .recipes import RECIPES
+from .training.metrics import METRICS, read_metrics
 
 RETRIEVAL = {
     "i2t_r1": ("image→text R@1", 1), "i2t_r5": ("R@5", 5), "i2t_r10": ("R@10", 10),

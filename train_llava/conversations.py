@@ -32,8 +32,8 @@ import numpy as np
 from PIL import Image
 
 from llava_clipmoe.files import atomic_directory, read_json, write_json, write_text
-from train_encoder.emoji_captions import Looks, colour_words, form_words, look, stable_hash
-from train_encoder.openmoji import MEASURED_SIZE, Emoji, is_heldout, list_emoji
+from train_encoder.openmoji.captions import Looks, colour_words, form_words, look, stable_hash
+from train_encoder.openmoji.drawings import MEASURED_SIZE, Emoji, is_heldout, list_emoji
 
 FORMAT = 1
 """Raise it whenever the questions change: a folder of another format is built anew."""

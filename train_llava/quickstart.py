@@ -212,7 +212,7 @@ def last_fraction(log: Path) -> float:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """A child's: its share of the cores, no hub, and freed memory kept by glibc (train_encoder/allocator.py)."""
+    """A child's: its share of the cores, no hub, and freed memory kept by glibc (train_encoder/training/memory.py)."""
     package = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     glibc = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     console, start = Console(), time.monotonic()
     check(s)
     leave_on_sigterm()
-    from train_encoder.openmoji import build_openmoji
+    from train_encoder.openmoji.drawings import build_openmoji
 
     remove_leftovers(s.output_dir)
     console.print("language model: SmolLM2-135M-Instruct")

@@ -147,7 +147,7 @@ STEPS = {"warm-start": warm_start, "merge": merge, "answer": answer}
 
 
 def main(argv: list[str]) -> int:
-    from train_encoder.allocator import keep_freed_memory
+    from train_encoder.training.memory import keep_freed_memory
 
     keep_freed_memory()
     step, job = argv

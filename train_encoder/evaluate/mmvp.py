@@ -26,9 +26,10 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 
 from ..config import DataConfig
-from ..data import BadImage, ImageTransform, decode_image
-from ..features import Precision, encode_images, encode_texts
-from .retrieval import TIE, BenchmarkNotFound, first_existing
+from ..data.decode import BadImage, ImageTransform, decode_image
+from ..features.encode import Precision, encode_images, encode_texts
+from .benchmarks import BenchmarkNotFound, first_existing
+from .retrieval import TIE
 
 PROMPT = "a photo of "
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images", "MMVP_VLM Images")

@@ -19,8 +19,9 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.losses_clipmoe import text_token_mask
 from llava_clipmoe.transformer_clipmoe import CLIPMoESparseMLP
 
-from ..data import BadImage, ImageTransform, PairSource, normalise
-from ..features import Precision, inference, pick_device, tokenise
+from ..data.decode import BadImage, ImageTransform, normalise
+from ..data.pairs import PairSource
+from ..features.encode import Precision, inference, pick_device, tokenise
 
 TOWERS = {"vision": "vision_model", "text": "text_model"}
 Sample = list[tuple[torch.Tensor, torch.Tensor]]  # batches of pixels uint8 [B,3,R,R] and ids [B,T]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..pipeline import Pipeline
+from ..training.run import Pipeline
 from .base import BaseOnly
 from .direct import DirectFinetuning
 from .dmu import DMU, VanillaMoE

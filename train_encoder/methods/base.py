@@ -8,7 +8,7 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import active_parameters
 from llava_clipmoe.load import load_bundle
 
-from ..pipeline import Pipeline, System
+from ..training.run import Pipeline, System
 
 
 class BaseOnly(Pipeline):

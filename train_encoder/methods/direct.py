@@ -10,7 +10,7 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import is_ffn
 
-from ..pipeline import Pipeline
+from ..training.run import Pipeline
 
 
 class DirectFinetuning(Pipeline):

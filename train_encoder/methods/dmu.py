@@ -16,10 +16,10 @@ from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, wr
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import check_stage, ffn_state, upcycle
 
-from ..clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
-from ..features import Embeddings
-from ..pipeline import System
-from ..sampler import plan_epoch
+from ..features.clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
+from ..features.store import Embeddings
+from ..training.run import System
+from ..training.sampler import plan_epoch
 from .mixture import Mixture
 
 Tensors = dict[str, torch.Tensor]

@@ -26,8 +26,8 @@ from llava_clipmoe.upcycling import (
     is_expert_or_gate,
 )
 
-from ..alone import Alone
-from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
+from ..features.clusters import NestedClusters, load_nested, nested_clusters, save_nested
+from ..training.alone import Alone
 from .mixture import Mixture
 
 

@@ -21,7 +21,7 @@ from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import ffn_state
 
 from ..config import LoraConfig, TrainConfig
-from ..frozen import hold_frozen_in
+from ..training.precision import hold_frozen_in
 from .dmu import DMU, Tensors
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
 from ..config import MoEConfig
 from ..evaluate.routing import evaluate_routing, router_movement
-from ..pipeline import Pipeline, System
+from ..training.run import Pipeline, System
 
 UNTRAINED = "clip-moe (untrained router)"
 

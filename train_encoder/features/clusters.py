@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from llava_clipmoe.files import atomic_file
 
-from .config import ClusterConfig
+from ..config import ClusterConfig
 
 
 @dataclass

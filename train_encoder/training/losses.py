@@ -18,7 +18,7 @@ from llava_clipmoe.common_clipmoe import count_experts
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.losses_clipmoe import text_token_mask
 
-from .config import OptimConfig
+from ..config import OptimConfig
 
 
 class SmoothedClipLoss(ClipLoss):

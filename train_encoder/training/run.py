@@ -27,18 +27,22 @@ from llava_clipmoe.model_card import public_name
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import with_text_positions
 
-from .allocator import keep_freed_memory
+from ..config import OptimConfig, TrainConfig
+from ..data.cache import check_images
+from ..data.dataset import EncoderDataset
+from ..data.decode import ImageTransform
+from ..data.formats import PairSource, open_source
+from ..features.encode import Captions, encode_source
+from ..features.store import Embeddings
+from ..progress import Bar
+from ..run_directory import RunDirectory, file_digest
 from .checkpoint import discard_checkpoints
-from .config import DataConfig, OptimConfig, TrainConfig
-from .data import EncoderDataset, ImageTransform, check_images
-from .features import Captions, Embeddings, encode_source
-from .frozen import frozen_in
 from .loop import Stage, train
 from .losses import make_objective
-from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
-from .run_directory import RunDirectory, file_digest
+from .memory import peak_memory_bytes, reset_peak_memory
+from .metrics import Metrics
+from .precision import frozen_in
 from .scratch import scratch_bundle
-from .sources import PairSource, open_source
 
 System = tuple[Callable[[], ClipBundle], int | None]
 
@@ -81,7 +85,7 @@ class Pipeline:
         for name in self.folder.trainings():  # left by a process that was killed after it had saved the result
             self.discard(name)
         if self.accelerator.is_main_process:
-            from .final import evaluate_run  # the page and the table, once everything is trained
+            from ..evaluate.run import evaluate_run  # the page and the table, once everything is trained
 
             evaluate_run(self)
         self.accelerator.wait_for_everyone()
@@ -220,17 +224,6 @@ TRAININGS = ("base", "router", "finetune")
 """Those that a run has once; the place decides the seed."""
 
 
-def parse_source(text: str, data: DataConfig) -> tuple[str, DataConfig]:
-    """`NAME=SOURCE[:SPLIT]` -> (name, the data settings to read it with)."""
-    name, _, rest = text.rpartition("=") if "=" in text else (text, "", text)
-    source, _, split = rest.rpartition(":") if ":" in rest and not Path(rest).exists() else (rest, "", "train")
-    same = source == data.source
-    return name, dataclasses.replace(
-        DataConfig(), source=source, split=split,
-        image_root=data.image_root if same else None, image_column=data.image_column if same else None,
-    )  # fmt: skip
-
-
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's engine for this run: DDP under torchrun, bf16 autocast or fp32."""
     from datetime import timedelta
@@ -241,23 +234,3 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # Processes other than 0 wait while it writes, clusters and evaluates: longer than NCCL's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     return Accelerator(mixed_precision=precision, cpu=config.engine.device == "cpu", kwargs_handlers=[patience])
-
-
-def main(argv: list[str]) -> int:
-    """The command `llava-clipmoe train-encoder RECIPE [--field value ...] --output-dir runs/NAME`."""
-    import tyro
-
-    from .recipes import RECIPES
-
-    config = tyro.extras.overridable_config_cli(
-        RECIPES, args=argv, prog="llava-clipmoe train-encoder", description=__doc__, use_underscores=False
-    )
-    if config.output_dir is None:
-        raise ValueError("say where the run is kept: --output-dir runs/NAME (the same command again resumes it).")
-    accelerator = make_accelerator(config)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    from .methods import METHODS
-
-    METHODS[config.method](config, accelerator).run()
-    return 0

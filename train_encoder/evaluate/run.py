@@ -16,18 +16,18 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import read_json, write_json
 from llava_clipmoe.transformer_clipmoe import only_expert
 
-from .config import digest
-from .data import check_images
-from .evaluate.mmvp import evaluate_mmvp
-from .evaluate.retrieval import evaluate_retrieval
-from .evaluate.zero_shot import Classes, evaluate_zero_shot
-from .openmoji_classes import Templates, open_zero_shot
-from .progress import Bar, peak_memory_bytes
-from .report import summary_table, write_report
-from .sources import open_source
+from ..config import digest
+from ..data.cache import check_images
+from ..data.formats import open_source
+from ..progress import Bar
+from ..report import summary_table, write_report
+from ..training.memory import peak_memory_bytes
+from .mmvp import evaluate_mmvp
+from .retrieval import evaluate_retrieval
+from .zero_shot import Classes, Templates, evaluate_zero_shot, open_zero_shot
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from ..training.run import Pipeline
 
 
 def evaluate_run(run: Pipeline) -> None:
@@ -75,7 +75,7 @@ def _previous(run: Pipeline) -> dict:
 
 def _retrieval_sources(run: Pipeline) -> dict:
     """name -> (source, its good rows): opened, and every image looked at, once for all systems."""
-    from .pipeline import parse_source
+    from ..data.formats import parse_source
 
     sources = {}
     for number, entry in enumerate(run.config.evaluation.retrieval, start=1):
@@ -124,6 +124,6 @@ def attribute_folder(source):
 
     if str(source) != "openmoji":
         return Path(source)
-    from .openmoji import build_openmoji
+    from ..openmoji.drawings import build_openmoji
 
     return build_openmoji() / "attribute_pairs"
