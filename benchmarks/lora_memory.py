@@ -62,7 +62,7 @@ def measure(s: Settings) -> dict:
     from train_encoder.methods.lora import add_adapters, is_adapter
     from train_encoder.training.losses import Contrastive
     from train_encoder.training.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
-    from train_encoder.training.precision import hold_frozen_in
+    from train_encoder.training.precision import store_frozen_in
     from train_encoder.training.step import TwoTowers, forward_backward
 
     if not s.mapped:
@@ -83,7 +83,7 @@ def measure(s: Settings) -> dict:
         blocks = {(name, i) for name, tower in towers.items() for i in range(tower.num_hidden_layers)}
         add_adapters(model, blocks, LoraConfig(rank=s.rank))
         if s.precision == "bf16":
-            hold_frozen_in(model, torch.bfloat16, is_adapter)
+            store_frozen_in(model, torch.bfloat16, is_adapter)
     model.to(device)._set_gradient_checkpointing(s.activation_checkpointing)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name) and name != "logit_scale")

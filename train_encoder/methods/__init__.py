@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from ..training.run import Pipeline
-from .base import BaseOnly
-from .direct import DirectFinetuning
+from .base import Method
+from .baselines import BaseOnly, DirectFinetuning, SparseUpcycling
 from .dmu import DMU, VanillaMoE
 from .fmoe import FMoE
 from .lora import LoraDMU
-from .sparse import SparseUpcycling
 
-METHODS: dict[str, type[Pipeline]] = {
+METHODS: dict[str, type[Method]] = {
     "base": BaseOnly,
     "dmu": DMU,
     "dmu-lora": LoraDMU,

@@ -2,7 +2,7 @@
 
     get batch -> forward -> loss over the global batch -> backward -> step -> log -> checkpoint
 
-A stage is told apart by what is trainable and by its batches, nothing else.
+What is trainable and which batches come are all that one stage has different from another.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ from .step import TwoTowers, forward_backward
 
 @dataclass
 class Stage:
-    """One training: which tensors of `bundle.model` learn, on which batches, with which settings."""
+    """One training: which tensors of `bundle.model` are trainable, on which batches, with which settings."""
 
     name: str  # "base", "stage1", ..., "router"
     bundle: ClipBundle
     dataset: EncoderDataset
     rows: np.ndarray  # [N] dataset rows that may be used
-    paths: np.ndarray  # [N,S] their cluster paths; [N,0] for plain shuffled batches
+    cluster_ids: np.ndarray  # [N,S] their accumulated clusters; [N,0] for plain shuffled batches
     trainable: Callable[[str], bool]  # by parameter name
     optim: OptimConfig
     seed: int
@@ -56,7 +57,7 @@ class Stage:
 def train(
     stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics: Metrics, checkpoints: Path, chunk_file: Path
 ) -> None:
-    """Train `stage.bundle.model` in place. Resumes from `checkpoints`, and clears it when done by the caller's save.
+    """Train `stage.bundle.model` in place. Resumes from `checkpoints`, which the caller clears once it has saved.
 
     After a kill the same call goes on from the last checkpoint and ends with the same bits (CPU) as one that was
     never stopped. chunk_file: where the chunk is kept that was measured for this training.
@@ -64,18 +65,14 @@ def train(
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     clip, o = stage.bundle.model.to(device), stage.optim
     clip._set_gradient_checkpointing(engine.activation_checkpointing)
-    trained = _let_learn(clip, stage)
+    trained = _set_trainable(clip, stage)
     optimizer = torch.optim.AdamW(
         list(trained.values()), o.learning_rate, o.betas, o.epsilon, weight_decay=o.weight_decay, fused=True
     )
     remove_leftovers(checkpoints)
     start = load_checkpoint(checkpoints, trained, optimizer)
     metrics.truncate_after(stage.name, start)
-    sampler = InClusterBatchSampler(stage.paths, o.global_batch_size, o.epochs, stage.seed, rank, world, start)
-    loader = DataLoader(
-        _Rows(stage.dataset, stage.rows), batch_sampler=sampler, collate_fn=collate, num_workers=engine.workers,
-        pin_memory=device.type == "cuda", persistent_workers=engine.workers > 0,
-    )  # fmt: skip
+    sampler = InClusterBatchSampler(stage.cluster_ids, o.global_batch_size, o.epochs, stage.seed, rank, world, start)
     towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
     objective = make_objective(o, rank, world)
     gauge, share = gauge_of(device), o.global_batch_size // world
@@ -87,31 +84,17 @@ def train(
     total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
     explained = out_of_memory_names_the_flag(stage.name, chunk, share, gauge)
     with explained, Bar(f"training {stage.name}", total, completed=done) as bar:
-        for step, batch in enumerate(loader, start=start):
-            rate = learning_rate(o, step, sampler.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for step, batch in enumerate(_loader(stage, sampler, engine, device), start=start):
             _refuse_bad_images(batch)
             truncated += batch.truncated
-            parts = forward_backward(towers, batch, objective, accelerator, chunk, (stage.seed, step))
+            losses = forward_backward(towers, batch, objective, accelerator, chunk, (stage.seed, step))
             last = step + 1 == sampler.steps
             logs = (step + 1) % engine.log_every == 0 or last or step == start
-            norm = None
-            if logs or o.max_grad_norm is not None:  # without a limit it is only looked at
-                norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if o.train_temperature:
-                with torch.no_grad():
-                    clip.logit_scale.clamp_(max=math.log(100))  # as OpenAI's CLIP
+            norm = _optimizer_step(optimizer, trained, stage, accelerator, learning_rate(o, step, sampler.steps), logs)
             if logs:
-                values = {k: float(accelerator.reduce(v, "mean")) for k, v in parts.items()}
+                values = {name: float(accelerator.reduce(value, "mean")) for name, value in losses.items()}
                 _check_finite(values, stage.name, step)
-                metrics.log({
-                    "stage": stage.name, "step": step + 1, "steps": sampler.steps,
-                    "epoch": (step + 1) / sampler.steps_per_epoch, **values, "learning_rate": rate,
-                    "grad_norm": float(norm), "images_per_second": bar.rate.per_second, "time": time.time(),
-                })  # fmt: skip
+                metrics.log(_log_row(stage, sampler, step, values, norm, bar.rate.per_second))
                 bar.values["loss"] = values["loss"]
             bar.advance(o.global_batch_size)
             if (step + 1) % engine.checkpoint_every == 0 or last:
@@ -133,17 +116,55 @@ def train(
     })  # fmt: skip
 
 
-def _let_learn(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
-    """Set the temperature, let gradients flow to what the stage trains, and return that by its names."""
+def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
+    """Set the temperature, and let gradients flow to what the stage trains -> that, by its names."""
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(1 / stage.optim.temperature))
     trained = {}
     for name, parameter in clip.named_parameters():
-        learns = stage.trainable(name) if name != "logit_scale" else stage.optim.train_temperature
-        parameter.requires_grad_(learns)
-        if learns:
+        trainable = stage.trainable(name) if name != "logit_scale" else stage.optim.train_temperature
+        parameter.requires_grad_(trainable)
+        if trainable:
             trained[name] = parameter
     return trained
+
+
+def _loader(stage: Stage, sampler: InClusterBatchSampler, engine: EngineConfig, device: torch.device) -> DataLoader:
+    return DataLoader(
+        _Rows(stage.dataset, stage.rows), batch_sampler=sampler, collate_fn=collate, num_workers=engine.workers,
+        pin_memory=device.type == "cuda", persistent_workers=engine.workers > 0,
+    )  # fmt: skip
+
+
+def _optimizer_step(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], stage: Stage, accelerator: Accelerator,
+    rate: float, wants_norm: bool,
+) -> torch.Tensor | None:  # fmt: skip
+    """One step at this learning rate, with clipped gradients where the settings say so -> the gradient's norm where it
+    was needed."""
+    o, norm = stage.optim, None
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if wants_norm or o.max_grad_norm is not None:  # without a limit it is only looked at
+        norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if o.train_temperature:
+        with torch.no_grad():
+            stage.bundle.model.logit_scale.clamp_(max=math.log(100))  # as OpenAI's CLIP
+    return norm
+
+
+def _log_row(
+    stage: Stage, sampler: InClusterBatchSampler, step: int, values: dict[str, float], norm: torch.Tensor,
+    images_per_second: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """A line of metrics.jsonl."""
+    return {
+        "stage": stage.name, "step": step + 1, "steps": sampler.steps, "epoch": (step + 1) / sampler.steps_per_epoch,
+        **values, "learning_rate": learning_rate(stage.optim, step, sampler.steps), "grad_norm": float(norm),
+        "images_per_second": images_per_second, "time": time.time(),
+    }  # fmt: skip
 
 
 def step_trials(
