@@ -208,7 +208,7 @@ class Training:
 
         Bundle.model = self.model = model
         self.stage = loop.Stage(kind, Bundle, None, None, None, trainable, OptimConfig(**optim), seed=3)
-        self.trained = loop._let_learn(model, self.stage)
+        self.trained = loop._set_trainable(model, self.stage)
         self.optimizer = torch.optim.AdamW(list(self.trained.values()), 1e-3)
         self.accelerator = accelerator or Accelerator(cpu=True)
         self.towers = loop.TwoTowers(Bundle).train()

@@ -694,7 +694,7 @@ def test_cached_pixels_equal_decoded_ones_bit_for_bit(tmp_path, tokenizer, worke
     assert cached[3]["pixels"] is None and "not in the image cache" in cached[3]["error"]
     decoded.clear()
     copy = pickle.loads(pickle.dumps(cached))  # as a spawned worker gets it
-    assert torch.equal(copy[0]["pixels"], cached[0]["pixels"]) and len(pickle.dumps(copy._cache)) < 2000
+    assert torch.equal(copy[0]["pixels"], cached[0]["pixels"]) and len(pickle.dumps(copy.image.cache)) < 2000
     assert np.array_equal(check_images(source, **check), good) and decoded == []  # both results are read back
 
 

@@ -22,7 +22,7 @@ from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import only_expert
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
-from train_encoder.evaluate import benchmarks, command, mmvp, retrieval, routing, zero_shot
+from train_encoder.evaluate import benchmarks, command, mmvp, routing, zero_shot
 from train_encoder.evaluate.benchmarks import BenchmarkNotFound
 from train_encoder.evaluate.retrieval import evaluate_retrieval, recalls
 from train_encoder.features.encode import NotFinite, encode_images, encode_texts

@@ -314,7 +314,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_is_done(tmp_path, monkeypatch):
 
     bundle = make_bundle()
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="What was finished is kept"):
             encode_source(bundle, Pictures(8), tmp_path, **SETTINGS)
     assert not (tmp_path / "features.json").exists()

@@ -148,7 +148,8 @@ class MCLConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank stages (method `dmu-lora`): every matrix of an FFN becomes W + (alpha / rank) B A, and B A is trained."""
+    """Low-rank stages (method `dmu-lora`): every matrix of an FFN becomes W + (alpha / rank) B A, of which
+    B A is trained."""
 
     rank: int = 64
     """A sixteenth of ViT-L's width. Full stages of a CLIP of width 128 had 85% of the squared norm of their change in

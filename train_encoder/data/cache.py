@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.files import atomic_file, write_text
 
+from .arrays import create_array, open_array, write_rows
 from .decode import BadImage, ImageTransform
 from .pairs import DataError, PairSource
 
@@ -33,7 +34,8 @@ class _Scan(Dataset):
     """Decodes rows one by one; writes them into the .npy file `pixels` where there is one."""
 
     def __init__(self, source: PairSource, rows: np.ndarray, transform: ImageTransform | None, pixels: Path | None):
-        self.source, self.rows, self.transform, self.pixels = source, rows, transform, pixels
+        self.rows, self.pixels = rows, pixels
+        self.read = RowImages(source, transform or _as_it_is)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,22 +44,13 @@ class _Scan(Dataset):
         """A row, and why its image is bad or its pixels were not written. Returned, not raised: a loader would wrap the
         error in a worker's traceback."""
         row = int(self.rows[slot])
+        pixels, error = self.read(row)
         try:
-            image = self.source.image(row)
-        except BadImage as error:
-            return row, str(error)
-        try:
-            if self.pixels is not None:
-                self._write(slot, self.transform(image).numpy())
-        except OSError as error:
-            return row, error
-        return row, None
-
-    def _write(self, slot: int, values: np.ndarray) -> None:
-        """Written with `write`, not through a memory map: a full disk is then an error and not a dead process."""
-        with open(self.pixels, "r+b") as file:  # for each image: workers write disjoint slots
-            file.seek((slot - len(self)) * values.nbytes, os.SEEK_END)
-            file.write(values.tobytes())
+            if error is None and self.pixels is not None:
+                write_rows(self.pixels, slot, pixels[None].numpy())
+        except OSError as full:
+            return row, full
+        return row, error
 
 
 def _bad_rows(scan: _Scan, workers: int, progress: Progress | None) -> Iterator[tuple[int, str]]:
@@ -100,7 +93,7 @@ def build_image_cache(
                         "some space, or train without data.cache_images.")  # fmt: skip
     index = _cache_index(path)
     with atomic_file(path) as temporary:
-        np.lib.format.open_memmap(temporary, "w+", np.uint8, shape).flush()
+        create_array(temporary, np.uint8, shape)
         bad = list(_bad_rows(_Scan(source, rows, transform, temporary), workers, progress))
         index.unlink(missing_ok=True)  # an index never stands beside pixels that it does not describe
     slots = np.full(len(source), -1, np.int64)
@@ -126,11 +119,32 @@ class ImageCache:
         if self._slots[row] < 0:
             raise BadImage(f"not in the image cache {self._path}: bad, or left out, when it was built")
         if self._pixels is None:
-            self._pixels = np.load(self._path, mmap_mode="r")
+            self._pixels = open_array(self._path)
         return torch.from_numpy(np.array(self._pixels[self._slots[row]]))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": None}  # a pickled memmap would carry all its pixels to each worker
+
+
+class RowImages:
+    """Images of a source by row, decoded now or read from a file of `build_image_cache`."""
+
+    def __init__(self, source: PairSource, transform: Callable[[Image.Image], Any], cache: Path | None = None) -> None:
+        """transform: of decoded images (as a rule an ImageTransform). Raises DataError when the cache is of other
+        data."""
+        self.source, self.transform = source, transform
+        self.cache = None if cache is None else ImageCache(cache, source, transform)
+
+    def __call__(self, row: int) -> tuple[Any, str | None]:
+        """-> (what `transform` gives, None), or (None, why the image is bad)."""
+        try:
+            return (self.transform(self.source.image(row)) if self.cache is None else self.cache.read(row)), None
+        except BadImage as error:
+            return None, str(error)
+
+
+def _as_it_is(image: Image.Image) -> Image.Image:
+    return image
 
 
 def check_images(

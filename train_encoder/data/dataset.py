@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from .cache import ImageCache
-from .decode import BadImage, ImageTransform
+from .cache import RowImages
+from .decode import ImageTransform
 from .pairs import PairSource, choose_caption, first_sentence
 
 
@@ -37,9 +37,8 @@ class EncoderDataset(Dataset):
     ) -> None:
         """`cache`: a file of build_image_cache to read pixels from; DataError when it is of other data. `short`: give
         the first sentence of each caption too."""
-        self.source, self.tokenizer, self.transform = source, tokenizer, transform
+        self.source, self.tokenizer, self.image = source, tokenizer, RowImages(source, transform, cache)
         self.context_length, self.captions, self.seed = context_length, captions, seed
-        self._cache = None if cache is None else ImageCache(cache, source, transform)
         self.short = short
 
     def __len__(self) -> int:
@@ -49,11 +48,7 @@ class EncoderDataset(Dataset):
         """`key`: a row, or (row, epoch). Gives row, pixels (uint8 [3,S,S]; None for a bad image, whose cause is in
         `error`), tokens (BOS .. EOT) and truncated. A bad image does not raise."""
         row, epoch = (int(k) for k in key) if isinstance(key, (tuple, list)) else (int(key), 0)
-        pixels, error = None, None
-        try:
-            pixels = self.transform(self.source.image(row)) if self._cache is None else self._cache.read(row)
-        except BadImage as bad:
-            error = str(bad)
+        pixels, error = self.image(row)
         caption = choose_caption(self.source.captions(row), self.captions, self.seed, row, epoch)
         tokens, truncated = self.tokens(caption)
         found = {"row": row, "pixels": pixels, "tokens": tokens, "truncated": truncated, "error": error}

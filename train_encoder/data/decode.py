@@ -7,12 +7,14 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from ..config import DataConfig
 from .image_files import readable_formats
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,15 @@ def decode_image(file: BinaryIO, max_pixels: int, formats: Sequence[str] | None 
         raise BadImage("corrupt: no picture of a format that is read here") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes; no worker may die of it
         raise BadImage(f"corrupt: {type(error).__name__}: {error}") from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decodes an image file. Raises BadImage, which names the file, and OSError."""
+    try:
+        with path.open("rb") as file:
+            return decode_image(file, DataConfig.max_pixels)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}. Remove or replace it.") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

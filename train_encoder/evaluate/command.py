@@ -31,6 +31,7 @@ from ..data.cache import check_images
 from ..data.decode import BadImage
 from ..data.formats import open_source
 from ..data.pairs import DataError, PairSource
+from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
 from . import benchmarks, mmvp, retrieval, routing, zero_shot
 
@@ -172,8 +173,6 @@ class Mmvp(_Common):
     def run(self) -> dict[str, Any]:
         folder = Path(self.data)
         if self.data == "openmoji":
-            from ..openmoji.drawings import build_openmoji
-
             folder = build_openmoji() / "attribute_pairs"
         found = {}
         for name, bundle in _systems(self, experts=False):

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.bundle import ClipBundle
 
-from ..config import DataConfig
-from ..data.decode import BadImage, ImageTransform, decode_image
+from ..data.decode import ImageTransform, open_image
 from ..data.image_files import image_files
 from ..features.encode import Precision, encode_images, encode_texts
 from ..openmoji.classes import COLOUR_TEMPLATES, main_colours
@@ -138,11 +137,7 @@ class ImageFiles:
     paths: list[Path]
 
     def __call__(self, i: int) -> Image.Image:
-        try:
-            with self.paths[i].open("rb") as file:
-                return decode_image(file, DataConfig().max_pixels)
-        except BadImage as error:
-            raise BadImage(f"{self.paths[i]}: {error}. Remove or replace it.") from error
+        return open_image(self.paths[i])
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from llava_clipmoe.bundle import ClipBundle
 
 from ..config import digest
-from ..data.cache import ImageCache
+from ..data.cache import RowImages
 from ..data.decode import BadImage, ImageTransform, normalise
 from ..data.pairs import PairSource
 from ..progress import Bar
-from .store import KINDS, Embeddings, FeatureFolder, open_embeddings
+from .store import Embeddings, FeatureFolder, open_embeddings
 
 FORMAT = 1
 """Raise it when the same model and data give other numbers: features of another format are made anew."""
@@ -162,17 +162,16 @@ class _Images(Dataset):
     """Row numbers -> uint8 pixels [3,R,R], decoded in the loader's workers."""
 
     def __init__(self, source: PairSource, transform: ImageTransform, cache: Path | None) -> None:
-        self.source, self.transform = source, transform
-        self.cache = None if cache is None else ImageCache(cache, source, transform)
+        self.source, self.image = source, RowImages(source, transform, cache)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        try:
-            return self.transform(self.source.image(row)) if self.cache is None else self.cache.read(row)
-        except BadImage as error:
+        pixels, error = self.image(row)
+        if error is not None:
             raise BadImage(
                 f"image {row} ({self.source.name(row)}) cannot be encoded: {error}. Remove or replace it, or leave it "
                 "out with `rows`."
-            ) from error
+            )
+        return pixels
 
 
 class _TextChunks(Dataset):
@@ -265,20 +264,13 @@ def encode_source(
         if rank == 0:
             files.prepare(work.text_image, work.rows)
         wait()
-        done = files.done_rows()
-        chunks = {kind: _chunks(count, rank, world, chunk_rows) for kind, count in counts.items()}
-        left = {kind: [(a, b) for a, b in chunks[kind] if not done[kind][a:b].all()] for kind in KINDS}
+        left, skipped = _left_to_do(files, counts, rank, world, chunk_rows)
         if progress is not None:
-            skipped = [b - a for kind in KINDS for a, b in chunks[kind] if (a, b) not in left[kind]]
-            progress.total, progress.done = sum(counts.values()), world * sum(skipped)
+            progress.total, progress.done = sum(counts.values()), world * skipped
         with inference(bundle, device, precision), progress or contextlib.nullcontext() as bar:
             # The bar of process 0 speaks for all: their shares are equal.
             report = (lambda items: bar.advance(world * items)) if bar is not None else (lambda items: None)
-            if workers:  # the tokenizer's own threads do not survive a fork, and it would warn of that
-                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            loader = {"num_workers": workers, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
-            _write_images(bundle, work, files, left["image"], cache, device, batch_size, loader, report)
-            _write_texts(bundle, work, files, left["text"], device, batch_size, loader, report)
+            _write(bundle, work, files, left, cache, device, batch_size, workers, report)
         wait()
         if rank == 0:
             files.finish({"images": counts["image"], "captions": counts["text"], "model": bundle.name})
@@ -286,10 +278,29 @@ def encode_source(
     return open_embeddings(folder)
 
 
+def _left_to_do(files, counts, rank, world, chunk_rows) -> tuple[dict[str, list[tuple[int, int]]], int]:
+    """-> the chunks of this process's share that are not done, by kind, and how many rows of it are."""
+    done, left, skipped = files.done_rows(), {}, 0
+    for kind, count in counts.items():
+        share = _chunks(count, rank, world, chunk_rows)
+        left[kind] = [(start, stop) for start, stop in share if not done[kind][start:stop].all()]
+        skipped += sum(stop - start for start, stop in share) - sum(stop - start for start, stop in left[kind])
+    return left, skipped
+
+
 def _chunks(count: int, rank: int, world: int, size: int) -> list[tuple[int, int]]:
     """The ranges of one process's contiguous share of `count` rows."""
     begin, end = count * rank // world, count * (rank + 1) // world
     return [(start, min(start + size, end)) for start in range(begin, end, size)]
+
+
+def _write(bundle, work, files, left, cache, device, batch_size, workers, report) -> None:
+    """Encode what is left of this process's share. report: called with the number of items as they are done."""
+    if workers:  # the tokenizer's own threads do not survive a fork, and it would warn of that
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader = {"num_workers": workers, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
+    _write_images(bundle, work, files, left["image"], cache, device, batch_size, loader, report)
+    _write_texts(bundle, work, files, left["text"], device, batch_size, loader, report)
 
 
 def _write_images(bundle, work, files, chunks, cache, device, batch_size, loader, report) -> None:

@@ -8,7 +8,6 @@ flushed BEFORE the progress file names it, so a killed run repeats at most one c
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 
 from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_json
+
+from ..data.arrays import array_fits, create_array, open_array, write_rows
 
 DONE = "features.json"
 KINDS = ("image", "text")
@@ -56,11 +57,7 @@ class FeatureFolder:
         return done.exists() and read_json(done).get("key") == self.key and self._arrays_fit()
 
     def _arrays_fit(self) -> bool:
-        try:
-            found = {kind: np.load(self.array(kind), mmap_mode="r", allow_pickle=False) for kind in KINDS}
-        except (OSError, ValueError):  # missing, or cut short
-            return False
-        return all(array.shape == self.shapes[kind] and array.dtype == self.dtype for kind, array in found.items())
+        return all(array_fits(self.array(kind), self.dtype, self.shapes[kind]) for kind in KINDS)
 
     def prepare(self, text_image: np.ndarray, rows: np.ndarray) -> None:
         """Keep what an earlier run of the same work left; else start over. Process 0 only."""
@@ -75,7 +72,7 @@ class FeatureFolder:
             np.save(self.path / "text_image.npy", text_image)
             np.save(self.path / "rows.npy", rows)
             for kind, shape in self.shapes.items():
-                np.lib.format.open_memmap(self.array(kind), "w+", self.dtype, shape)
+                create_array(self.array(kind), self.dtype, shape)
         except OSError as error:
             raise _no_space(self.path, error) from error
 
@@ -93,18 +90,10 @@ class FeatureFolder:
         return done
 
     def write(self, kind: str, start: int, embeddings: torch.Tensor) -> None:
-        """Rows from `start` on: to the disk first, then into the progress file.
-
-        Written with `write`, not through a memory map: a full disk is then an error and not a dead process.
-        """
-        values = embeddings.numpy().astype(self.dtype)
-        offset = np.load(self.array(kind), mmap_mode="r", allow_pickle=False).offset + start * values[0].nbytes
+        """Rows from `start` on: to the disk first, then into the progress file."""
+        values = embeddings.numpy()
         try:
-            with open(self.array(kind), "r+b") as file:
-                file.seek(offset)
-                file.write(values.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            write_rows(self.array(kind), start, values, durable=True)
         except OSError as error:
             raise _no_space(self.path, error) from error
         self.mine[kind] = _merge([*self.mine[kind], [start, start + len(values)]])
@@ -150,4 +139,4 @@ def open_embeddings(folder: str | Path) -> Embeddings:
     if not (folder / DONE).exists():
         raise FileNotFoundError(f"{folder} holds no finished features ({DONE} is missing): run the encoding again.")
     names = [field.name for field in dataclasses.fields(Embeddings)]
-    return Embeddings(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
+    return Embeddings(*(open_array(folder / f"{name}.npy") for name in names))

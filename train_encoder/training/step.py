@@ -7,16 +7,25 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
 from llava_clipmoe.bundle import ClipBundle
-from llava_clipmoe.losses_clipmoe import end_of_text
+from llava_clipmoe.losses_clipmoe import (
+    RouterCounts,
+    block_logits,
+    end_of_text,
+    kept_tokens,
+    router_counts,
+    router_losses,
+    weighted,
+)
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 from ..data.dataset import Batch
 from ..data.decode import normalise
-from .losses import Contrastive, RouterCounts, block_logits, kept_tokens, router_counts, router_losses
+from .losses import Contrastive
 
 
 class TwoTowers(nn.Module):
@@ -138,16 +147,18 @@ def _cached_step(towers, chunks: list[Chunk], objective, accelerator, seed) -> d
 
 def _over_processes(counts: RouterCounts, accelerator: Accelerator) -> RouterCounts:
     """Summed over the processes that share this training (one alone does not wait for the others)."""
-    return counts.over_processes() if accelerator.num_processes > 1 else counts
+    if accelerator.num_processes > 1:
+        dist.all_reduce(counts.first_choices)
+        dist.all_reduce(counts.tokens)
+    return counts
 
 
 def _router_part(blocks, counts: RouterCounts, config, accelerator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This chunk's router loss with its gradient, and its values. Parts add up over processes, whereas DDP averages:
     hence the factor of the world size."""
-    balance, z = router_losses(blocks, counts, config)
+    balance, z = router_losses(blocks, counts)
     world = accelerator.num_processes
-    loss = (config.router_aux_loss_coef * balance + config.router_z_loss_coef * z) * world
-    return loss, {"balance": balance.detach() * world, "router_z": z.detach() * world}
+    return weighted(balance, z, config) * world, {"balance": balance.detach() * world, "router_z": z.detach() * world}
 
 
 def _with_total(parts: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
