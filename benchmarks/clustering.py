@@ -22,9 +22,9 @@ import numpy as np
 import tyro
 
 from llava_clipmoe.files import write_text
-from train_encoder.clusters import cluster_stage, nested_clusters
 from train_encoder.config import ClusterConfig
-from train_encoder.features import open_embeddings
+from train_encoder.features.clusters import cluster_stage, nested_clusters
+from train_encoder.features.store import open_embeddings
 
 Features = list[tuple[np.ndarray, np.ndarray]]
 """(images [N,P], captions [N,P]) of every stage's model, the base first."""

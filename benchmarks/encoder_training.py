@@ -6,8 +6,8 @@
     python benchmarks/encoder_training.py --model small         (the quick start's CLIP)
     python benchmarks/encoder_training.py --tiny
 
-Every variant runs the trainer's own step (`train_encoder.loop.forward_backward` and AdamW) on the same random images
-and captions, with the same batch and chunks, in a process of its own so that peak memory is its own; variants
+Every variant runs the trainer's own step (`train_encoder.training.step.forward_backward` and AdamW) on the same random
+images and captions, with the same batch and chunks, in a process of its own so that peak memory is its own; variants
 alternate over the rounds, the median of all timed steps counts, and ratios are against `dense, all parameters` in the
 same run. Peak memory is above what the libraries hold (on a GPU: what torch allocated). Parts of a step: `encode` is
 the passes without a graph (gradient caching), then forward, backward, optimiser, and the rest (loss, copies).
@@ -122,10 +122,10 @@ def steps(s: Settings, kind: str, trained: str, chunk_size: ChunkSize | None) ->
 
     from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
     from llava_clipmoe.upcycling import is_ffn, is_router_or_gate, moe_config
-    from train_encoder.allocator import keep_freed_memory
-    from train_encoder.data import Batch
-    from train_encoder.loop import TwoTowers, forward_backward
-    from train_encoder.losses import Contrastive
+    from train_encoder.data.dataset import Batch
+    from train_encoder.training.losses import Contrastive
+    from train_encoder.training.memory import keep_freed_memory
+    from train_encoder.training.step import TwoTowers, forward_backward
 
     keep_freed_memory()
     accelerator = Accelerator(mixed_precision="bf16" if s.precision == "bf16" else "no", cpu=s.device == "cpu")
@@ -183,9 +183,9 @@ def steps(s: Settings, kind: str, trained: str, chunk_size: ChunkSize | None) ->
 def largest_chunk_of(
     s: Settings, batch: Any, one_step: Callable[..., None], optimizer: torch.optim.Optimizer, device: torch.device
 ) -> int:
-    """What `--engine.chunk-size auto` finds for such a step (`train_encoder.chunks`); all images where nothing can be
-    measured. Raises ImportError where this version has no `auto`."""
-    from train_encoder.chunks import gauge_of, largest_chunk
+    """What `--engine.chunk-size auto` finds for such a step (`train_encoder.training.chunks`); all images where nothing
+    can be measured. Raises ImportError where this version has no `auto`."""
+    from train_encoder.training.chunks import gauge_of, largest_chunk
 
     gauge = gauge_of(device)
     if gauge is None:
@@ -227,7 +227,7 @@ def rounds_of(s: Settings, chunk_size: ChunkSize | None, device: torch.device) -
             try:
                 found[name].append(timing.in_child(measure, s, name, chunk_size))
             except Exception as error:  # the others still count; the table says what happened
-                missing = isinstance(error, ModuleNotFoundError) and error.name == "train_encoder.chunks"
+                missing = isinstance(error, ModuleNotFoundError) and error.name == "train_encoder.training.chunks"
                 found[name] = NOT_THERE if missing else timing.why_not(error)
     return found
 

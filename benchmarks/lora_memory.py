@@ -3,10 +3,10 @@
     python benchmarks/lora_memory.py                              (2 images a step on a CPU, 64 on a GPU)
     python benchmarks/lora_memory.py --device cuda --images 64 --chunk-size 8 --activation-checkpointing
 
-Every variant runs the trainer's own step (`train_encoder.loop.forward_backward` and AdamW) on the same random images
-and captions, one variant at a time, each in a process of its own so that peak memory is its own. Ratios are against
-the stage of DMU (all of the FFNs). `libraries` is what the process held before it had a model; `state` is weights,
-gradients and Adam's moments; the rest of the peak is activations.
+Every variant runs the trainer's own step (`train_encoder.training.step.forward_backward` and AdamW) on the same random
+images and captions, one variant at a time, each in a process of its own so that peak memory is its own. Ratios are
+against the stage of DMU (all of the FFNs). `libraries` is what the process held before it had a model; `state` is
+weights, gradients and Adam's moments; the rest of the peak is activations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Settings:
     activation_checkpointing: bool = False
     mapped: bool = False
     """CPU with glibc: give every large tensor pages of its own, returned when it is freed. Slower, but the peak is then
-    what is in use, without the holes in the heap that the trainer's own way (train_encoder/allocator.py) leaves."""
+    what is in use, without the holes in the heap that the trainer's own way (training/memory.py) leaves."""
     rank: int = 64
     steps: int = 1
     """Timed steps, after one that is not timed."""
@@ -57,14 +57,13 @@ def measure(s: Settings) -> dict:
 
     from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
     from llava_clipmoe.upcycling import is_ffn
-    from train_encoder.allocator import keep_freed_memory
     from train_encoder.config import LoraConfig
-    from train_encoder.data import Batch
-    from train_encoder.frozen import hold_frozen_in
-    from train_encoder.loop import TwoTowers, forward_backward
-    from train_encoder.losses import Contrastive
+    from train_encoder.data.dataset import Batch
     from train_encoder.methods.lora import add_adapters, is_adapter
-    from train_encoder.progress import peak_memory_bytes, reset_peak_memory
+    from train_encoder.training.losses import Contrastive
+    from train_encoder.training.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+    from train_encoder.training.precision import store_frozen_in
+    from train_encoder.training.step import TwoTowers, forward_backward
 
     if not s.mapped:
         keep_freed_memory()
@@ -84,7 +83,7 @@ def measure(s: Settings) -> dict:
         blocks = {(name, i) for name, tower in towers.items() for i in range(tower.num_hidden_layers)}
         add_adapters(model, blocks, LoraConfig(rank=s.rank))
         if s.precision == "bf16":
-            hold_frozen_in(model, torch.bfloat16, is_adapter)
+            store_frozen_in(model, torch.bfloat16, is_adapter)
     model.to(device)._set_gradient_checkpointing(s.activation_checkpointing)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name) and name != "logit_scale")

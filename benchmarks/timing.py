@@ -23,10 +23,10 @@ from typing import Any, Literal
 import torch
 
 from llava_clipmoe.files import write_text
-from train_encoder.progress import peak_memory_bytes, reset_peak_memory
+from train_encoder.training.memory import peak_memory_bytes, reset_peak_memory
 
 Device = Literal["auto", "cpu", "cuda"]
-PRELOADED = ["transformers.models.clip.modeling_clip", "llava_clipmoe.vision_tower", "train_encoder.loop"]
+PRELOADED = ["transformers.models.clip.modeling_clip", "llava_clipmoe.vision_tower", "train_encoder.training.loop"]
 
 
 def pick_device(name: Device) -> torch.device:

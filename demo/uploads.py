@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from llava_clipmoe.files import SaveError, atomic_file
-from train_encoder.data import BadImage, decode_image
+from train_encoder.data.decode import BadImage, decode_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of what is accepted. Its other decoders (some start programs, as EPS does) are never tried."""

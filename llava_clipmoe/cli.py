@@ -35,7 +35,7 @@ COMMANDS = {
         "llava-clipmoe convert CLIP-MoE.pt clip-moe --num-experts-per-tok 2",
     ),
     "train-encoder": Command(
-        "train_encoder.pipeline:main",
+        "train_encoder.command:main",
         "train a CLIP-MoE from a dense CLIP and image-caption pairs, by a recipe",
         "llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart",
     ),

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
 from .experts_clipmoe import Router
 from .experts_delta_clipmoe import DeltaLinear
-from .losses_clipmoe import end_of_text, router_losses, text_token_mask
+from .losses_clipmoe import block_logits, end_of_text, kept_tokens, router_counts, router_losses, weighted
 from .transformer_clipmoe import CLIPMoEEncoder, FusionGate
 
 if TYPE_CHECKING:  # transformers 4 copies only the files that are named here
@@ -280,8 +280,9 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
             truth = torch.arange(logits_per_text.shape[0], device=logits_per_text.device)
             loss = (F.cross_entropy(logits_per_text, truth) + F.cross_entropy(logits_per_text.t(), truth)) / 2
             if vision.router_logits or text.router_logits:
-                token_mask = text_token_mask(input_ids, self.config.text_config.eos_token_id)
-                aux_loss = router_losses(vision.router_logits, text.router_logits, token_mask, self.config)
+                kept = kept_tokens(input_ids, self.config.text_config.eos_token_id)
+                blocks = block_logits(vision.router_logits, [text.router_logits], [kept])
+                aux_loss = weighted(*router_losses(blocks, router_counts(blocks)), self.config)
                 loss = loss + aux_loss
         out = CLIPMoEOutput(
             loss=loss,

@@ -53,7 +53,7 @@ def jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def source_of(path: Path | str, **settings):
-    from train_encoder.sources import open_source  # needs the `train` extra
+    from train_encoder.data.formats import open_source  # needs the `train` extra
 
     return open_source(DataConfig(source=str(path), **settings))
 

@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from measured_memory import CPUAllocator
 
 from llava_clipmoe.files import load_tensors, read_json
-from train_encoder import loop
-from train_encoder.chunks import ChunkError, even
-from train_encoder.pipeline import main
+from train_encoder.command import main
+from train_encoder.training import loop
+from train_encoder.training.chunks import ChunkError, even
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +155,8 @@ import os, sys
 sys.path.insert(0, "tests")
 import test_chunked_runs as runs
 from measured_memory import CPUAllocator
-from train_encoder import loop
-from train_encoder.pipeline import main
+from train_encoder.training import loop
+from train_encoder.command import main
 
 rank = int(os.environ["RANK"])
 loop.gauge_of = lambda device: CPUAllocator(runs.LIMIT if rank else 100 * runs.LIMIT)

@@ -16,10 +16,10 @@ from measured_memory import GIB, CPUAllocator
 
 from llava_clipmoe.files import read_json
 from llava_clipmoe.upcycling import is_ffn, moe_config, upcycle
-from train_encoder import chunks, loop
-from train_encoder.chunks import Card, ChunkError, choose_chunk, even, largest_chunk, ran_out_of_memory
 from train_encoder.config import EngineConfig, OptimConfig
-from train_encoder.losses import make_objective
+from train_encoder.training import chunks, loop
+from train_encoder.training.chunks import Card, ChunkError, choose_chunk, even, largest_chunk, ran_out_of_memory
+from train_encoder.training.losses import make_objective
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs the `dev` extra")
 
@@ -208,7 +208,7 @@ class Training:
 
         Bundle.model = self.model = model
         self.stage = loop.Stage(kind, Bundle, None, None, None, trainable, OptimConfig(**optim), seed=3)
-        self.trained = loop._let_learn(model, self.stage)
+        self.trained = loop._set_trainable(model, self.stage)
         self.optimizer = torch.optim.AdamW(list(self.trained.values()), 1e-3)
         self.accelerator = accelerator or Accelerator(cpu=True)
         self.towers = loop.TwoTowers(Bundle).train()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train_encoder.clusters import accumulate, cluster_stage, load_clusters, save_clusters
 from train_encoder.config import ClusterConfig
+from train_encoder.features.clusters import accumulate, cluster_stage, load_clusters, save_clusters
 
 
 def blobs(centres: np.ndarray, each: int, seed: int = 0) -> np.ndarray:

@@ -28,7 +28,8 @@ import pyarrow.parquet as pq  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from train_encoder.data import BadImage, DataError  # noqa: E402
+from train_encoder.data.decode import BadImage  # noqa: E402
+from train_encoder.data.pairs import DataError  # noqa: E402
 
 # The same examples every time: a red run can be run again. More, and others: HYPOTHESIS_EXAMPLES=2000.
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))

@@ -34,8 +34,9 @@ from demo.mining.search import Criteria, Pool, search
 from llava_clipmoe.files import load_tensors, save_tensors
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.transformer_clipmoe import only_expert
-from train_encoder.data import DataError, ImageTransform
-from train_encoder.features import encode_images
+from train_encoder.data.decode import ImageTransform
+from train_encoder.data.pairs import DataError
+from train_encoder.features.encode import encode_images
 
 ENCODERS = ["dense", "clip-moe", "expert0", "expert1", "expert2", "expert3"]
 

@@ -250,8 +250,8 @@ def test_a_picture_that_has_vanished_is_told_by_its_name(own, pairs):
 def test_cosines_are_those_of_the_whole_clips(own):
     """Each against its CLIP's embedding of both pictures."""
     from llava_clipmoe.load import load_bundle
-    from train_encoder.data import ImageTransform
-    from train_encoder.features import encode_images
+    from train_encoder.data.decode import ImageTransform
+    from train_encoder.features.encode import encode_images
 
     rng = torch.Generator().manual_seed(3)
     pictures = [

@@ -22,9 +22,10 @@ from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import only_expert
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
-from train_encoder.evaluate import command, mmvp, retrieval, routing, zero_shot
-from train_encoder.evaluate.retrieval import BenchmarkNotFound, evaluate_retrieval, recalls
-from train_encoder.features import NotFinite, encode_images, encode_texts
+from train_encoder.evaluate import benchmarks, command, mmvp, routing, zero_shot
+from train_encoder.evaluate.benchmarks import BenchmarkNotFound
+from train_encoder.evaluate.retrieval import evaluate_retrieval, recalls
+from train_encoder.features.encode import NotFinite, encode_images, encode_texts
 
 CPU = {"device": "cpu", "precision": "fp32"}
 
@@ -144,7 +145,7 @@ def test_coco_in_both_of_its_layouts(tmp_path):
     (tmp_path / "official" / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
     for i in (1, 2):
         save(tmp_path / "official" / "val2017" / f"{i:012}.jpg", seed=i)
-    source = retrieval.coco_5k(tmp_path / "official")
+    source = benchmarks.coco_5k(tmp_path / "official")
     assert [source.captions(i) for i in range(2)] == [["c1", "c3", "c5", "c7"], ["c0", "c2", "c4", "c6", "c8"]]
     assert source.image(0).size == (24, 24) and source.name(0).endswith("000000000002.jpg")
 
@@ -152,7 +153,7 @@ def test_coco_in_both_of_its_layouts(tmp_path):
             for s in ("train", "restval", "test")]  # fmt: skip
     save(tmp_path / "karpathy" / "val2014" / "test.jpg")
     (tmp_path / "karpathy" / "dataset_coco.json").write_text(json.dumps({"images": rows}))
-    source = retrieval.coco_5k(tmp_path / "karpathy")
+    source = benchmarks.coco_5k(tmp_path / "karpathy")
     assert len(source) == 1 and source.captions(0) == ["a test"]
 
 
@@ -172,7 +173,7 @@ def test_flickr30k_in_its_three_layouts_takes_every_image(tmp_path):
         for name in names:
             save(folder / "flickr30k-images" / name)
         (folder / file).write_text(content)
-        source = retrieval.flickr30k(folder)
+        source = benchmarks.flickr30k(folder)
         assert [source.captions(i) for i in range(2)] == [[f"{n} says {k} , end ." for k in range(5)] for n in names]
         # a byte order mark, half an emoji, a blank line, lines that end as Windows' do
         if file.endswith(".json"):
@@ -180,7 +181,7 @@ def test_flickr30k_in_its_three_layouts_takes_every_image(tmp_path):
         else:
             content, expected = content.replace("\n", "\n\n").replace("\n", "\r\n"), "1.jpg says 0 , end ."
         (folder / file).write_bytes(b"\xef\xbb\xbf" + content.encode())
-        edited = retrieval.flickr30k(folder)
+        edited = benchmarks.flickr30k(folder)
         assert edited.captions(0)[0] == expected and edited.captions(1) == source.captions(1) and len(edited) == 2
 
 
@@ -188,14 +189,14 @@ def test_flickr30k_in_its_three_layouts_takes_every_image(tmp_path):
 def test_a_missing_benchmark_says_what_was_looked_for(tmp_path, preset):
     wanted = {"coco-5k": "captions_val2017.json.*dataset_coco.json", "flickr30k": "results_20130124.token.*results.csv"}
     with pytest.raises(BenchmarkNotFound, match=wanted[preset]):
-        retrieval.PRESETS[preset](tmp_path)
+        benchmarks.PRESETS[preset](tmp_path)
 
 
 def test_a_benchmark_with_a_missing_image_is_refused(tmp_path):
     save(tmp_path / "images" / "1.jpg")
     (tmp_path / "results_20130124.token").write_text("1.jpg#0\ta\n2.jpg#0\tb\n")
     with pytest.raises(BenchmarkNotFound, match=r"1 of 2 images are missing.*2\.jpg"):
-        retrieval.flickr30k(tmp_path)
+        benchmarks.flickr30k(tmp_path)
 
 
 # --- attribute pairs --------------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 from llava_clipmoe.transformer_clipmoe import only_expert
-from train_encoder import features
-from train_encoder.data import BadImage, ImageTransform, normalise
-from train_encoder.features import encode_images, encode_source, encode_texts, open_embeddings
+from train_encoder.data.decode import BadImage, ImageTransform, normalise
+from train_encoder.features import store
+from train_encoder.features.encode import NotFinite, encode_images, encode_source, encode_texts, tokenise
+from train_encoder.features.store import open_embeddings
 from train_encoder.progress import Bar
 
 WORDS = "red green blue square circle left right two three a of with on small large old new bright dark far".split()
@@ -202,8 +203,8 @@ def test_progress_names_a_chunk_only_after_its_rows_are_on_disk(tmp_path, monkey
             seen.append(all(stored[a:b].any(axis=1).all() for a, b in value["image"]))
         real(path, value)
 
-    real = features.write_json
-    monkeypatch.setattr(features, "write_json", write_json)
+    real = store.write_json
+    monkeypatch.setattr(store, "write_json", write_json)
     encode_source(make_bundle(), Pictures(20), tmp_path, **SETTINGS)
     assert len(seen) > 4 and all(seen)
 
@@ -303,7 +304,7 @@ def test_processes_share_the_rows_and_all_see_the_whole(tmp_path):
 def test_nan_weights_are_an_error_and_not_a_feature(tmp_path):
     bundle = make_bundle()
     bundle.model.visual_projection.weight.data[0] = torch.nan
-    with pytest.raises(features.NotFinite, match="image embeddings"):
+    with pytest.raises(NotFinite, match="image embeddings"):
         encode_source(bundle, Pictures(4), tmp_path, **SETTINGS)
 
 
@@ -313,7 +314,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_is_done(tmp_path, monkeypatch):
 
     bundle = make_bundle()
     with monkeypatch.context() as patch:
-        patch.setattr(features.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="What was finished is kept"):
             encode_source(bundle, Pictures(8), tmp_path, **SETTINGS)
     assert not (tmp_path / "features.json").exists()
@@ -340,7 +341,7 @@ def test_captions_keep_their_order_and_are_cut_with_their_end_token():
     together = encode_texts(bundle, captions, batch_size=2)
     alone = torch.cat([encode_texts(bundle, [caption]) for caption in captions])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    ids, lengths = features.tokenise(bundle.tokenizer, captions, 24)
+    ids, lengths = tokenise(bundle.tokenizer, captions, 24)
     assert lengths.tolist() == [24, 3, 5] and (ids[:, -1] == 49407).all()
     assert encode_texts(bundle, []).shape == (0, 16)
 

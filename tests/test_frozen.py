@@ -11,7 +11,7 @@ from conftest import make_tiny_config
 
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import is_ffn, is_router_or_gate
-from train_encoder.frozen import frozen_in
+from train_encoder.training.precision import frozen_in
 
 
 def make(**experts) -> CLIPMoEModel:

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from train_encoder.config import DataConfig
-from train_encoder.data import ImageTransform, build_image_cache
-from train_encoder.sources import open_source
+from train_encoder.data.decode import ImageTransform
+from train_encoder.data.cache import build_image_cache
+from train_encoder.data.formats import open_source
 
 source, folder = open_source(DataConfig(source=sys.argv[1])), Path(sys.argv[2])
 

@@ -20,9 +20,8 @@ from llava_clipmoe.cli import main as command
 from llava_clipmoe.files import load_tensors, read_json
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_ffn
-from train_encoder import loop
+from train_encoder.command import main
 from train_encoder.config import LoraConfig
-from train_encoder.frozen import hold_frozen_in
 from train_encoder.methods.lora import (
     LoraDMU,
     adapter_state,
@@ -31,8 +30,10 @@ from train_encoder.methods.lora import (
     is_adapter,
     merge_adapter,
 )
-from train_encoder.pipeline import Pipeline, main
 from train_encoder.recipes import RECIPES
+from train_encoder.training import loop
+from train_encoder.training.precision import store_frozen_in
+from train_encoder.training.run import Run
 
 RANK, ALPHA = 4, 6.0
 BLOCKS = {("vision_model", 0), ("vision_model", 2), ("text_model", 1)}
@@ -121,7 +122,7 @@ def test_holding_what_is_frozen_in_bf16_changes_no_bit_under_autocast(adapted, b
         return [*found, *(p.grad for name, p in model.named_parameters() if is_adapter(name))]
 
     before = step()
-    hold_frozen_in(model, torch.bfloat16, is_adapter)
+    store_frozen_in(model, torch.bfloat16, is_adapter)
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert types["vision_model.encoder.layers.0.mlp.fc1.base_layer.weight"] == torch.bfloat16
     assert all(dtype == torch.float32 for name, dtype in types.items() if is_adapter(name) or "norm" in name)
@@ -169,38 +170,48 @@ def lora_flags(data: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """An undisturbed run that keeps its adapters, and its stages' models before training, after it and merged."""
+    """An undisturbed run, its adapters, and its stages' models before training, after it and merged."""
     folder, seen = tmp_path_factory.mktemp("lora") / "run", {}
-    real_train, real_stage = Pipeline.train, LoraDMU.train_stage
+    real_train, real_stage = Run.train, LoraDMU.train_stage
 
     def train(self, name, bundle, *given, **more):
         seen[name, "before"] = {n: t.clone() for n, t in bundle.model.state_dict().items()}
         real_train(self, name, bundle, *given, **more)
         seen[name, "after"] = {n: t.clone() for n, t in bundle.model.state_dict().items()}
+        seen[name, "adapter"] = adapter_state(bundle.model)
 
-    def train_stage(self, number, bundle, paths):
-        files = real_stage(self, number, bundle, paths)
+    def train_stage(self, number, bundle, cluster_ids):
+        ffns = real_stage(self, number, bundle, cluster_ids)
         seen[f"stage{number}", "plain"] = bundle.model
-        return files
+        return ffns
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pipeline, "train", train)
+        patch.setattr(Run, "train", train)
         patch.setattr(LoraDMU, "train_stage", train_stage)
-        assert main(lora_flags(data, folder, "--lora.keep")) == 0
+        assert main(lora_flags(data, folder)) == 0
     return folder, seen
 
 
-def stage_of(folder: Path, number: int) -> tuple[dict, dict, dict]:
-    """FFNs, adapter and stage.json."""
-    stage = folder / f"stage{number}"
-    return load_tensors(stage / "model.safetensors"), load_tensors(stage / "adapter.safetensors"), read_json(
-        stage / "stage.json")  # fmt: skip
+def stage_of(folder: Path, number: int) -> dict:
+    """FFN tensors of a stage."""
+    return load_tensors(folder / f"stage{number}" / "model.safetensors")
+
+
+def assert_low_rank(stage: dict, start: dict) -> None:
+    """The stage is `start`, in fp32, plus a change of exactly RANK; no bias changed."""
+    for name, tensor in stage.items():
+        if name.endswith("bias"):
+            assert torch.equal(tensor, start[name])
+            continue
+        values = torch.linalg.svdvals(tensor.double() - start[name].double())
+        assert values[RANK - 1] > 100 * values[RANK], name  # what is left is fp32 rounding of the sum
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_stage_is_the_base_plus_its_adapter_bit_for_bit(finished, number):
-    folder, _ = finished
-    stage, adapter, about = stage_of(folder, number)
+    folder, seen = finished
+    stage, about = stage_of(folder, number), read_json(folder / f"stage{number}" / "stage.json")
+    adapter = seen[f"stage{number}", "adapter"]
     base = load_tensors(folder / "base")
     assert (about["rank"], about["alpha"], about["started_from"]) == (RANK, ALPHA, "base")
     merged = merge_adapter(base, adapter, about["alpha"] / about["rank"])
@@ -209,13 +220,7 @@ def test_a_stage_is_the_base_plus_its_adapter_bit_for_bit(finished, number):
 
 def test_a_stages_change_has_exactly_its_rank_and_no_bias_changes(finished):
     folder, _ = finished
-    stage, base = stage_of(folder, 2)[0], load_tensors(folder / "base")
-    for name, tensor in stage.items():
-        if name.endswith("bias"):
-            assert torch.equal(tensor, base[name])
-            continue
-        values = torch.linalg.svdvals(tensor.double() - base[name].double())
-        assert values[RANK - 1] > 100 * values[RANK], name  # what is left is fp32 rounding of the sum
+    assert_low_rank(stage_of(folder, 2), load_tensors(folder / "base"))
 
 
 def test_a_training_changes_its_adapters_and_nothing_else(finished):
@@ -229,7 +234,7 @@ def test_after_a_stage_the_model_is_a_plain_one_with_the_stages_ffns(finished):
     folder, seen = finished
     model, base = seen["stage1", "plain"], load_tensors(folder / "base")
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
-    state, stage = model.state_dict(), stage_of(folder, 1)[0]
+    state, stage = model.state_dict(), stage_of(folder, 1)
     assert state.keys() == base.keys() and all(tensor.dtype == torch.float32 for tensor in state.values())
     expected = {**base, **stage, "logit_scale": state["logit_scale"]}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
@@ -238,7 +243,7 @@ def test_after_a_stage_the_model_is_a_plain_one_with_the_stages_ffns(finished):
 def test_the_result_is_a_clip_moe_whose_experts_are_the_stages(finished):
     folder, _ = finished
     bundle, base = load_bundle(folder / "clip-moe"), load_tensors(folder / "base")
-    stages = [base, stage_of(folder, 1)[0], stage_of(folder, 2)[0]]
+    stages = [base, stage_of(folder, 1), stage_of(folder, 2)]
     assert bundle.model.config.num_experts == 3
     for name, tensor in bundle.model.state_dict().items():
         if ".mlp.experts." in name:
@@ -251,7 +256,7 @@ def test_the_result_is_a_clip_moe_whose_experts_are_the_stages(finished):
     assert scores["expert1"] == scores["stage1"] != scores["base"]
 
 
-def test_adapters_are_left_out_unless_asked_for_and_blocks_without_experts_stay_out(finished, data, tmp_path):
+def test_adapters_and_blocks_without_experts_are_in_no_stage(finished, data, tmp_path):
     folder, _ = finished
     some = [*lora_flags(data, tmp_path / "run", "--base.source", str(folder / "base")), "--moe.vision-layers", "1"]
     assert main(some) == 0
@@ -264,11 +269,9 @@ def test_adapters_are_left_out_unless_asked_for_and_blocks_without_experts_stay_
 def test_a_stage_that_starts_from_the_previous_one_is_that_one_plus_its_adapter(finished, data, tmp_path):
     base = str(finished[0] / "base")
     given = ("--mcl.start-from", "previous", "--base.source", base, "--engine.chunk-size", "5")
-    assert main(lora_flags(data, tmp_path / "run", "--lora.keep", *given)) == 0
-    first, (second, adapter, about) = stage_of(tmp_path / "run", 1)[0], stage_of(tmp_path / "run", 2)
-    assert about["started_from"] == "stage1"
-    merged = merge_adapter(first, adapter, ALPHA / RANK)
-    assert all(torch.equal(merged[name], second[name]) for name in second)
+    assert main(lora_flags(data, tmp_path / "run", *given)) == 0
+    assert read_json(tmp_path / "run" / "stage2" / "stage.json")["started_from"] == "stage1"
+    assert_low_rank(stage_of(tmp_path / "run", 2), stage_of(tmp_path / "run", 1))
 
 
 def test_a_run_stopped_inside_two_stages_ends_in_the_same_bits(finished, data, tmp_path, monkeypatch):
@@ -282,12 +285,12 @@ def test_a_run_stopped_inside_two_stages_ends_in_the_same_bits(finished, data, t
         if (folder.name, step) == stop:
             raise Stopped
 
-    again = lora_flags(data, tmp_path / "run", "--lora.keep")
+    again = lora_flags(data, tmp_path / "run")
     monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
     for stop in (("stage1", 3), ("stage2", 2)):  # stage 2 then starts under another random state than undisturbed
         with pytest.raises(Stopped):
             main(again)
-        gc.collect()  # the run's lock goes with the pipeline
+        gc.collect()  # the run's lock goes with the run
         assert not (tmp_path / "run" / stop[0]).exists()
         torch.manual_seed(len(stop[0]) + stop[1])
     monkeypatch.setattr(loop, "save_checkpoint", real)
@@ -296,9 +299,6 @@ def test_a_run_stopped_inside_two_stages_ends_in_the_same_bits(finished, data, t
     assert main(again) == 0
     assert len(trained) == 1 + 3, "one step of stage 2 and the routers' three are left"
     assert tiny_run.weights(tmp_path / "run") == tiny_run.weights(finished[0])
-    for number in (1, 2):
-        one, two = (run / f"stage{number}" / "adapter.safetensors" for run in (finished[0], tmp_path / "run"))
-        assert one.read_bytes() == two.read_bytes()
 
 
 def _counted(function, calls: list):
@@ -313,26 +313,25 @@ def test_two_processes_train_as_one(finished, data, tmp_path):
     alone, folder = finished[0], tmp_path / "two"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                 "-m", "llava_clipmoe.cli", "train-encoder"]  # fmt: skip
-    more = ("--lora.keep", "--engine.chunk-size", "5", "--engine.activation-checkpointing")
+    more = ("--engine.chunk-size", "5", "--engine.activation-checkpointing")
     done = subprocess.run(
         [*launcher, *lora_flags(data, folder, "--base.source", str(alone / "base"), *more)],
         env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     for number in (1, 2):
-        for a, b in zip(stage_of(alone, number)[:2], stage_of(folder, number)[:2], strict=True):
-            assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+        one, two = stage_of(alone, number), stage_of(folder, number)
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_a_run_in_bf16_keeps_the_base_in_fp32(finished, data, tmp_path):
     """The frozen copy in bf16 is for the training alone; a stage is the fp32 base plus its change."""
     base = finished[0] / "base"
     run = tmp_path / "run"
-    given = ("--lora.keep", "--engine.precision", "bf16", "--base.source", str(base))
+    given = ("--engine.precision", "bf16", "--base.source", str(base))
     tiny_run.run(lora_flags(data, run, *given))  # accelerate allows one precision a process
-    stage, adapter, _ = stage_of(run, 1)
-    merged = merge_adapter(load_tensors(base), adapter, ALPHA / RANK)
-    assert all(torch.equal(merged[name], stage[name]) for name in stage)
+    stage = stage_of(run, 1)
+    assert_low_rank(stage, load_tensors(base))
     assert any(not torch.equal(t, load_tensors(base)[n]) for n, t in stage.items() if n.endswith("weight"))
 
 

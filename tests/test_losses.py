@@ -5,24 +5,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from llava_clipmoe.losses_clipmoe import router_losses as whole_router_losses
-from llava_clipmoe.losses_clipmoe import text_token_mask
+from llava_clipmoe.losses_clipmoe import block_logits, kept_tokens, router_counts, router_losses
 from llava_clipmoe.upcycling import moe_config, upcycle
 from train_encoder.config import OptimConfig
-from train_encoder.data import Batch
-from train_encoder.loop import TwoTowers, forward_backward, learning_rate
-from train_encoder.losses import (
+from train_encoder.data.dataset import Batch
+from train_encoder.training.loop import learning_rate
+from train_encoder.training.losses import (
     Contrastive,
     LongShort,
     MultiPositive,
     SmoothedClipLoss,
-    block_logits,
-    kept_tokens,
     make_objective,
     principal_components,
-    router_counts,
-    router_losses,
 )
+from train_encoder.training.step import TwoTowers, forward_backward
 
 
 @pytest.fixture
@@ -127,10 +123,9 @@ def test_dropout_is_the_same_in_both_passes_of_gradient_caching(tiny_dense, stag
 def test_router_losses_of_chunks_add_up_to_those_of_the_whole(moe):
     batch = batch_for(moe)
     pixels = torch.randn(12, 3, *[moe.config.vision_config.image_size] * 2)
-    mask = text_token_mask(batch.input_ids, moe.config.text_config.eos_token_id)
     with torch.no_grad():
         vision, text = moe.vision_model(pixels), moe.text_model(batch.input_ids)
-        whole = whole_router_losses(vision.router_logits, text.router_logits, mask, moe.config)
+        whole = moe(batch.input_ids, pixels, return_loss=True).aux_loss
         chunks = [
             block_logits(
                 [x[part] for x in vision.router_logits], [[x[part] for x in text.router_logits]],
@@ -139,7 +134,7 @@ def test_router_losses_of_chunks_add_up_to_those_of_the_whole(moe):
             for part in (slice(0, 5), slice(5, 12))
         ]  # fmt: skip
         counts = router_counts(chunks[0]) + router_counts(chunks[1])
-        balance, z = (sum(parts) for parts in zip(*(router_losses(c, counts, moe.config) for c in chunks), strict=True))
+        balance, z = (sum(parts) for parts in zip(*(router_losses(c, counts) for c in chunks), strict=True))
     torch.testing.assert_close(whole, 0.5 * balance + 0.1 * z)
 
 

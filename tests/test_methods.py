@@ -41,7 +41,7 @@ def runs(data, tmp_path_factory):
 
     def run(method: str) -> Path:
         if method not in made:
-            from train_encoder.pipeline import main
+            from train_encoder.command import main
 
             made[method] = tmp_path_factory.mktemp(method) / "run"
             assert main(flags(method, data, made[method])) == 0
@@ -151,7 +151,7 @@ def test_every_run_ends_with_results_and_a_page(runs, method):
 
 
 def test_a_method_stopped_between_its_trainings_goes_on_with_what_is_there(runs, data, tmp_path):
-    from train_encoder.pipeline import main
+    from train_encoder.command import main
 
     run = tmp_path / "run"
     assert main(flags("fmoe", data, run)) == 0

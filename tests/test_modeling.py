@@ -11,12 +11,13 @@ from conftest import make_tiny_config, shake
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
 from llava_clipmoe.experts_clipmoe import Router
 from llava_clipmoe.losses_clipmoe import (
+    RouterCounts,
+    block_logits,
     end_of_text,
-    expert_fractions,
-    load_balancing_loss,
+    router_counts,
     router_losses,
-    router_z_loss,
     text_token_mask,
+    weighted,
 )
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
 from llava_clipmoe.transformer_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP, only_expert
@@ -252,45 +253,47 @@ def one_sided(expert: int, tokens: int = 40, num_experts: int = 4) -> torch.Tens
     return 100.0 * F.one_hot(torch.full((tokens,), expert), num_experts).float()
 
 
+def balance_and_z(*blocks: torch.Tensor) -> tuple[float, float]:
+    return tuple(loss.item() for loss in router_losses(blocks, router_counts(blocks)))
+
+
 def test_balance_loss_is_one_when_uniform_and_e_when_one_expert_takes_all():
     uniform = torch.cat([1e-3 * one_sided(e, 10) / 100 for e in range(4)])  # f and P both 1/4
-    assert load_balancing_loss(uniform).item() == pytest.approx(1.0, abs=1e-5)
-    assert load_balancing_loss(one_sided(2)).item() == pytest.approx(4.0, abs=1e-5)
+    assert balance_and_z(uniform)[0] == pytest.approx(1.0, abs=1e-5)
+    assert balance_and_z(one_sided(2))[0] == pytest.approx(4.0, abs=1e-5)
 
 
 def test_balance_loss_is_the_papers_sum():
     logits = torch.randn(200, 4, generator=torch.Generator().manual_seed(10))
     f = [(logits.argmax(-1) == j).float().mean().item() for j in range(4)]
     p = [logits.softmax(-1)[:, j].mean().item() for j in range(4)]
-    assert load_balancing_loss(logits).item() == pytest.approx(4 * sum(a * b for a, b in zip(f, p, strict=True)))
-    assert expert_fractions(logits).tolist() == pytest.approx(f)
-    given = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    assert load_balancing_loss(logits, given).item() == pytest.approx(4 * p[0])
+    assert balance_and_z(logits)[0] == pytest.approx(4 * sum(a * b for a, b in zip(f, p, strict=True)))
+    everywhere = RouterCounts(torch.tensor([[200.0, 0.0, 0.0, 0.0]]), torch.tensor([200.0]))
+    assert router_losses([logits], everywhere)[0].item() == pytest.approx(4 * p[0])
 
 
-def test_collapsed_blocks_do_not_balance_each_other(tiny_config):
+def test_collapsed_blocks_do_not_balance_each_other():
     """Each block on another expert: pooled over the blocks, as in the official code, this is the minimum 1."""
-    config = tiny_config(num_experts=4, router_aux_loss_coef=1.0)
-    blocks = [one_sided(e).view(4, 10, 4) for e in range(4)]
-    everything = torch.ones(4, 10, dtype=torch.bool)
-    assert load_balancing_loss(torch.cat(blocks).flatten(0, 1)).item() == pytest.approx(1.0, abs=1e-5)
-    assert router_losses(blocks[:2], blocks[2:], everything, config).item() == pytest.approx(4.0, abs=1e-5)
+    blocks = [one_sided(e) for e in range(4)]
+    assert balance_and_z(torch.cat(blocks))[0] == pytest.approx(1.0, abs=1e-5)
+    assert balance_and_z(*blocks)[0] == pytest.approx(4.0, abs=1e-5)
 
 
-def test_router_losses_are_means_over_the_blocks_of_both_towers(tiny_config):
+def test_router_losses_are_means_over_the_blocks_of_both_towers_weighted_by_the_config(tiny_config):
     config = tiny_config(num_experts=4, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     generator = torch.Generator().manual_seed(11)
-    blocks = [torch.randn(4, 10, 4, generator=generator) for _ in range(3)]
-    flat = [block.flatten(0, 1) for block in blocks]
-    expected = 0.5 * sum(map(load_balancing_loss, flat)) / 3 + 0.25 * sum(map(router_z_loss, flat)) / 3
-    actual = router_losses(blocks[:2], blocks[2:], torch.ones(4, 10, dtype=torch.bool), config)
-    assert_close(actual, expected, 1e-6)
+    vision, text = torch.randn(2, 4, 10, 4, generator=generator), torch.randn(1, 4, 10, 4, generator=generator)
+    blocks = block_logits(vision, [text], [torch.arange(40)])
+    each = [balance_and_z(block.flatten(0, 1)) for block in (*vision, *text)]
+    expected = [sum(parts) / 3 for parts in zip(*each, strict=True)]
+    assert balance_and_z(*blocks) == pytest.approx(expected)
+    assert weighted(*expected, config) == pytest.approx(0.5 * expected[0] + 0.25 * expected[1])
 
 
 def test_z_loss_is_the_mean_squared_log_partition():
     logits = torch.tensor([[0.0, 0.0], [3.0, 1.0]])
     expected = (torch.log(torch.tensor(2.0)) ** 2 + torch.log(torch.e ** torch.tensor(3.0) + torch.e) ** 2) / 2
-    assert_close(router_z_loss(logits), expected, 1e-6)
+    assert balance_and_z(logits)[1] == pytest.approx(expected.item())
 
 
 def test_text_mask_ends_with_the_pooled_token(batch):
@@ -317,7 +320,7 @@ def test_loss_is_the_contrastive_loss_plus_the_router_loss(tiny_moe, batch):
     contrastive = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
     mask = batch["attention_mask"].bool()
     blocks = [b.flatten(0, 1) for b in out.router_logits[:3]] + [b[mask] for b in out.router_logits[3:]]
-    balance = sum(load_balancing_loss(b) for b in blocks) / 5
+    balance, _ = router_losses(blocks, router_counts(blocks))
     assert_close(out.aux_loss, 0.01 * balance, 1e-6)
     assert_close(out.loss, contrastive + 0.01 * balance, 1e-6)
 

@@ -9,7 +9,8 @@ pa = pytest.importorskip("pyarrow", reason="needs the `train` extra")
 datasets = pytest.importorskip("datasets", reason="needs the `train` extra")
 import pyarrow.parquet as pq  # noqa: E402
 
-from train_encoder.data import BadImage, DataError  # noqa: E402
+from train_encoder.data.decode import BadImage  # noqa: E402
+from train_encoder.data.pairs import DataError  # noqa: E402
 
 TEXTS = {
     "string": pa.string(),

@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 
 from train_encoder import progress
-from train_encoder.progress import Bar, Metrics, Rate, clock, peak_memory_bytes, read_metrics, reset_peak_memory
+from train_encoder.progress import Bar, Rate, clock
+from train_encoder.training.memory import peak_memory_bytes, reset_peak_memory
+from train_encoder.training.metrics import Metrics, read_metrics
 
 
 def step(stage: str, number: int, **more) -> dict:

@@ -207,7 +207,7 @@ def test_the_snippet_writes_the_benchmarks_that_a_run_measures(tmp_path, monkeyp
     )
 
     from train_encoder.config import DataConfig
-    from train_encoder.sources import open_source
+    from train_encoder.data.formats import open_source
 
     monkeypatch.chdir(tmp_path)
     for name, animal in (("coco-5k", "cat"), ("flickr30k", "dog")):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train_encoder.sampler import InClusterBatchSampler, plan_epoch
+from train_encoder.training.sampler import InClusterBatchSampler, plan_epoch
 
 
 def paths_of(rows: int, stages: int, clusters: int = 3, seed: int = 0) -> np.ndarray:

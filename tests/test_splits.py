@@ -11,7 +11,8 @@ from data_files import colour, content, jsonl, png, source_of, write_tar
 pa = pytest.importorskip("pyarrow", reason="needs the `train` extra")
 import pyarrow.parquet as pq  # noqa: E402
 
-from train_encoder.data import BadImage, DataError  # noqa: E402
+from train_encoder.data.decode import BadImage  # noqa: E402
+from train_encoder.data.pairs import DataError  # noqa: E402
 
 NAMES = ("a.png", "b.png")
 

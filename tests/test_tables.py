@@ -13,8 +13,8 @@ from data_files import colour, content, jsonl, source_of, write_images
 pytest.importorskip("pyarrow", reason="needs the `train` extra")
 
 from train_encoder.config import DataConfig
-from train_encoder.data import DataError
-from train_encoder.tables import caption_texts, csv_rows, find_columns, visible
+from train_encoder.data.pairs import DataError
+from train_encoder.data.tables import caption_texts, csv_rows, find_columns, visible
 
 
 def write(folder: Path, name: str, text: str) -> Path:

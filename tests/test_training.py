@@ -24,7 +24,7 @@ from llava_clipmoe.files import load_tensors
 # not. Prints how each ended.
 KILLED_AT_A_RENAME = """
 import json, os, signal, sys
-import train_encoder.final, train_encoder.methods, train_encoder.pipeline  # once for all
+import train_encoder.evaluate.run, train_encoder.methods, train_encoder.training.run  # once for all
 from llava_clipmoe.cli import main
 
 def die_at(word, at):

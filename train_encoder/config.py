@@ -148,7 +148,8 @@ class MCLConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank stages (method `dmu-lora`): every matrix of an FFN becomes W + (alpha / rank) B A, and B A learns."""
+    """Low-rank stages (method `dmu-lora`): every matrix of an FFN becomes W + (alpha / rank) B A, of which
+    B A is trained."""
 
     rank: int = 64
     """A sixteenth of ViT-L's width. Full stages of a CLIP of width 128 had 85% of the squared norm of their change in
@@ -157,9 +158,6 @@ class LoraConfig:
     """The change is scaled by alpha / rank; the rank itself when absent, so that another rank keeps the scale of 1."""
     dropout: float = 0.0
     """Of what goes into A; off, as everywhere in the stages."""
-    keep: bool = False
-    """Keep A and B beside the merged FFNs, as stageN/adapter.safetensors: what takes a stage's expert at its own rank
-    needs no decomposition."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -271,8 +269,9 @@ class EngineConfig:
 class TrainConfig:
     """A whole run, from a base CLIP to the method's result."""
 
-    method: Literal["base", "dmu", "dmu-lora", "fmoe", "vanilla-moe", "sparse-upcycling", "finetune"] = "dmu"
-    """How the result is made (train_encoder/methods/). A recipe sets it together with what it needs."""
+    method: str = "dmu"
+    """How the result is made: base, dmu, dmu-lora, fmoe, vanilla-moe, sparse-upcycling or finetune. A recipe sets it
+    together with what it needs."""
     data: DataConfig = field(default_factory=DataConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
@@ -310,6 +309,8 @@ class TrainConfig:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "engine.workers", "engine.checkpoint_every", "engine.log_every",
                   "engine.trackers", "engine.chunk_size", "engine.activation_checkpointing", "data.max_bad_fraction",
                   "data.cache_images")  # fmt: skip
+GONE = ("lora.keep",)
+"""Settings of older runs that there are no more; none of them changed a weight."""
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -327,7 +328,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         old = filled(old, to_dict(TrainConfig()))
     for key in sorted(set(old) | set(new)):
         name = f"{prefix}{key}"
-        if name in FREE_TO_CHANGE:
+        if name in FREE_TO_CHANGE or name in GONE:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -26,7 +26,6 @@ class RunDirectory:
         self.path = Path(config.output_dir)
         self.config = to_dict(config)
         self.base = self.path / "base"
-        self.result = self.path / {"base": "base", "finetune": "clip"}.get(config.method, "clip-moe")
         self.cache = self.path / "cache" / "images.npy"
         self.skipped = self.path / "skipped.jsonl"
         self.results = self.path / "results.json"

@@ -14,8 +14,8 @@ from PIL import Image
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.load import load_bundle
-from train_encoder.data import ImageTransform
-from train_encoder.features import encode_images
+from train_encoder.data.decode import ImageTransform
+from train_encoder.features.encode import encode_images
 
 from .generate import Llava
 

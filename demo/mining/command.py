@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_clipmoe.files import atomic_directory, remove_leftovers, replace_surrogates, write_json
-from train_encoder.data import BadImage, DataError
+from train_encoder.data.decode import BadImage
+from train_encoder.data.pairs import DataError
 
 from .contact_sheet import draw_contact_sheet
 from .duplicates import NearDuplicates

@@ -14,11 +14,12 @@ from PIL import Image
 
 from llava_clipmoe.files import replace_surrogates
 from train_encoder.config import DataConfig, digest
-from train_encoder.data import DataError, PairSource, decode_image
-from train_encoder.image_files import image_files
-from train_encoder.sources import FILE_KINDS, open_source
-from train_encoder.stores import FileStore
-from train_encoder.tables import IMAGE_COLUMNS, csv_header, json_rows, name_columns
+from train_encoder.data.decode import decode_image
+from train_encoder.data.formats import FILE_KINDS, open_source
+from train_encoder.data.image_files import image_files
+from train_encoder.data.pairs import DataError, PairSource
+from train_encoder.data.stores import FileStore
+from train_encoder.data.tables import IMAGE_COLUMNS, csv_header, json_rows, name_columns
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def open_pictures(images: str, *, split: str = "train", leave_out: Path | None =
     `leave_out`: a folder whose pictures are not taken (that of the results). Raises DataError.
     """
     if images == "openmoji":
-        from train_encoder.openmoji import build_openmoji, list_emoji
+        from train_encoder.openmoji.drawings import build_openmoji, list_emoji
 
         folder = build_openmoji()
         pictures = _files(sorted(image_files(folder / "images")), folder, DataConfig().max_pixels)

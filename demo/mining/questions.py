@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_clipmoe.files import replace_surrogates
-from train_encoder.data import DataError
-from train_encoder.sources import json_rows
+from train_encoder.data.pairs import DataError
+from train_encoder.data.tables import json_rows
 
 from .images import Pictures
 from .pairs import Question

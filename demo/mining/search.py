@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from train_encoder.evaluate.retrieval import full_precision
-from train_encoder.features import pick_device
+from train_encoder.features.encode import pick_device
 from train_encoder.progress import Bar
 
 TILE = 2048

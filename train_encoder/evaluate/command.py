@@ -27,10 +27,13 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 
 from ..config import DataConfig
-from ..data import BadImage, DataError, PairSource, check_images
+from ..data.cache import check_images
+from ..data.decode import BadImage
+from ..data.formats import open_source
+from ..data.pairs import DataError, PairSource
+from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
-from ..sources import open_source
-from . import mmvp, retrieval, routing, zero_shot
+from . import benchmarks, mmvp, retrieval, routing, zero_shot
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Retrieval(_Rows, _Common):
     """Also measure each expert of a CLIP-MoE alone."""
 
     def run(self) -> dict[str, Any]:
-        source = self.source(self.data) if self.preset is None else retrieval.PRESETS[self.preset](self.data)
+        source = self.source(self.data) if self.preset is None else benchmarks.PRESETS[self.preset](self.data)
         rows = self.good_rows(source, self.workers) if self.preset is None else None
         found = {}
         for name, bundle in _systems(self, self.experts):
@@ -170,8 +173,6 @@ class Mmvp(_Common):
     def run(self) -> dict[str, Any]:
         folder = Path(self.data)
         if self.data == "openmoji":
-            from ..openmoji import build_openmoji
-
             folder = build_openmoji() / "attribute_pairs"
         found = {}
         for name, bundle in _systems(self, experts=False):

@@ -25,10 +25,10 @@ import torch
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 
-from ..config import DataConfig
-from ..data import BadImage, ImageTransform, decode_image
-from ..features import Precision, encode_images, encode_texts
-from .retrieval import TIE, BenchmarkNotFound, first_existing
+from ..data.decode import ImageTransform, open_image
+from ..features.encode import Precision, encode_images, encode_texts
+from .benchmarks import BenchmarkNotFound, first_existing
+from .retrieval import TIE
 
 PROMPT = "a photo of "
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images", "MMVP_VLM Images")
@@ -152,14 +152,7 @@ def evaluate_experts(
 def _load(bundle: ClipBundle, folder: str | Path, split: str | None) -> tuple[list[Pair], torch.Tensor]:
     """Pairs, and their pixels uint8 [2 * pairs, 3, R, R]."""
     pairs, transform = read_pairs(folder, split), ImageTransform(bundle.image_size)
-    pixels = []
-    for path in (path for pair in pairs for path in pair.images):
-        try:
-            with path.open("rb") as file:
-                pixels.append(transform(decode_image(file, DataConfig().max_pixels)))
-        except BadImage as error:
-            raise BadImage(f"{path}: {error}. Download it again.") from error
-    return pairs, torch.stack(pixels)
+    return pairs, torch.stack([transform(open_image(path)) for pair in pairs for path in pair.images])
 
 
 def _evaluate(

@@ -19,8 +19,10 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.losses_clipmoe import text_token_mask
 from llava_clipmoe.transformer_clipmoe import CLIPMoESparseMLP
 
-from ..data import BadImage, ImageTransform, PairSource, normalise
-from ..features import Precision, inference, pick_device, tokenise
+from ..data.cache import RowImages
+from ..data.decode import ImageTransform, normalise
+from ..data.pairs import PairSource
+from ..features.encode import Precision, inference, pick_device, tokenise
 
 TOWERS = {"vision": "vision_model", "text": "text_model"}
 Sample = list[tuple[torch.Tensor, torch.Tensor]]  # batches of pixels uint8 [B,3,R,R] and ids [B,T]
@@ -145,12 +147,11 @@ def _sample(
         images = 256 if rows is None else len(rows)
     rows = np.arange(len(source)) if rows is None else np.asarray(rows)
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:images])
-    transform, pairs = ImageTransform(bundle.image_size), []
+    image, pairs = RowImages(source, ImageTransform(bundle.image_size)), []
     for row in chosen.tolist():
-        try:
-            pairs.append((transform(source.image(row)), source.captions(row)[0]))
-        except BadImage:
-            continue
+        pixels, error = image(row)
+        if error is None:
+            pairs.append((pixels, source.captions(row)[0]))
     if not pairs:
         raise ValueError("there is no readable image to look at the routing of.")
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]

@@ -20,14 +20,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.bundle import ClipBundle
 
-from ..config import DataConfig
-from ..data import BadImage, ImageTransform, decode_image
-from ..features import Precision, encode_images, encode_texts
-from ..image_files import image_files
+from ..data.decode import ImageTransform, open_image
+from ..data.image_files import image_files
+from ..features.encode import Precision, encode_images, encode_texts
+from ..openmoji.classes import COLOUR_TEMPLATES, main_colours
+from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
-from .retrieval import TIE, BenchmarkNotFound, first_existing, full_precision
+from .benchmarks import BenchmarkNotFound, first_existing
+from .retrieval import TIE, full_precision
 
 Template = Callable[[str], str]
+Templates = tuple[str, ...] | None
+"""Prompts with `{}` for the class; None for OpenAI's 80."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,7 @@ class ImageFiles:
     paths: list[Path]
 
     def __call__(self, i: int) -> Image.Image:
-        try:
-            with self.paths[i].open("rb") as file:
-                return decode_image(file, DataConfig().max_pixels)
-        except BadImage as error:
-            raise BadImage(f"{self.paths[i]}: {error}. Remove or replace it.") from error
+        return open_image(self.paths[i])
 
 
 @dataclass(frozen=True)
@@ -244,3 +244,29 @@ def _cifar(folder: Path, archive: str, images: str, names: str, label_bytes: int
 
 
 PRESETS: dict[str, Callable[[Path], Classes]] = {"imagenet": imagenet, "cifar10": cifar10, "cifar100": cifar100}
+
+COLOURS = "openmoji-colours"
+
+
+def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
+    """What `--evaluation.zero-shot` names: `NAME=FOLDER` -> (NAME, (labelled images, prompts)).
+
+    NAME may be a preset's; `openmoji-colours` stands alone. Raises ValueError for an entry without a folder,
+    BenchmarkNotFound when the folder is not what its name says.
+    """
+    if entry == COLOURS:
+        return COLOURS, (openmoji_colours(build_openmoji()), COLOUR_TEMPLATES)
+    name, equals, folder = entry.partition("=")
+    if not equals or not folder:
+        raise ValueError(
+            f"--evaluation.zero-shot {entry}: write NAME=FOLDER (imagenet=/data/imagenet, or any name for a folder "
+            f"with one subfolder of images a class), or {COLOURS}."
+        )
+    return name, (open_classes(name if name in PRESETS else None, folder), None)
+
+
+def openmoji_colours(folder: Path) -> Classes:
+    """Held-out drawings into their main colours."""
+    paths, colours = zip(*main_colours(folder), strict=True)
+    names = sorted(set(colours))
+    return Classes(names, np.array([names.index(colour) for colour in colours]), ImageFiles(list(paths)))

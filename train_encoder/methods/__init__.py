@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from .base import BaseOnly, Method
 from .direct import DirectFinetuning
+=======
+from .base import Method
+from .baselines import BaseOnly, DirectFinetuning, SparseUpcycling
+>>>>>>> room-trainer
 from .dmu import DMU, VanillaMoE
 from .fmoe import FMoE
 from .lora import LoraDMU
-from .sparse import SparseUpcycling
 
 METHODS: dict[str, type[Method]] = {
     "base": BaseOnly,

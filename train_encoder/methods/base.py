@@ -1,21 +1,41 @@
+<<<<<<< HEAD
 """What every method answers about itself, without a run; and the first method, the base alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+=======
+"""What a method is: a way from a base CLIP to a better one, which answers everything about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+>>>>>>> room-trainer
 from typing import Any
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
 from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import save_bundle
 
 from ..config import LoraConfig, OptimConfig, TrainConfig
+<<<<<<< HEAD
 from ..pipeline import Pipeline, System
+=======
+from ..evaluate.run import Variant
+from ..training.run import Run
+
+Trainable = Callable[[str], bool]
+"""Whether a parameter is trainable, by its name."""
+>>>>>>> room-trainer
 
 Trainable = Callable[[str], bool]
 """Whether a parameter is trainable, by its name."""
 
+<<<<<<< HEAD
 
 @dataclass(frozen=True)
 class Training:
@@ -64,10 +84,81 @@ class BaseOnly(Method):
 
     def make_result(self) -> ClipBundle:
         return load_bundle(self.folder.base)
+=======
+@dataclass(frozen=True)
+class Training:
+    """One training of a run after its base: the model that it runs, what of it is trainable, and its settings."""
 
-    def systems(self) -> dict[str, System]:
-        return {"base": (lambda: self.result, None)}
+    model: CLIPMoEConfig
+    trainable: Trainable
+    optim: OptimConfig
+    lora: LoraConfig | None = None
+    """Low-rank changes are trained in the place of the matrices that are `trainable`."""
+>>>>>>> room-trainer
+
+
+class Method:
+    """One way from a base CLIP to a better one, on the data and in the directory of a `Run`.
+
+    A new method is a subclass in a file of its own and a line in `METHODS`. What reports, comparisons and costs want to
+    know is asked of the class; `config` there is a run's settings, as TrainConfig or as config.json in namespaces.
+    """
+
+    title = ""
+    """One sentence: what a run makes."""
+    recipe = ""
+    """The method's name in the result's model card."""
+    final = "clip-moe"
+    """Name of the result among the variants that are measured."""
+    output = "clip-moe"
+    """Folder of the result in the run's directory."""
+
+    result: ClipBundle
+    """What `make` gave."""
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        """Passes over the data after the base, in all trainings together."""
+        raise NotImplementedError
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        """The trainings after the base, by the names that metrics.jsonl gives them. base, result: of the models."""
+        raise NotImplementedError
+
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config
+
+    @property
+    def output_folder(self) -> Path:
+        return self.run.folder.path / self.output
+
+    @classmethod
+    def check_packages(cls) -> None:
+        """Raise ModuleNotFoundError now, before a directory is made, where a package is missing."""
+
+    def check_settings(self) -> None:
+        """Raise ValueError for settings that do not fit `run.start`, before anything is trained."""
+
+    def make(self) -> ClipBundle:
+        """Everything from the base to the model that the run is for; it is in `output_folder` when this returns."""
+        raise NotImplementedError
+
+    def save_result(self, bundle: ClipBundle, recipe: str, training: str) -> None:
+        """Keep the result, then drop the resume state of the training that made it."""
+        card = self.run.trained_card(recipe)
+        self.run.save(lambda: save_bundle(bundle, self.output_folder, card=card))
+        self.run.discard(training)
+
+    def variants(self) -> Mapping[str, Variant]:
+        """What is measured, by its name in results.json, in the order of the table."""
+        return {"base": Variant(self.load_base), self.final: Variant(lambda: self.result)}
+
+    def load_base(self) -> ClipBundle:
+        """A fresh copy of the base."""
+        return load_bundle(self.run.folder.base)
 
     def describe(self) -> dict[str, Any]:
-        dense = active_parameters(self.base.model.config)["total"]
+        """What is not a score, for results.json: parameters, routing, clusters."""
+        dense = active_parameters(self.run.base.model.config)["total"]
         return {"parameters": {"dense": dense, "total": dense, "active": dense}}

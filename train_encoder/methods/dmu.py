@@ -6,6 +6,7 @@ base -> [ features -> clusters -> in-cluster FFN training ] x (E-1) -> upcycle -
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
+<<<<<<< HEAD
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
 
@@ -22,6 +24,16 @@ from ..config import LoraConfig, TrainConfig
 from ..features import Embeddings
 from ..pipeline import System
 from ..sampler import plan_epoch
+=======
+from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
+
+from ..config import LoraConfig, TrainConfig
+from ..evaluate.run import Variant
+from ..features.clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
+from ..features.store import Embeddings
+from ..training.run import Run
+from ..training.sampler import plan_epoch
+>>>>>>> room-trainer
 from .base import Training
 from .mixture import Mixture, moe_blocks
 
@@ -32,6 +44,7 @@ class DMU(Mixture):
     """Multistage contrastive learning makes the experts, one stage after the other."""
 
     title = "A CLIP-MoE made by Diversified Multiplet Upcycling."
+<<<<<<< HEAD
     paper = "Diversified Multiplet Upcycling"
 
     @classmethod
@@ -55,31 +68,62 @@ class DMU(Mixture):
         return None
 
     def make_result(self) -> ClipBundle:
+=======
+    recipe = "Diversified Multiplet Upcycling"
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+>>>>>>> room-trainer
         self.stages: list[Tensors] = []
+        """FFN tensors of the stages that are made, the first stage's first."""
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return (config.moe.num_experts - 1) * config.mcl.optim.epochs + super().epochs(config)
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        blocks = moe_blocks(result)
+
+        def trainable(name: str) -> bool:
+            return is_ffn(name) and _block_of(name) in blocks
+
+        one = Training(base, trainable, config.mcl.optim, cls.lora(config))
+        stages = {f"stage{number}": one for number in range(1, config.moe.num_experts)}
+        return {**stages, **super().trainings(config, base, result)}
+
+    @classmethod
+    def lora(cls, config: TrainConfig) -> LoraConfig | None:
+        """How low-rank the stages are; None: they are not."""
+        return None
+
+    # ------------------------------------------------------------------------------------------------------ stages
+
+    def make(self) -> ClipBundle:
         for number in range(1, self.config.moe.num_experts):
             self.stages.append(self.make_stage(number))
         return self.train_routers()
 
     def make_stage(self, number: int) -> Tensors:
         """FFN tensors of stage `number`: cluster the previous stage's embeddings, then train on in-cluster batches."""
-        weights, paths = self.folder.stage_weights(number), self.paths(number)
+        weights, cluster_ids = self.run.folder.stage_weights(number), self.cluster_ids(number)
         if not weights.exists():
-            files = self.train_stage(number, self.dense(self.started_from(number)), paths)
-            self.save(lambda: self._save_stage(number, files))
-            self.discard(f"stage{number}")
+            ffns = self.train_stage(number, self.dense(self.started_from(number)), cluster_ids)
+            self.run.save(lambda: self._save_stage(number, ffns))
+            self.run.discard(f"stage{number}")
         stage = load_tensors(weights)
-        check_stage(self.base.model.state_dict(), stage, f"{weights.parent}")
+        check_stage(self.run.base.model.state_dict(), stage, f"{weights.parent}")
         return stage
 
-    def train_stage(self, number: int, bundle: ClipBundle, paths: np.ndarray | None) -> dict[str, Tensors]:
-        """Train `bundle.model` in place -> what the stage's directory holds, by file: its FFNs are `model`."""
-        learns = set(self.stage_ffns(bundle.model.state_dict()))
-        self.train(f"stage{number}", bundle, learns.__contains__, self.config.mcl.optim, paths=paths, number=number)
-        return {"model": self.stage_ffns(bundle.model.state_dict())}
+    def train_stage(self, number: int, bundle: ClipBundle, cluster_ids: np.ndarray | None) -> Tensors:
+        """Train `bundle.model` in place -> its FFN tensors."""
+        trainable = set(self.stage_ffns(bundle.model.state_dict())).__contains__
+        self.run.train(f"stage{number}", bundle, trainable, self.config.mcl.optim, cluster_ids=cluster_ids)
+        return self.stage_ffns(bundle.model.state_dict())
 
     def stage_ffns(self, state: Tensors) -> Tensors:
         """The FFN tensors of a dense state dict that a stage has of its own: those of the MoE blocks."""
-        blocks = self.moe_blocks()
+        blocks = moe_blocks(self.upcycled_config())
         return {name: tensor for name, tensor in ffn_state(state).items() if _block_of(name) in blocks}
 
     def started_from(self, number: int) -> int:
@@ -89,97 +133,104 @@ class DMU(Mixture):
     def about_stage(self, number: int) -> dict[str, Any]:
         """What stage.json says."""
         start = self.started_from(number)
-        return {
-            "what": "the FFN tensors of one DMU stage; all else is the base's", "stage": number,
-            "started_from": f"stage{start}" if start else "base",
-        }  # fmt: skip
+        what = "the FFN tensors of one DMU stage; all else is the base's"
+        return {"what": what, "stage": number, "started_from": f"stage{start}" if start else "base"}
 
-    def paths(self, number: int) -> np.ndarray | None:
-        """Cluster paths [N,number] that stage `number` draws its batches by."""
-        return accumulate([self.clusters(s) for s in range(number)])
-
-    def _save_stage(self, number: int, files: dict[str, Tensors]) -> None:
-        with atomic_directory(self.folder.stage_weights(number).parent) as temporary:
-            for name, tensors in files.items():
-                save_tensors(temporary / f"{name}.safetensors", tensors)
+    def _save_stage(self, number: int, ffns: Tensors) -> None:
+        with atomic_directory(self.run.folder.stage_weights(number).parent) as temporary:
+            save_tensors(temporary / "model.safetensors", ffns)
             write_json(temporary / "stage.json", self.about_stage(number))
+
+    def dense(self, number: int) -> ClipBundle:
+        """A fresh copy of the base with stage `number`'s FFNs (0: the base itself)."""
+        bundle = self.load_base()
+        if number:
+            bundle.model.load_state_dict({**bundle.model.state_dict(), **self.stages[number - 1]})
+        return bundle
+
+    # ---------------------------------------------------------------------------------------------------- clusters
+
+    def cluster_ids(self, number: int) -> np.ndarray | None:
+        """Accumulated clusters [N,number] that stage `number` draws its batches from."""
+        return accumulate([self.clusters(stage) for stage in range(number)])
 
     def clusters(self, number: int) -> StageClusters:
         """Clusters of the embeddings that stage `number` gives (0: the base)."""
-        path = self.folder.clusters(number)
+        path, run = self.run.folder.clusters(number), self.run
         if not path.exists():
             embeddings = self.stage_features(number)
-            if self.accelerator.is_main_process:
-                with self.timed("clusters", f"stage{number}"):
+            if run.accelerator.is_main_process:
+                with run.timed("clusters", f"stage{number}"):
                     c = self.config
                     found = cluster_stage(embeddings.image, embeddings.text, c.clusters, c.seed + 2 * number)
                     save_clusters(path, found)
-            self.accelerator.wait_for_everyone()
+            run.accelerator.wait_for_everyone()
         return load_clusters(path)
 
     def stage_features(self, number: int) -> Embeddings:
         """Embeddings of the training images and their first captions under stage `number`'s model."""
+        folder = self.run.folder
         name = "base" if number == 0 else f"stage{number}"
-        weights = self.folder.base / "model.safetensors" if number == 0 else self.folder.stage_weights(number)
-        return self.features(name, self.dense(number), weights)
+        weights = folder.base / "model.safetensors" if number == 0 else folder.stage_weights(number)
+        return self.run.features(name, self.dense(number), weights)
 
-    def dense(self, number: int) -> ClipBundle:
-        """A fresh copy of the base with stage `number`'s FFNs (0: the base itself)."""
-        bundle = load_bundle(self.folder.base)
-        if number:
-            stage = self.stages[number - 1] if number <= len(self.stages) else load_tensors(
-                self.folder.stage_weights(number))  # fmt: skip
-            bundle.model.load_state_dict({**bundle.model.state_dict(), **stage})
-        return bundle
+    # ------------------------------------------------------------------------------------------------- the mixture
 
     def untrained_moe(self) -> ClipBundle:
-        model = upcycle(self.base.model.cpu(), self.stages, self.upcycled_config(), seed=self.config.seed)
-        return dataclasses.replace(self.base, model=model)
+        base = self.run.base
+        model = upcycle(base.model.cpu(), self.stages, self.upcycled_config(), seed=self.config.seed)
+        return dataclasses.replace(base, model=model)
 
-    # ------------------------------------------------------------------------------------------------- evaluation
-
-    def systems(self) -> dict[str, System]:
-        stages = range(1, self.config.moe.num_experts)
-        dense = {f"stage{s}": (lambda s=s: self.dense(s), None) for s in stages}
-        return {"base": (lambda: self.dense(0), None), **dense, **self.mixture_systems()}
+    def variants(self) -> Mapping[str, Variant]:
+        """The dense CLIP of every stage beside what every mixture shows."""
+        mixture = super().variants()
+        stages = {f"stage{s}": Variant(lambda s=s: self.dense(s)) for s in range(1, self.config.moe.num_experts)}
+        return {"base": mixture["base"], **stages, **mixture}
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "clusters": self.cluster_report(), "ffn_change": self.ffn_change()}
 
     def cluster_report(self) -> list[dict]:
         """Sizes of the accumulated clusters before every stage, and how its batches backed off to parents."""
-        report, e = [], self.config.moe.num_experts
-        for number in range(1, e):
-            paths = self.paths(number)
-            sizes = np.unique(paths, axis=0, return_counts=True)[1]
-            depth = plan_epoch(paths, self.config.mcl.optim.global_batch_size, 0, 0).depth
-            report.append({
-                "stage": number, "sizes": sorted(sizes.tolist(), reverse=True),
-                "batches_by_depth": {str(d): int((depth == d).sum()) for d in sorted(set(depth.tolist()))},
-            })  # fmt: skip
+        report = []
+        for number in range(1, self.config.moe.num_experts):
+            cluster_ids = self.cluster_ids(number)
+            sizes = np.unique(cluster_ids, axis=0, return_counts=True)[1]
+            depth = plan_epoch(cluster_ids, self.config.mcl.optim.global_batch_size, 0, 0).depth
+            by_depth = {str(d): int((depth == d).sum()) for d in sorted(set(depth.tolist()))}
+            sizes = sorted(sizes.tolist(), reverse=True)
+            report.append({"stage": number, "sizes": sizes, "batches_by_depth": by_depth})
         return report
 
     def ffn_change(self) -> dict[str, float]:
         """How far each stage's FFNs went from the base: |W_s - W_0| / |W_0| over all of them."""
-        base = ffn_state(self.base.model.state_dict())
-        size = sum(t.double().square().sum() for t in base.values()) ** 0.5
-        return {
-            f"stage{number}": float(sum((t - base[k]).double().square().sum() for k, t in stage.items()) ** 0.5 / size)
-            for number, stage in enumerate(self.stages, start=1)
-        }
+        base = ffn_state(self.run.base.model.state_dict())
+        size = _norm(base.values())
+        changes = {}
+        for number, stage in enumerate(self.stages, start=1):
+            changes[f"stage{number}"] = float(_norm(t - base[name] for name, t in stage.items()) / size)
+        return changes
 
 
 class VanillaMoE(DMU):
     """The ablation of CLIP-MoE's Table 4: the base and a directly fine-tuned FFN are the experts; no clusters."""
 
     title = "A mixture of the base's FFNs and one set of directly fine-tuned ones."
+<<<<<<< HEAD
     paper = "vanilla MoE (CLIP-MoE, Table 4)"
+=======
+    recipe = "vanilla MoE (CLIP-MoE, Table 4)"
+>>>>>>> room-trainer
 
-    def paths(self, number: int) -> None:
+    def cluster_ids(self, number: int) -> None:
         return None
 
     def cluster_report(self) -> list[dict]:
         return []
+
+
+def _norm(tensors: Any) -> torch.Tensor:
+    return sum(t.double().square().sum() for t in tensors) ** 0.5
 
 
 def _block_of(tensor_name: str) -> tuple[str, int]:

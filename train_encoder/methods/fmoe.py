@@ -17,7 +17,6 @@ import numpy as np
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
-from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import (
     default_fusion_layers,
     expert_state,
@@ -27,9 +26,15 @@ from llava_clipmoe.upcycling import (
     moe_config,
 )
 
+<<<<<<< HEAD
 from ..alone import Alone
 from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
 from ..config import TrainConfig
+=======
+from ..config import TrainConfig
+from ..features.clusters import NestedClusters, load_nested, nested_clusters, save_nested
+from ..training.alone import Alone
+>>>>>>> room-trainer
 from .base import Training
 from .mixture import Mixture
 
@@ -38,7 +43,11 @@ class FMoE(Mixture):
     """Cluster once, train the experts side by side, then routers and fusion gates together."""
 
     title = "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate."
+<<<<<<< HEAD
     paper = "CLIP-FMoE"
+=======
+    recipe = "CLIP-FMoE"
+>>>>>>> room-trainer
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> float:
@@ -52,32 +61,38 @@ class FMoE(Mixture):
         experts = {f"expert{number}": one for number in range(config.moe.num_experts)}
         return {**experts, **super().trainings(config, base, result)}
 
+<<<<<<< HEAD
     def make_result(self) -> ClipBundle:
+=======
+    def make(self) -> ClipBundle:
+>>>>>>> room-trainer
         found = self.clusters()
-        mine = range(self.accelerator.process_index, self.config.moe.num_experts, self.accelerator.num_processes)
+        mine = range(
+            self.run.accelerator.process_index, self.config.moe.num_experts, self.run.accelerator.num_processes
+        )
         for expert in mine:
             self.make_expert(expert, found)
-        self.accelerator.wait_for_everyone()
-        self.experts = [load_tensors(self.folder.expert_weights(e)) for e in range(self.config.moe.num_experts)]
+        self.run.accelerator.wait_for_everyone()
+        self.experts = [load_tensors(self.run.folder.expert_weights(e)) for e in range(self.config.moe.num_experts)]
         return self.train_routers()
 
     def clusters(self) -> NestedClusters:
         """N clusters of the base's image features, each with its sub-clusters."""
-        path = self.folder.path / "clusters" / "iccl.npz"
+        path = self.run.folder.path / "clusters" / "iccl.npz"
         if not path.exists():
-            weights = self.folder.base / "model.safetensors"
-            embeddings = self.features("base", load_bundle(self.folder.base), weights, captions="none")
-            if self.accelerator.is_main_process:
+            weights = self.run.folder.base / "model.safetensors"
+            embeddings = self.run.features("base", self.load_base(), weights, captions="none")
+            if self.run.accelerator.is_main_process:
                 c = self.config
-                with self.timed("clusters", "base"):
+                with self.run.timed("clusters", "base"):
                     made = nested_clusters(embeddings.image, c.moe.num_experts, c.fmoe.sub_clusters, c.clusters, c.seed)
                     save_nested(path, made)
-            self.accelerator.wait_for_everyone()
+            self.run.accelerator.wait_for_everyone()
         return load_nested(path)
 
     def make_expert(self, number: int, found: NestedClusters) -> None:
         """Train expert `number` on its own cluster, in this process alone."""
-        weights, name = self.folder.expert_weights(number), f"expert{number}"
+        weights, name = self.run.folder.expert_weights(number), f"expert{number}"
         if weights.exists():
             return
         mine = np.flatnonzero(found.labels == number)
@@ -87,28 +102,24 @@ class FMoE(Mixture):
                 f"cluster {number} has {len(mine)} images, fewer than a batch of {batch}: lower "
                 "--fmoe.optim.global-batch-size or --moe.num-experts, or use more data."
             )
-        base = load_bundle(self.folder.base)
+        base = self.load_base()
         beside = fuse(base.model, [ffn_state(base.model.state_dict())], self.upcycled_config(1), seed=self.config.seed)
         bundle = dataclasses.replace(base, model=beside)
-        together, self.accelerator = self.accelerator, Alone(self.accelerator)
-        try:
-            self.train(
-                name, bundle, is_expert_or_gate, self.config.fmoe.optim,
-                paths=found.sub_labels[mine][:, None], rows=self.rows[mine], number=100 + number,
-            )  # fmt: skip
-        finally:
-            self.accelerator = together
+        self.run.train(
+            name, bundle, is_expert_or_gate, self.config.fmoe.optim, cluster_ids=found.sub_labels[mine][:, None],
+            rows=self.run.rows[mine], accelerator=Alone(self.run.accelerator),
+        )  # fmt: skip
         with atomic_directory(weights.parent) as temporary:
             save_tensors(temporary / "model.safetensors", expert_state(bundle.model.state_dict()))
             about = {"what": "the FFN tensors of one expert of a CLIP-FMoE; all else is the base's", "expert": number}
             write_json(temporary / "expert.json", about)
-        self.discard(name, everywhere=True)
+        self.run.discard(name, everywhere=True)
 
     # ------------------------------------------------------------------------------------------------- the mixture
 
     def upcycled_config(self, experts: int | None = None) -> CLIPMoEConfig:
         """With fusion gates, in the paper's blocks where the settings name none."""
-        dense, moe = self.start.model.config, self.config.moe
+        dense, moe = self.run.start.model.config, self.config.moe
         if moe.vision_layers is None:
             moe = dataclasses.replace(
                 moe, vision_layers=tuple(default_fusion_layers(dense.vision_config.num_hidden_layers))
@@ -123,8 +134,8 @@ class FMoE(Mixture):
         return self.mixture_config(moe, **gate)
 
     def untrained_moe(self) -> ClipBundle:
-        model = fuse(self.base.model.cpu(), self.experts, self.upcycled_config(), seed=self.config.seed)
-        return dataclasses.replace(self.base, model=model)
+        model = fuse(self.run.base.model.cpu(), self.experts, self.upcycled_config(), seed=self.config.seed)
+        return dataclasses.replace(self.run.base, model=model)
 
     def describe(self) -> dict[str, Any]:
         """The common part, and the sizes of the clusters."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from llava_clipmoe.bundle import ClipBundle
@@ -21,8 +20,9 @@ from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import ffn_state
 
 from ..config import LoraConfig, TrainConfig
-from ..frozen import hold_frozen_in
+from ..training.precision import store_frozen_in
 from .dmu import DMU, Tensors
+from .mixture import moe_blocks
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -31,41 +31,49 @@ MATRICES = ("fc1", "fc2")
 
 
 class LoraDMU(DMU):
-    """DMU; a stage's training is of low rank, its files are those of a DMU stage (and with `keep` its adapter)."""
+    """DMU; a stage's training is of low rank, its files are those of a DMU stage."""
 
     title = "A CLIP-MoE made by Diversified Multiplet Upcycling, its stages of low rank (LoRA)."
+<<<<<<< HEAD
     paper = "Diversified Multiplet Upcycling, stages of low rank"
+=======
+    recipe = "Diversified Multiplet Upcycling, stages of low rank"
+>>>>>>> room-trainer
 
     @classmethod
     def lora(cls, config: TrainConfig) -> LoraConfig:
         return config.lora
+<<<<<<< HEAD
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         import peft  # noqa: F401  missing, it stops the run now and not after the base is trained
+=======
+>>>>>>> room-trainer
 
-        super().__init__(config, accelerator)
+    @classmethod
+    def check_packages(cls) -> None:
+        import peft  # noqa: F401
 
-    def read_data(self) -> None:
-        super().read_data()
-        check_rank(self.config.lora.rank, self.start.model.config)  # the base is known, and nothing is trained yet
+    def check_settings(self) -> None:
+        check_rank(self.config.lora.rank, self.run.start.model.config)
 
-    def train_stage(self, number: int, bundle: ClipBundle, paths: np.ndarray | None) -> dict[str, Tensors]:
+    def train_stage(self, number: int, bundle: ClipBundle, cluster_ids: np.ndarray | None) -> Tensors:
         settings, model = self.config.lora, bundle.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 1000 + number)  # A starts random: the same in every process and resume
-            tuner = add_adapters(model, self.moe_blocks(), settings)
+            tuner = add_adapters(model, moe_blocks(self.upcycled_config()), settings)
         if self.config.engine.precision == "bf16":
-            hold_frozen_in(model, torch.bfloat16, is_adapter)  # the originals are in the base's files
-        self.train(f"stage{number}", bundle, is_adapter, self.config.mcl.optim, paths=paths, number=number)
+            store_frozen_in(model, torch.bfloat16, is_adapter)  # the originals are in the base's files
+        self.run.train(f"stage{number}", bundle, is_adapter, self.config.mcl.optim, cluster_ids=cluster_ids)
 
         adapter = adapter_state(model)
-        dense = self.base.model.state_dict()
+        dense = self.run.base.model.state_dict()
         if start := self.started_from(number):
             dense = {**dense, **self.stages[start - 1]}
         stage = merge_adapter(dense, adapter, settings.scale)
         tuner.unload()
-        model.float().load_state_dict({**dense, **stage})  # what was held in bf16 is whole again
-        return {"model": self.stage_ffns(stage), **({"adapter": adapter} if settings.keep else {})}
+        model.float().load_state_dict({**dense, **stage})  # what was stored in bf16 is whole again
+        return self.stage_ffns(stage)
 
     def about_stage(self, number: int) -> dict[str, Any]:
         lora = self.config.lora

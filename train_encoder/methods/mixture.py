@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
 from llava_clipmoe.load import load_bundle
-from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
 from ..config import MoEConfig, TrainConfig
 from ..evaluate.routing import evaluate_routing, router_movement
+<<<<<<< HEAD
 from ..pipeline import System
+=======
+from ..evaluate.run import Variant
+>>>>>>> room-trainer
 from .base import Method, Trainable, Training
 
 UNTRAINED = "clip-moe (untrained router)"
+MOE_FIELDS = (
+    "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise",
+    "router_initializer_range", "expert_dropout",
+)  # fmt: skip
+"""Settings of a run that are fields of the model's configuration."""
 
 
 class Mixture(Method):
     """A method that puts experts together and then trains what chooses among them."""
 
-    paper = "CLIP-MoE"
-    """For the model card."""
+    recipe = "CLIP-MoE"
+
+    @classmethod
+    def trainable_last(cls, config: TrainConfig) -> Trainable:
+        """What the last training changes."""
+        return is_router_or_gate
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return config.moe.optim.epochs
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        """The last one; what comes before it is the subclass's."""
+        return {"router": Training(result, cls.trainable_last(config), config.moe.optim)}
 
     def untrained_moe(self) -> ClipBundle:
         """The experts put together, under fresh routers (the same ones every time: `seed` decides them)."""
         raise NotImplementedError
 
+<<<<<<< HEAD
     @classmethod
     def trainable_last(cls, config: TrainConfig) -> Trainable:
         """What the last training changes."""
@@ -46,47 +69,53 @@ class Mixture(Method):
         """(tower, block) of every block that gets experts."""
         return moe_blocks(self.upcycled_config())
 
+=======
+>>>>>>> room-trainer
     def upcycled_config(self) -> CLIPMoEConfig:
         """The mixture's configuration, by the settings."""
         return self.mixture_config(self.config.moe)
 
     def mixture_config(self, moe: MoEConfig, **more: Any) -> CLIPMoEConfig:
         """`moe` on the base's architecture; `more`: other expert fields (EXPERT_FIELDS)."""
-        dense = self.start.model.config
-        fields = {name: getattr(moe, name) for name in (
-            "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef",
-            "router_jitter_noise", "router_initializer_range", "expert_dropout")}  # fmt: skip
+        dense = self.run.start.model.config
+        fields = {name: getattr(moe, name) for name in MOE_FIELDS}
         vision = range(dense.vision_config.num_hidden_layers) if moe.vision_layers is None else moe.vision_layers
         text = range(dense.text_config.num_hidden_layers) if moe.text_layers is None else moe.text_layers
         return moe_config(dense, {"vision_model": list(vision), "text_model": list(text)}, **{**fields, **more})
 
     def train_routers(self) -> ClipBundle:
         """The result: the mixture after its last training, on shuffled global batches."""
-        if not self.folder.result.exists():
+        if not self.output_folder.exists():
             bundle = self.untrained_moe()
+<<<<<<< HEAD
             self.train("router", bundle, self.trainable_last(self.config), self.config.moe.optim)
             card = self.trained_card(self.paper)
             self.save(lambda: save_bundle(bundle, self.folder.result, card=card))
             self.discard("router")
         return load_bundle(self.folder.result)
+=======
+            self.run.train("router", bundle, self.trainable_last(self.config), self.config.moe.optim)
+            self.save_result(bundle, self.recipe, "router")
+        return load_bundle(self.output_folder)
+>>>>>>> room-trainer
 
-    def mixture_systems(self) -> dict[str, System]:
-        """Every expert alone, the mixture before its last training and after it."""
-        alone = {f"expert{e}": (lambda: self.result, e) for e in range(self.config.moe.num_experts)}
-        return alone | {UNTRAINED: (self.untrained_moe, None), self.final: (lambda: self.result, None)}
-
-    def systems(self) -> dict[str, System]:
-        return {"base": (lambda: load_bundle(self.folder.base), None), **self.mixture_systems()}
+    def variants(self) -> Mapping[str, Variant]:
+        """The base, every expert alone, the mixture before its last training and after it."""
+        found = {"base": Variant(self.load_base)}
+        for expert in range(self.config.moe.num_experts):
+            found[f"expert{expert}"] = Variant(lambda: self.result, expert)
+        return {**found, UNTRAINED: Variant(self.untrained_moe), self.final: Variant(lambda: self.result)}
 
     def describe(self) -> dict[str, Any]:
         """Routing, how far the routers moved, parameters."""
-        sample = self.rows[: self.config.evaluation.routing_images]
-        settings = {"rows": sample, "device": self.accelerator.device, "precision": self.config.engine.precision}
+        run = self.run
+        sample = run.rows[: self.config.evaluation.routing_images]
+        settings = {"rows": sample, "device": run.accelerator.device, "precision": self.config.engine.precision}
         before = self.untrained_moe().model.state_dict()
-        dense = active_parameters(self.base.model.config)["total"]
+        dense = active_parameters(run.base.model.config)["total"]
         return {
-            "routing": evaluate_routing(self.result, self.source, **settings),
-            "router_movement": router_movement(before, self.result, self.source, **settings),
+            "routing": evaluate_routing(self.result, run.source, **settings),
+            "router_movement": router_movement(before, self.result, run.source, **settings),
             "parameters": {"dense": dense, **active_parameters(self.result.model.config)},
         }
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from llava_clipmoe.files import replace_surrogates
 from train_encoder.config import DataConfig
-from train_encoder.data import DataError
-from train_encoder.image_files import is_image_name
+
+from .image_files import is_image_name
+from .pairs import DataError
 
 # Looked for in this order, whatever their case. `conversations` is the shape of LLaVA and ShareGPT4V.
 IMAGE_COLUMNS = ("image", "image_path", "img", "img_path", "filepath", "file_path", "filename", "file_name", "file",

@@ -22,8 +22,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from llava_clipmoe.files import read_json, write_json
 
-from .config import ChunkSize
-from .progress import is_main_process
+from ..config import ChunkSize
+from ..progress import is_main_process
 
 USABLE = 0.9
 """Of the memory that is free or ours: the rest is for holes between tensors and for what allocates outside of torch."""

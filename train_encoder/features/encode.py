@@ -1,17 +1,12 @@
 """Encode a whole data set once: L2-normalised embeddings as memory-mapped fp16 files that survive a killed run.
 
-    embeddings = encode_source(bundle, source, run / "features" / "stage0", captions="first", device="cuda")
-    embeddings.image, embeddings.text            # [N,P], [M,P]
-
-A folder of features holds `image.npy` [N,P], `text.npy` [M,P], `text_image.npy` [M], `rows.npy` [N], while it is being
-made a `progress-RANK.json` of every process, and when it is whole `features.json`. A chunk of rows is written and
-flushed BEFORE the progress file names it, so a killed run repeats at most one chunk a process.
+embeddings = encode_source(bundle, source, run / "features" / "stage0", captions="first", device="cuda")
+embeddings.image, embeddings.text            # [N,P], [M,P]
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -25,35 +20,21 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.bundle import ClipBundle
-from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_json
 
-from .config import digest
-from .data import BadImage, ImageCache, ImageTransform, PairSource, normalise
-from .progress import Bar
+from ..config import digest
+from ..data.cache import RowImages
+from ..data.decode import BadImage, ImageTransform, normalise
+from ..data.pairs import PairSource
+from ..progress import Bar
+from .store import Embeddings, FeatureFolder, open_embeddings
 
 FORMAT = 1
 """Raise it when the same model and data give other numbers: features of another format are made anew."""
-DONE = "features.json"
 CHUNK_ROWS = 4096
 """Rows between two flushes: seconds of work on a GPU, 6 MB at 768 dimensions."""
-KINDS = ("image", "text")
 
 Captions = Literal["none", "first", "all"]
 Precision = Literal["bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings of a data set, L2-normalised, read from disk as they are used.
-
-    image [N,P]; text [M,P]; text_image [M]: the row of `image` that a caption belongs to; rows [N]: the source's
-    number of each image.
-    """
-
-    image: np.ndarray
-    text: np.ndarray
-    text_image: np.ndarray
-    rows: np.ndarray
 
 
 class NotFinite(ValueError):
@@ -174,126 +155,6 @@ def _finish(features: torch.Tensor, kind: str) -> torch.Tensor:
     return embeddings
 
 
-# --- the files ------------------------------------------------------------------------------------------------------
-
-
-class _Folder:
-    """The files of one encoding: created by process 0, written by all, each its own rows."""
-
-    def __init__(self, path: Path, key: str, shapes: dict[str, tuple[int, int]], dtype: str, rank: int) -> None:
-        self.path, self.key, self.shapes, self.dtype, self.rank = path, key, shapes, np.dtype(dtype), rank
-        self.mine: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
-
-    def array(self, kind: str) -> Path:
-        return self.path / f"{kind}.npy"
-
-    @property
-    def progress(self) -> Path:
-        return self.path / f"progress-{self.rank}.json"
-
-    @property
-    def complete(self) -> bool:
-        done = self.path / DONE
-        return done.exists() and read_json(done).get("key") == self.key and self._arrays_fit()
-
-    def _arrays_fit(self) -> bool:
-        try:
-            found = {kind: np.load(self.array(kind), mmap_mode="r", allow_pickle=False) for kind in KINDS}
-        except (OSError, ValueError):  # missing, or cut short
-            return False
-        return all(array.shape == self.shapes[kind] and array.dtype == self.dtype for kind, array in found.items())
-
-    def prepare(self, text_image: np.ndarray, rows: np.ndarray) -> None:
-        """Keep what an earlier run of the same work left; else start over. Process 0 only."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
-        progress = list(self.path.glob("progress-*.json"))
-        if self._arrays_fit() and progress and all(_read_progress(p).get("key") == self.key for p in progress):
-            return
-        for stale in [self.path / DONE, *progress]:  # first of all: arrays without them count for nothing
-            stale.unlink(missing_ok=True)
-        try:
-            np.save(self.path / "text_image.npy", text_image)
-            np.save(self.path / "rows.npy", rows)
-            for kind, shape in self.shapes.items():
-                np.lib.format.open_memmap(self.array(kind), "w+", self.dtype, shape)
-        except OSError as error:
-            raise _no_space(self.path, error) from error
-
-    def done_rows(self) -> dict[str, np.ndarray]:
-        """True for the rows that any process has written, by kind; also takes up this process's own progress."""
-        done = {kind: np.zeros(self.shapes[kind][0], bool) for kind in KINDS}
-        for path in sorted(self.path.glob("progress-*.json")):
-            content = _read_progress(path)
-            if content.get("key") != self.key:
-                continue
-            for kind, start, stop in ((k, a, b) for k in KINDS for a, b in content[k]):
-                done[kind][start:stop] = True
-            if path == self.progress:
-                self.mine = {kind: content[kind] for kind in KINDS}
-        return done
-
-    def write(self, kind: str, start: int, embeddings: torch.Tensor) -> None:
-        """Rows from `start` on: to the disk first, then into the progress file.
-
-        Written with `write`, not through a memory map: a full disk is then an error and not a dead process.
-        """
-        values = embeddings.numpy().astype(self.dtype)
-        offset = np.load(self.array(kind), mmap_mode="r", allow_pickle=False).offset + start * values[0].nbytes
-        try:
-            with open(self.array(kind), "r+b") as file:
-                file.seek(offset)
-                file.write(values.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _no_space(self.path, error) from error
-        self.mine[kind] = _merge([*self.mine[kind], [start, start + len(values)]])
-        write_json(self.progress, {"key": self.key, **self.mine})
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """The mark that it is whole, then the progress files go. Process 0 only."""
-        write_json(self.path / DONE, {"key": self.key, **facts})
-        self.drop_progress()
-
-    def drop_progress(self) -> None:
-        for path in self.path.glob("progress-*.json"):
-            path.unlink()
-
-
-def _read_progress(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):  # it cannot be trusted, so its rows are made again
-        return {}
-
-
-def _merge(ranges: list[list[int]]) -> list[list[int]]:
-    merged: list[list[int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], stop)
-        else:
-            merged.append([start, stop])
-    return merged
-
-
-def _no_space(path: Path, error: OSError) -> SaveError:
-    return SaveError(
-        f"could not write features to {path}: {error}. What was finished is kept: free some space and run the same "
-        "command again."
-    )
-
-
-def open_embeddings(folder: str | Path) -> Embeddings:
-    """Open a whole folder of features, memory-mapped. Raises FileNotFoundError when it is not whole."""
-    folder = Path(folder)
-    if not (folder / DONE).exists():
-        raise FileNotFoundError(f"{folder} holds no finished features ({DONE} is missing): run the encoding again.")
-    names = [field.name for field in dataclasses.fields(Embeddings)]
-    return Embeddings(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
-
-
 # --- a whole source -------------------------------------------------------------------------------------------------
 
 
@@ -301,17 +162,16 @@ class _Images(Dataset):
     """Row numbers -> uint8 pixels [3,R,R], decoded in the loader's workers."""
 
     def __init__(self, source: PairSource, transform: ImageTransform, cache: Path | None) -> None:
-        self.source, self.transform = source, transform
-        self.cache = None if cache is None else ImageCache(cache, source, transform)
+        self.source, self.image = source, RowImages(source, transform, cache)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        try:
-            return self.transform(self.source.image(row)) if self.cache is None else self.cache.read(row)
-        except BadImage as error:
+        pixels, error = self.image(row)
+        if error is not None:
             raise BadImage(
                 f"image {row} ({self.source.name(row)}) cannot be encoded: {error}. Remove or replace it, or leave it "
                 "out with `rows`."
-            ) from error
+            )
+        return pixels
 
 
 class _TextChunks(Dataset):
@@ -395,7 +255,7 @@ def encode_source(
     key = digest(FORMAT, source.fingerprint, digest(work.rows.tolist()), counts, captions, precision, dtype,
                  model_id or model_fingerprint(bundle.model), _switches(bundle.model), bundle.image_size,
                  bundle.image_mean, bundle.image_std, bundle.context_length)  # fmt: skip
-    files = _Folder(Path(folder), key, shapes, dtype, rank)
+    files = FeatureFolder(Path(folder), key, shapes, dtype, rank)
     complete = files.complete
     wait()  # nobody changes the folder before all have looked at it
     if complete and rank == 0:
@@ -404,20 +264,13 @@ def encode_source(
         if rank == 0:
             files.prepare(work.text_image, work.rows)
         wait()
-        done = files.done_rows()
-        chunks = {kind: _chunks(count, rank, world, chunk_rows) for kind, count in counts.items()}
-        left = {kind: [(a, b) for a, b in chunks[kind] if not done[kind][a:b].all()] for kind in KINDS}
+        left, skipped = _left_to_do(files, counts, rank, world, chunk_rows)
         if progress is not None:
-            skipped = [b - a for kind in KINDS for a, b in chunks[kind] if (a, b) not in left[kind]]
-            progress.total, progress.done = sum(counts.values()), world * sum(skipped)
+            progress.total, progress.done = sum(counts.values()), world * skipped
         with inference(bundle, device, precision), progress or contextlib.nullcontext() as bar:
             # The bar of process 0 speaks for all: their shares are equal.
             report = (lambda items: bar.advance(world * items)) if bar is not None else (lambda items: None)
-            if workers:  # the tokenizer's own threads do not survive a fork, and it would warn of that
-                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            loader = {"num_workers": workers, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
-            _write_images(bundle, work, files, left["image"], cache, device, batch_size, loader, report)
-            _write_texts(bundle, work, files, left["text"], device, batch_size, loader, report)
+            _write(bundle, work, files, left, cache, device, batch_size, workers, report)
         wait()
         if rank == 0:
             files.finish({"images": counts["image"], "captions": counts["text"], "model": bundle.name})
@@ -425,10 +278,29 @@ def encode_source(
     return open_embeddings(folder)
 
 
+def _left_to_do(files, counts, rank, world, chunk_rows) -> tuple[dict[str, list[tuple[int, int]]], int]:
+    """-> the chunks of this process's share that are not done, by kind, and how many rows of it are."""
+    done, left, skipped = files.done_rows(), {}, 0
+    for kind, count in counts.items():
+        share = _chunks(count, rank, world, chunk_rows)
+        left[kind] = [(start, stop) for start, stop in share if not done[kind][start:stop].all()]
+        skipped += sum(stop - start for start, stop in share) - sum(stop - start for start, stop in left[kind])
+    return left, skipped
+
+
 def _chunks(count: int, rank: int, world: int, size: int) -> list[tuple[int, int]]:
     """The ranges of one process's contiguous share of `count` rows."""
     begin, end = count * rank // world, count * (rank + 1) // world
     return [(start, min(start + size, end)) for start in range(begin, end, size)]
+
+
+def _write(bundle, work, files, left, cache, device, batch_size, workers, report) -> None:
+    """Encode what is left of this process's share. report: called with the number of items as they are done."""
+    if workers:  # the tokenizer's own threads do not survive a fork, and it would warn of that
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader = {"num_workers": workers, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
+    _write_images(bundle, work, files, left["image"], cache, device, batch_size, loader, report)
+    _write_texts(bundle, work, files, left["text"], device, batch_size, loader, report)
 
 
 def _write_images(bundle, work, files, chunks, cache, device, batch_size, loader, report) -> None:

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from llava_clipmoe.files import atomic_file
 
-from .config import ClusterConfig
+from ..config import ClusterConfig
 
 
 @dataclass
@@ -102,8 +102,8 @@ def load_clusters(path: Path) -> StageClusters:
 
 
 def accumulate(stages: list[StageClusters]) -> np.ndarray:
-    """Label path of every row [N,S]: column s is its cluster of stage s.
+    """Cluster ids of every row [N,S]: column s is its cluster of stage s.
 
-    The paper's accumulated label is the path read as a number: yhat <- 9*yhat + y.
+    The paper's accumulated label is this row read as a number: yhat <- 9*yhat + y.
     """
     return np.stack([stage.labels for stage in stages], axis=1)

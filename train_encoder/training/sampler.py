@@ -21,14 +21,15 @@ class EpochPlan:
     depth: np.ndarray
 
 
-def plan_epoch(paths: np.ndarray, batch_size: int, seed: int, epoch: int) -> EpochPlan:
+def plan_epoch(cluster_ids: np.ndarray, batch_size: int, seed: int, epoch: int) -> EpochPlan:
     """Batches of one epoch, each from one accumulated cluster where that is large enough.
 
-    paths [N,S]: a row's cluster in every stage ([N,0] for plain shuffled batches). Rows that do not fill a batch in
-    their cluster go up to its parent (one stage fewer), and so on to the root; only what is left there, fewer than a
-    batch, waits for the next epoch. (The official code drops them in every epoch: 20-35% of the samples at stage 3.)
+    cluster_ids [N,S]: a row's cluster in every stage ([N,0] for plain shuffled batches); rows with the same first s of
+    them share a cluster of depth s. Rows that do not fill a batch in their cluster go up to its parent (one stage
+    fewer), and so on to the root; only what is left there, fewer than a batch, waits for the next epoch. (The official
+    code drops them in every epoch: 20-35% of the samples at stage 3.)
     """
-    rows = len(paths)
+    rows = len(cluster_ids)
     if rows < batch_size:
         raise ValueError(
             f"the global batch is {batch_size}, but there are only {rows} images: lower the global batch size of "
@@ -37,9 +38,9 @@ def plan_epoch(paths: np.ndarray, batch_size: int, seed: int, epoch: int) -> Epo
     rng = np.random.default_rng([seed, epoch])
     waiting = rng.permutation(rows)
     batches, depths = [], []
-    for depth in range(paths.shape[1], -1, -1):
+    for depth in range(cluster_ids.shape[1], -1, -1):
         left_over = []
-        for members in _groups(waiting, paths[:, :depth]):
+        for members in _groups(waiting, cluster_ids[:, :depth]):
             full = len(members) // batch_size * batch_size
             batches += list(members[:full].reshape(-1, batch_size))
             depths += [depth] * (full // batch_size)
@@ -50,14 +51,14 @@ def plan_epoch(paths: np.ndarray, batch_size: int, seed: int, epoch: int) -> Epo
     return EpochPlan(np.stack(batches)[order], np.asarray(depths)[order])
 
 
-def _groups(rows: np.ndarray, paths: np.ndarray) -> Iterator[np.ndarray]:
-    """Split `rows` by their path, in the path's order, keeping the order of rows within a group."""
+def _groups(rows: np.ndarray, cluster_ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Split `rows` by their cluster ids, in the ids' order, keeping the order of rows within a group."""
     if not len(rows):
         return
-    if paths.shape[1] == 0:
+    if cluster_ids.shape[1] == 0:
         yield rows
         return
-    _, group = np.unique(paths[rows], axis=0, return_inverse=True)
+    _, group = np.unique(cluster_ids[rows], axis=0, return_inverse=True)
     group = group.reshape(-1)
     order = np.argsort(group, kind="stable")
     yield from np.split(rows[order], np.flatnonzero(np.diff(group[order])) + 1)
@@ -66,12 +67,12 @@ def _groups(rows: np.ndarray, paths: np.ndarray) -> Iterator[np.ndarray]:
 class InClusterBatchSampler:
     """Yields this process's share of every global batch as a list of (row, epoch), from step `start` on.
 
-    Args: paths [N,S] as in `plan_epoch`; `epochs` may be a fraction; process `rank` of `world`.
+    Args: cluster_ids [N,S] as in `plan_epoch`; `epochs` may be a fraction; process `rank` of `world`.
     """
 
     def __init__(
         self,
-        paths: np.ndarray,
+        cluster_ids: np.ndarray,
         batch_size: int,
         epochs: float,
         seed: int,
@@ -84,12 +85,12 @@ class InClusterBatchSampler:
                 f"the global batch of {batch_size} does not divide over {world} processes: "
                 f"use a multiple of {world}, for example {-(-batch_size // world) * world}."
             )
-        self.paths, self.batch_size, self.seed = paths, batch_size, seed
+        self.cluster_ids, self.batch_size, self.seed = cluster_ids, batch_size, seed
         self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.start = start
-        self.steps_per_epoch = len(paths) // batch_size
+        self.steps_per_epoch = len(cluster_ids) // batch_size
         if not self.steps_per_epoch:
-            plan_epoch(paths, batch_size, seed, 0)  # raises the error that explains
+            plan_epoch(cluster_ids, batch_size, seed, 0)  # raises the error that explains
         self.steps = max(1, round(epochs * self.steps_per_epoch))
 
     def __len__(self) -> int:
@@ -100,5 +101,5 @@ class InClusterBatchSampler:
         for step in range(self.start, self.steps):
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != planned:
-                plan, planned = plan_epoch(self.paths, self.batch_size, self.seed, epoch), epoch
+                plan, planned = plan_epoch(self.cluster_ids, self.batch_size, self.seed, epoch), epoch
             yield [(int(row), epoch) for row in plan.batches[within][self.share]]

@@ -35,7 +35,7 @@ def frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool
             parameter.data = original.to(parameter.device)
 
 
-def hold_frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool]) -> None:
+def store_frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool]) -> None:
     """The same for good: for whoever has the originals elsewhere and wants their memory."""
     for parameter in _frozen(model, learns):
         parameter.data = parameter.data.to(dtype)

@@ -9,7 +9,7 @@ from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.tokenizer import open_clip_tokenizer
 
-from .config import ScratchConfig
+from ..config import ScratchConfig
 
 TEXT_POSITIONS = 77  # as every CLIP before Long-CLIP
 

@@ -1,12 +1,8 @@
-"""The losses of a step, split so that they are exact when a batch is spread over processes and chunks.
-
-L = L_CLIP + alpha * mean over blocks of L_balance (CLIP-MoE paper, eq. 6-10).
-"""
+"""The contrastive losses of a step, over the images and captions of all processes (eq. 1 of the CLIP-MoE paper)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
-from llava_clipmoe.common_clipmoe import count_experts
-from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.losses_clipmoe import text_token_mask
-
-from .config import OptimConfig
+from ..config import OptimConfig
 
 
 class SmoothedClipLoss(ClipLoss):
@@ -118,66 +110,3 @@ def make_objective(optim: OptimConfig, rank: int = 0, world_size: int = 1) -> Co
     if optim.loss == "long-short":
         return LongShort(optim.principal_components, *pair)
     return Contrastive(*pair)
-
-
-@dataclass
-class RouterCounts:
-    """Per MoE block, over the GLOBAL batch: first choices [blocks,E] and tokens [blocks] (text padding not counted)."""
-
-    first_choices: torch.Tensor
-    tokens: torch.Tensor
-
-    def __add__(self, other: RouterCounts) -> RouterCounts:
-        return RouterCounts(self.first_choices + other.first_choices, self.tokens + other.tokens)
-
-    def over_processes(self) -> RouterCounts:
-        """Sum over all processes of the run."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.first_choices)
-            dist.all_reduce(self.tokens)
-        return self
-
-
-def kept_tokens(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Places [tokens] in the flattened ids [B,T] of those that are no padding. A mask would do, but how many it leaves
-    is a question that a GPU is waited for, in every block."""
-    return text_token_mask(input_ids, eos_token_id).flatten().nonzero().squeeze(-1)
-
-
-def block_logits(
-    vision_logits: Sequence[torch.Tensor],
-    text_logits: Sequence[Sequence[torch.Tensor]],
-    kept: Sequence[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Router logits [tokens,E] of every MoE block of both towers, padding of the text removed.
-
-    text_logits, kept (`kept_tokens`): one entry a caption; a block's tokens are those of all captions.
-    """
-    blocks = zip(*text_logits, strict=True)
-    texts = [torch.cat([x.flatten(0, -2)[places] for x, places in zip(block, kept, strict=True)]) for block in blocks]
-    return [x.flatten(0, -2) for x in vision_logits] + texts
-
-
-@torch.no_grad()
-def router_counts(blocks: list[torch.Tensor]) -> RouterCounts:
-    """Counts of one chunk; add them over chunks and processes to get the f of eq. 7."""
-    choices = [count_experts(b.argmax(-1), b.shape[-1]) for b in blocks]
-    tokens = torch.tensor([len(b) for b in blocks], dtype=torch.float64)
-    return RouterCounts(torch.stack(choices).double(), tokens.to(blocks[0].device, non_blocking=True))
-
-
-def router_losses(
-    blocks: list[torch.Tensor], counts: RouterCounts, config: CLIPMoEConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This chunk's part of (balance, z), each averaged over blocks; parts ADD UP over chunks and processes.
-
-    f carries no gradient and is known from the whole batch (`counts`), and P is a mean over tokens: so the loss is a
-    sum over tokens, and chunking it is exact.
-    """
-    balance, z = [], []
-    for logits, choices, tokens in zip(blocks, counts.first_choices, counts.tokens, strict=True):
-        fractions = (choices / tokens).to(logits.dtype)
-        share_of_mean = logits.softmax(-1).sum(0) / tokens.to(logits.dtype)
-        balance.append(logits.shape[-1] * (fractions * share_of_mean).sum())
-        z.append(logits.logsumexp(-1).square().sum() / tokens.to(logits.dtype))
-    return torch.stack(balance).mean(), torch.stack(z).mean()

@@ -9,6 +9,7 @@ are read here because there `datasets` either copies everything into its cache o
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import itertools
 import json
@@ -22,14 +23,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train_encoder.config import DataConfig
-from train_encoder.data import DataError, ImageStore, PairSource
-from train_encoder.image_files import image_suffixes, is_image_name, walk
-from train_encoder.stores import DatasetStore, FileStore, ParquetStore, TarStore
-from train_encoder.tables import (
+from ..config import DataConfig
+from ..openmoji.drawings import build_openmoji
+from .image_files import image_suffixes, is_image_name, walk
+from .pairs import DataError, PairSource
+from .rows import Rows, collect, names_files
+from .splits import of_split, picture_folders_of_split
+from .stores import DatasetStore, FileStore, ParquetStore, TarStore
+from .tables import (
     CAPTION_COLUMNS,
     SEVERAL,
     Columns,
@@ -52,139 +55,6 @@ MAX_FILES = 1_000_000
 """More than a pattern such as `a-{000..999}.tar` may stand for."""
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """What every reader fills: a name a row (null: no image), and flat captions with the row each belongs to."""
-
-    def __init__(self, source: str) -> None:
-        self.names: list[pa.Array] = []
-        self.texts: list[pa.Array] = []
-        self.text_rows: list[np.ndarray] = []
-        self.count = self.several = 0
-        self.true_names: dict[str, str] = {}
-        self.origin = source
-
-    def add(self, names: pa.Array, caption_columns: Sequence[pa.Array], folder: str = "") -> None:
-        """Adds rows: names [rows], and caption columns [rows] of text, lists, or conversations.
-
-        `folder`: where relative names start, below the store's root.
-        """
-        for column in caption_columns:
-            texts, rows = _flat_captions(column, self.origin)
-            self.texts.append(texts)
-            self.text_rows.append(rows + self.count)
-        names = _strings(names, self.origin)
-        blank = pc.equal(pc.utf8_trim_whitespace(names), "")
-        names = pc.if_else(blank, pa.scalar(None, pa.string()), names)
-        if folder:
-            absolute = pc.match_substring_regex(names, r"^(/|[A-Za-z]:[/\\]|https?://)")
-            names = pc.if_else(absolute, names, pc.binary_join_element_wise(pa.scalar(folder), names, "/"))
-        self.names.append(names)
-        self.count += len(names)
-
-    def named(self, values: Iterable[Any]) -> pa.Array:
-        """Names [rows] from image cells: a path each, None, or SEVERAL (counted)."""
-        names: list[str | None] = []
-        for value in values:
-            self.several += value is SEVERAL
-            name = visible(value) if isinstance(value, str) else None
-            if name != value and name is not None:
-                self.true_names[name] = value
-            names.append(name)
-        return pa.array(names, pa.string())
-
-    def source(self, store: ImageStore, config: DataConfig, *, by_name: bool, size: int = 0) -> PairSource:
-        if self.count == 0:
-            raise DataError(f"{config.source} has no rows. Check data.source and data.split.")
-        names, texts = pa.chunked_array(self.names), pa.chunked_array(self.texts, pa.string())
-        return PairSource(names, texts, np.concatenate(self.text_rows), store, config, by_name=by_name, size=size,
-                          several=self.several)  # fmt: skip
-
-    def source_of_files(self, root: Path, config: DataConfig, size: int = 0) -> PairSource:
-        """A source of rows that name image files below `root`."""
-        first = next((array.drop_null()[0].as_py() for array in self.names if array.null_count < len(array)), "")
-        if re.match(r"https?://", first):
-            raise DataError(f"{config.source} names images by URL ({first}). Download them first, for example with "
-                            "img2dataset, and give its output as data.source.")  # fmt: skip
-        return self.source(FileStore(root, self.true_names), config, by_name=True, size=size)
-
-
-def _flat_captions(column: pa.Array, source: str) -> tuple[pa.Array, np.ndarray]:
-    """A caption column -> its texts [captions] and the row of each."""
-    if isinstance(column.type, pa.BaseExtensionType):  # `datasets` stores mixed types as JSON text
-        values = [json.loads(v) if isinstance(v, str) else v for v in column.to_pylist()]
-        column = pa.array([caption_texts(value) for value in values], pa.list_(pa.string()))
-    elif pa.types.is_nested(column.type) and column.type != pa.list_(pa.string()):
-        column = pa.array([caption_texts(value) for value in column.to_pylist()], pa.list_(pa.string()))
-    rows = np.arange(len(column))
-    if pa.types.is_nested(column.type):
-        rows = np.repeat(rows, pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False))
-        column = column.flatten()
-    return _strings(column, source), rows
-
-
-def _strings(column: pa.Array, source: str) -> pa.Array:
-    """Any text, number or date as arrow's plain string. Raises DataError for bytes that are no UTF-8."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowNotImplementedError:  # string_view, in some versions
-        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{source} has a column of bytes where text in UTF-8 should be ({error}). Save that column as "
-                        "text.") from error  # fmt: skip
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, in any of arrow's forms (pandas 3 and polars write large_string)."""
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    forms = ("is_string", "is_large_string", "is_string_view")  # the last is new in pyarrow 16
-    return any(getattr(pa.types, form)(kind) for form in forms if hasattr(pa.types, form))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    forms = ("is_binary", "is_large_binary", "is_binary_view")
-    return any(getattr(pa.types, form)(kind) for form in forms if hasattr(pa.types, form))
-
-
-def _names_files(kind: pa.DataType, column: str, source: str) -> bool:
-    """Whether an image column holds paths, in whatever form of text; else it holds the images themselves.
-
-    Raises DataError for a column that can hold neither.
-    """
-    item = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    if _is_text(item):
-        return True
-    fields = [item.field(i) for i in range(item.num_fields)] if pa.types.is_struct(item) else []
-    parts = [part.type for part in fields if part.name in ("bytes", "path")]  # as `datasets` stores images
-    inside = all(_is_binary(part) or _is_text(part) or pa.types.is_null(part) for part in parts)
-    if not (_is_binary(item) or (parts and inside)):
-        raise DataError(f"{source}: the column {column!r} holds {kind}, where paths or bytes of images should be. Name "
-                        "the right one with data.image_column.")  # fmt: skip
-    return False
-
-
-def _collect(rows: _Rows, tables: Iterable[pa.Table], columns: Columns, by_name: bool, folder: str = "") -> None:
-    """Gathers names and captions of arrow tables. Rows with the image inside are named by key, else by number."""
-    for table in tables:
-        name_column = columns.image if by_name else columns.key
-        if name_column is None:
-            names = pa.array([f"row {rows.count + i}" for i in range(len(table))])
-        elif pa.types.is_nested(table[name_column].type):
-            names = rows.named(map(image_name, table[name_column].to_pylist()))
-        else:
-            names = _strings(table[name_column].combine_chunks(), rows.origin)
-        if not by_name and columns.status:
-            status = _strings(table[columns.status].combine_chunks(), rows.origin)
-            failed = pc.not_equal(status, "success").fill_null(False)
-            names = pc.if_else(failed, pa.scalar(None, pa.string()), names)
-        rows.add(names, [table[name].combine_chunks() for name in columns.captions], folder)
-
-
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +75,7 @@ def _roots(paths: Sequence[Path], config: DataConfig) -> tuple[Path, list[str]]:
 
 
 def _open_csv(paths: list[Path], config: DataConfig) -> PairSource:
-    rows = _Rows(config.source)
+    rows = Rows(config.source)
     root, folders = _roots(paths, config)
     for path, folder in zip(paths, folders, strict=True):
         header, cells = csv_rows(path, config)
@@ -219,7 +89,7 @@ def _open_csv(paths: list[Path], config: DataConfig) -> PairSource:
 
 
 def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
-    rows, columns = _Rows(config.source), None
+    rows, columns = Rows(config.source), None
     root, folders = _roots(paths, config)
     for path, folder in zip(paths, folders, strict=True):
         stream = json_rows(path)
@@ -245,7 +115,7 @@ def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{config.source} holds a damaged parquet file: {error}. Download it again.") from error
     columns = [find_columns(file.schema_arrow.names, config) for _, file in files]
-    kinds = {_names_files(file.schema_arrow.field(own.image).type, own.image, str(path))
+    kinds = {names_files(file.schema_arrow.field(own.image).type, own.image, str(path))
              for (path, file), own in zip(files, columns, strict=True)}  # fmt: skip
     if len(kinds) > 1 or len({own.image for own in columns}) > 1:
         raise DataError(f"{config.source}: its files do not have the same kind of image column. Give those of one kind "
@@ -256,9 +126,9 @@ def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
     if not by_name and max((group.total_byte_size for *_, group in groups), default=0) > LARGE_ROW_GROUP_BYTES and (
             len(set(folders)) == 1):  # fmt: skip
         return _open_arrow_cache(paths, root, config)
-    rows = _Rows(config.source)
+    rows = Rows(config.source)
     for (path, file), own, folder in zip(files, columns, folders, strict=True):
-        _collect(rows, _batches(path, file, own, by_name), own, by_name, folder if by_name else "")
+        collect(rows, _batches(path, file, own, by_name), own, by_name, folder if by_name else "")
     if by_name:
         return rows.source_of_files(root, config, _size(paths))
     starts = np.concatenate([[0], np.cumsum([group.num_rows for *_, group in groups])]).astype(np.int64)
@@ -288,7 +158,7 @@ def _open_arrow_cache(paths: Sequence[Path], root: Path, config: DataConfig) -> 
 
 def _open_tar(paths: list[Path], config: DataConfig) -> PairSource:
     """Indexes webdataset shards: members of one key are a row; 1.jpg the image, 1.txt or 1.json its captions."""
-    rows, places = _Rows(config.source), []
+    rows, places = Rows(config.source), []
     for number, path in enumerate(paths):
         names, captions = [], []
         try:
@@ -357,8 +227,8 @@ def _tar_json(data: bytes) -> dict:
 
 def _open_image_folder(folder: Path, config: DataConfig) -> PairSource:
     """Reads a.jpg + a.txt, at any depth; one caption a line."""
-    rows, orphans = _Rows(config.source), []
-    chosen = _picture_folders_of_split(folder, config)
+    rows, orphans = Rows(config.source), []
+    chosen = picture_folders_of_split(folder, config)
     for place, names in walk(folder):
         if place not in chosen:
             continue
@@ -390,71 +260,14 @@ def _dataset_source(dataset: Any, config: DataConfig, root: Path | None = None) 
     if isinstance(dataset.features[columns.image], datasets.Image):
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
     kind = dataset.features.arrow_schema.field(columns.image).type
-    by_name = _names_files(kind, columns.image, config.source)
+    by_name = names_files(kind, columns.image, config.source)
     wanted = [columns.image] * by_name + [*columns.captions, columns.key, columns.status]
     tables = dataset.select_columns(list(dict.fromkeys(name for name in wanted if name)))
-    rows, root = _Rows(config.source), Path(config.image_root or root or ".")
-    _collect(rows, tables.with_format("arrow").iter(CHUNK_ROWS), columns, by_name)
+    rows, root = Rows(config.source), Path(config.image_root or root or ".")
+    collect(rows, tables.with_format("arrow").iter(CHUNK_ROWS), columns, by_name)
     if by_name:
         return rows.source_of_files(root, config)
     return rows.source(DatasetStore(dataset.select_columns([columns.image]), root), config, by_name=False)
-
-
-# --- splits ---------------------------------------------------------------------------------------------------------
-
-SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-          "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
-"""Words in the names of files and folders -> what they mean."""
-
-
-def _split_word(path: Path, asked: str) -> str | None:
-    """The split that a path (below the source) names: in its file's stem, or else in the nearest folder's name."""
-    words = "|".join(map(re.escape, sorted({*SPLITS, asked}, key=len, reverse=True)))
-    for part in (path.stem, *(parent.name for parent in path.parents)):
-        if match := re.search(rf"(?:^|[-_.])({words})(?:$|[-_.\d])", part.lower()):
-            return match[1]
-    return None
-
-
-def _by_split(paths: Iterable[Path], asked: str) -> dict[str | None, list[Path]]:
-    found: dict[str | None, list[Path]] = {}
-    for path in paths:
-        found.setdefault(_split_word(path, asked), []).append(path)
-    return found
-
-
-def _chosen(found: dict[str | None, list[Path]], config: DataConfig, what: str) -> list[Path]:
-    """The paths of the split that is asked for, by its own word or another that means the same. Raises DataError."""
-    asked = config.split.lower()
-    meant = [word for word in found if word and SPLITS.get(word, word) == SPLITS.get(asked, asked)]
-    words = [asked] if asked in meant else meant
-    if not words:
-        raise DataError(f"{config.source} has no files of split {config.split!r}; it has: "
-                        f"{', '.join(sorted(filter(None, found)))}. Set data.split.")  # fmt: skip
-    if None in found:
-        logger.warning("%s: left out %d %s that name no split, such as %s", config.source, len(found[None]), what,
-                       visible(str(found[None][0])))  # fmt: skip
-    return [path for word in words for path in found[word]]
-
-
-def _of_split(files: list[Path], folder: Path, config: DataConfig) -> list[Path]:
-    """Keeps the files of the split (`train-00000.parquet`, `dev.csv`, `test/0.tar`), where any are named so."""
-    found = _by_split((file.relative_to(folder) for file in files), config.split.lower())
-    if set(found) == {None}:
-        return files
-    chosen = set(_chosen(found, config, "files"))
-    return [file for file in files if file.relative_to(folder) in chosen]
-
-
-def _picture_folders_of_split(folder: Path, config: DataConfig) -> set[Path]:
-    """The folders whose pictures belong to the split; all of them where they are not sorted by split."""
-    places = [place.relative_to(folder) for place, names in walk(folder) if any(map(is_image_name, names))]
-    found = _by_split((place / "_" for place in places), config.split.lower())
-    splits = {SPLITS.get(word, word) for word in found if word}
-    asked = SPLITS.get(config.split.lower(), config.split.lower())
-    if not splits or (None in found and splits == {asked}):  # a folder of trains beside one of buses is no split
-        return {folder / place for place in places}
-    return {folder / path.parent for path in _chosen(found, config, "folders")}
 
 
 # --- finding the format ---------------------------------------------------------------------------------------------
@@ -466,8 +279,6 @@ def open_source(config: DataConfig) -> PairSource:
     A hub name may end in `:subset`. Raises DataError naming the cause and the next step.
     """
     if config.source == "openmoji":
-        from train_encoder.openmoji import build_openmoji
-
         return _open_json([build_openmoji() / f"{config.split}.jsonl"], config)
     path = Path(config.source).expanduser()
     paths = [path] if path.exists() else [Path(name).expanduser() for name in _expand_braces(config.source)]
@@ -530,7 +341,7 @@ def _open_folder(folder: Path, config: DataConfig) -> PairSource:
     for suffix in (".tar", ".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json"):
         if suffix in files:
             _name_left_out(suffix, files, config)
-            return _OPENERS[FILE_KINDS[suffix]](_of_split(files[suffix], folder, config), config)
+            return _OPENERS[FILE_KINDS[suffix]](of_split(files[suffix], folder, config), config)
     raise DataError(f"{folder} holds no data that can be read: no tar, parquet, jsonl, csv or json file, and no image "
                     "with a .txt file of the same name beside it. Check data.source.")  # fmt: skip
 
@@ -573,3 +384,14 @@ def _open_hub(config: DataConfig) -> PairSource:
                         f"be reached ({type(error).__name__}: {error}). Check data.source, data.split and the "
                         "network.") from error  # fmt: skip
     return _dataset_source(dataset, config)
+
+
+def parse_source(text: str, data: DataConfig) -> tuple[str, DataConfig]:
+    """`NAME=SOURCE[:SPLIT]` -> (name, the data settings to read it with)."""
+    name, _, rest = text.rpartition("=") if "=" in text else (text, "", text)
+    source, _, split = rest.rpartition(":") if ":" in rest and not Path(rest).exists() else (rest, "", "train")
+    same = source == data.source
+    return name, dataclasses.replace(
+        DataConfig(), source=source, split=split,
+        image_root=data.image_root if same else None, image_column=data.image_column if same else None,
+    )  # fmt: skip

@@ -1,0 +1,151 @@
+"""The two retrieval benchmarks of the CLIP-MoE paper, read from their official files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from llava_clipmoe.files import read_json, replace_surrogates
+
+from ..config import DataConfig, digest
+from ..data.decode import decode_image
+
+CAPTIONS_PER_IMAGE = 5
+"""A few COCO images have six or seven captions; the papers use the first five (Long-CLIP, eval/retrieval/coco.py)."""
+
+
+class ImageList:
+    """A benchmark's images with their captions, in its own order; reads like a `PairSource`."""
+
+    def __init__(self, name: str, rows: Sequence[tuple[Path, list[str]]]) -> None:
+        self.rows = list(rows)
+        self.max_pixels = DataConfig().max_pixels
+        self.fingerprint = digest(name, [(path.name, captions) for path, captions in self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, i: int) -> str:
+        return str(self.rows[i][0])
+
+    def captions(self, i: int) -> list[str]:
+        return self.rows[i][1]
+
+    def image(self, i: int) -> Image.Image:
+        """Image i in RGB. Raises BadImage when it is damaged, FileNotFoundError when it is missing."""
+        with self.rows[i][0].open("rb") as file:
+            return decode_image(file, self.max_pixels)
+
+
+class BenchmarkNotFound(FileNotFoundError):
+    """A benchmark's files are not where they should be; the message lists what was looked for."""
+
+
+def coco_5k(folder: str | Path) -> ImageList:
+    """COCO's 5,000 images: val2017 as the papers use it, or else the Karpathy test split of val2014.
+
+    Looks for `annotations/captions_val2017.json` + `val2017/`, then `dataset_coco.json` + `val2014/`. The first five
+    captions of an image count. Raises BenchmarkNotFound.
+    """
+    folder = Path(folder).expanduser()
+    official = first_existing(folder / "annotations" / "captions_val2017.json", folder / "captions_val2017.json")
+    if official and (folder / "val2017").is_dir():
+        content = read_json(official)
+        captions: dict[int, list[str]] = {row["id"]: [] for row in content["images"]}
+        for row in content["annotations"]:  # in the file's order, as pycocotools gives them
+            captions[row["image_id"]].append(_caption(row["caption"]))
+        rows = [(folder / "val2017" / row["file_name"], captions[row["id"]]) for row in content["images"]]
+        return _benchmark("coco-5k", rows)
+    if (folder / "dataset_coco.json").exists():
+        return _benchmark("coco-5k-karpathy", _karpathy(folder / "dataset_coco.json", folder, {"test"}))
+    raise BenchmarkNotFound(
+        f"COCO is not in {folder}. Looked for annotations/captions_val2017.json beside val2017/ (both from "
+        "cocodataset.org), and for dataset_coco.json (Karpathy's splits) beside val2014/."
+    )
+
+
+def flickr30k(folder: str | Path) -> ImageList:
+    """Flickr30k, ALL its 31 thousand images as the CLIP-MoE paper does, not the test split of 1,000.
+
+    Looks for `results_20130124.token` (31,783 images), `results.csv` (the same, columns divided by "|") or
+    `dataset_flickr30k.json` (Karpathy's, 31,014 images), beside a folder `flickr30k-images`, `flickr30k_images` or
+    `images`. Raises BenchmarkNotFound.
+    """
+    folder = Path(folder).expanduser()
+    folders = [folder / name for name in ("flickr30k-images", "flickr30k_images", "images")]
+    images = first_existing(*folders)
+    readers: dict[str, Callable[[Path, Path], list[tuple[Path, list[str]]]]] = {
+        "results_20130124.token": _flickr_tokens,
+        "results.csv": _flickr_csv,
+        "dataset_flickr30k.json": lambda file, images: _karpathy(file, images, None),
+    }
+    for name, read in readers.items():
+        file = first_existing(folder / name, *(place / name for place in folders))
+        if file and images:
+            nested = images / "flickr30k_images"  # the well-known archive has the folder twice
+            return _benchmark(f"flickr30k-{name}", read(file, nested if nested.is_dir() else images))
+    raise BenchmarkNotFound(
+        f"Flickr30k is not in {folder}. Looked for one of {', '.join(readers)}, beside a folder of images called "
+        f"{', '.join(place.name for place in folders)}."
+    )
+
+
+PRESETS: dict[str, Callable[[str | Path], ImageList]] = {"coco-5k": coco_5k, "flickr30k": flickr30k}
+
+
+def first_existing(*paths: Path) -> Path | None:
+    """The first of `paths` that exists."""
+    return next((path for path in paths if path.exists()), None)
+
+
+def _benchmark(name: str, rows: list[tuple[Path, list[str]]]) -> ImageList:
+    """Checks that every image is there, before anything is computed."""
+    missing = [path for path, _ in rows if not path.is_file()]
+    if missing or not rows:
+        raise BenchmarkNotFound(
+            f"{name}: {len(missing)} of {len(rows)} images are missing, the first is {missing[0]}. The benchmark is "
+            "only itself when it is whole: download the missing images." if rows else f"{name} lists no images."
+        )  # fmt: skip
+    return ImageList(name, [(path, captions[:CAPTIONS_PER_IMAGE]) for path, captions in rows])
+
+
+def _caption(text: str) -> str:
+    return replace_surrogates(text).strip()  # half an emoji: no tokenizer takes it
+
+
+def _karpathy(file: Path, images: Path, splits: set[str] | None) -> list[tuple[Path, list[str]]]:
+    """Rows of one of Karpathy's files: `images` of {"filepath"?, "filename", "split", "sentences": [{"raw"}]}."""
+    return [
+        (images / row.get("filepath", "") / row["filename"], [_caption(said["raw"]) for said in row["sentences"]])
+        for row in read_json(file)["images"]
+        if splits is None or row["split"] in splits
+    ]
+
+
+def _flickr_tokens(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
+    """Lines `1000092795.jpg#0<tab>caption`."""
+    captions: dict[str, list[str]] = {}
+    for line in file.read_text(encoding="utf-8-sig").split("\n"):
+        if not line.strip():
+            continue
+        image, _, caption = line.partition("\t")
+        captions.setdefault(image.rpartition("#")[0], []).append(caption.strip())
+    return [(images / name, texts) for name, texts in captions.items()]
+
+
+def _flickr_csv(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
+    """Lines `1000092795.jpg| 0| caption` under a header. One known line lacks its second bar."""
+    captions: dict[str, list[str]] = {}
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
+        next(reader, None)
+        for row in filter(None, reader):
+            number, _, rest = row[1].strip().partition(" ") if len(row) > 1 else ("", "", "")
+            caption = (row[2] if len(row) > 2 else rest).strip()
+            if not number.isdigit() or not caption:
+                raise ValueError(f"{file}, line {reader.line_num}: not `image| number| caption`: {'|'.join(row)[:80]}")
+            captions.setdefault(row[0].strip(), []).append(caption)
+    return [(images / name, texts) for name, texts in captions.items()]

@@ -1,0 +1,142 @@
+"""Embeddings on disk: arrays that several processes fill, memory-mapped, and that survive a killed run.
+
+A folder of features holds `image.npy` [N,P], `text.npy` [M,P], `text_image.npy` [M], `rows.npy` [N], while it is being
+made a `progress-RANK.json` of every process, and when it is whole `features.json`. A chunk of rows is written and
+flushed BEFORE the progress file names it, so a killed run repeats at most one chunk a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_clipmoe.files import SaveError, read_json, remove_leftovers, write_json
+
+from ..data.arrays import array_fits, create_array, open_array, write_rows
+
+DONE = "features.json"
+KINDS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of a data set, L2-normalised, read from disk as they are used.
+
+    image [N,P]; text [M,P]; text_image [M]: the row of `image` that a caption belongs to; rows [N]: the source's
+    number of each image.
+    """
+
+    image: np.ndarray
+    text: np.ndarray
+    text_image: np.ndarray
+    rows: np.ndarray
+
+
+class FeatureFolder:
+    """The files of one encoding: created by process 0, written by all, each its own rows."""
+
+    def __init__(self, path: Path, key: str, shapes: dict[str, tuple[int, int]], dtype: str, rank: int) -> None:
+        self.path, self.key, self.shapes, self.dtype, self.rank = path, key, shapes, np.dtype(dtype), rank
+        self.mine: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
+
+    def array(self, kind: str) -> Path:
+        return self.path / f"{kind}.npy"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / f"progress-{self.rank}.json"
+
+    @property
+    def complete(self) -> bool:
+        done = self.path / DONE
+        return done.exists() and read_json(done).get("key") == self.key and self._arrays_fit()
+
+    def _arrays_fit(self) -> bool:
+        return all(array_fits(self.array(kind), self.dtype, self.shapes[kind]) for kind in KINDS)
+
+    def prepare(self, text_image: np.ndarray, rows: np.ndarray) -> None:
+        """Keep what an earlier run of the same work left; else start over. Process 0 only."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        progress = list(self.path.glob("progress-*.json"))
+        if self._arrays_fit() and progress and all(_read_progress(p).get("key") == self.key for p in progress):
+            return
+        for stale in [self.path / DONE, *progress]:  # first of all: arrays without them count for nothing
+            stale.unlink(missing_ok=True)
+        try:
+            np.save(self.path / "text_image.npy", text_image)
+            np.save(self.path / "rows.npy", rows)
+            for kind, shape in self.shapes.items():
+                create_array(self.array(kind), self.dtype, shape)
+        except OSError as error:
+            raise _no_space(self.path, error) from error
+
+    def done_rows(self) -> dict[str, np.ndarray]:
+        """True for the rows that any process has written, by kind; also takes up this process's own progress."""
+        done = {kind: np.zeros(self.shapes[kind][0], bool) for kind in KINDS}
+        for path in sorted(self.path.glob("progress-*.json")):
+            content = _read_progress(path)
+            if content.get("key") != self.key:
+                continue
+            for kind, start, stop in ((k, a, b) for k in KINDS for a, b in content[k]):
+                done[kind][start:stop] = True
+            if path == self.progress:
+                self.mine = {kind: content[kind] for kind in KINDS}
+        return done
+
+    def write(self, kind: str, start: int, embeddings: torch.Tensor) -> None:
+        """Rows from `start` on: to the disk first, then into the progress file."""
+        values = embeddings.numpy()
+        try:
+            write_rows(self.array(kind), start, values, durable=True)
+        except OSError as error:
+            raise _no_space(self.path, error) from error
+        self.mine[kind] = _merge([*self.mine[kind], [start, start + len(values)]])
+        write_json(self.progress, {"key": self.key, **self.mine})
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """The mark that it is whole, then the progress files go. Process 0 only."""
+        write_json(self.path / DONE, {"key": self.key, **facts})
+        self.drop_progress()
+
+    def drop_progress(self) -> None:
+        for path in self.path.glob("progress-*.json"):
+            path.unlink()
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):  # it cannot be trusted, so its rows are made again
+        return {}
+
+
+def _merge(ranges: list[list[int]]) -> list[list[int]]:
+    merged: list[list[int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], stop)
+        else:
+            merged.append([start, stop])
+    return merged
+
+
+def _no_space(path: Path, error: OSError) -> SaveError:
+    return SaveError(
+        f"could not write features to {path}: {error}. What was finished is kept: free some space and run the same "
+        "command again."
+    )
+
+
+def open_embeddings(folder: str | Path) -> Embeddings:
+    """Open a whole folder of features, memory-mapped. Raises FileNotFoundError when it is not whole."""
+    folder = Path(folder)
+    if not (folder / DONE).exists():
+        raise FileNotFoundError(f"{folder} holds no finished features ({DONE} is missing): run the encoding again.")
+    names = [field.name for field in dataclasses.fields(Embeddings)]
+    return Embeddings(*(open_array(folder / f"{name}.npy") for name in names))

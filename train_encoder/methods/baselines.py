@@ -1,0 +1,92 @@
+"""The baselines without stages: the base alone, fine-tuning of the dense base, and sparse upcycling."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.load import load_bundle
+from llava_clipmoe.upcycling import is_ffn, sparse_upcycle
+
+from ..config import TrainConfig
+from ..evaluate.run import Variant
+from .base import Method, Trainable, Training
+from .mixture import Mixture
+
+
+class BaseOnly(Method):
+    """The base: trained from nothing where asked, measured, left as it is. What every comparison starts from."""
+
+    title = "A dense CLIP as it is."
+    final = "base"
+    output = "base"
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return 0.0
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        return {}
+
+    def make(self) -> ClipBundle:
+        return self.load_base()
+
+    def variants(self) -> Mapping[str, Variant]:
+        return {"base": Variant(lambda: self.result)}
+
+
+class DirectFinetuning(Method):
+    """One training of the dense base, of its FFNs or of everything, on shuffled batches; the result is a dense CLIP.
+
+    With CLIP's loss or with Long-CLIP's.
+    """
+
+    title = "A dense CLIP, fine-tuned."
+    final = "fine-tuned"
+    output = "clip"
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> float:
+        return config.finetune.optim.epochs
+
+    @classmethod
+    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
+        return {"finetune": Training(base, cls.trainable(config), config.finetune.optim)}
+
+    @staticmethod
+    def trainable(config: TrainConfig) -> Trainable:
+        return is_ffn if config.finetune.parts == "ffn" else lambda name: True
+
+    def make(self) -> ClipBundle:
+        settings = self.config.finetune
+        if not self.output_folder.exists():
+            bundle = self.load_base()
+            self.run.train("finetune", bundle, self.trainable(self.config), settings.optim)
+            self.save_result(bundle, f"fine-tuned ({settings.parts})", "finetune")
+        return load_bundle(self.output_folder)
+
+
+class SparseUpcycling(Mixture):
+    """Sparse upcycling (Komatsuzaki et al. 2022): experts are copies of the base's FFN, trained together.
+
+    One training, of experts and routers (`finetune.parts` ffn) or of everything (all), by `moe.optim`.
+    """
+
+    title = "A mixture made by sparse upcycling."
+    recipe = "sparse upcycling"
+
+    @classmethod
+    def trainable_last(cls, config: TrainConfig) -> Trainable:
+        everything = config.finetune.parts == "all"
+        return lambda name: everything or ".mlp.router." in name or ".mlp.experts." in name
+
+    def make(self) -> ClipBundle:
+        return self.train_routers()
+
+    def untrained_moe(self) -> ClipBundle:
+        base = self.run.base
+        model = sparse_upcycle(base.model.cpu(), self.upcycled_config(), seed=self.config.seed)
+        return dataclasses.replace(base, model=model)

@@ -1,0 +1,249 @@
+"""One flat training loop for every stage: the base from scratch, the FFN-only stages and the routers.
+
+    get batch -> forward -> loss over the global batch -> backward -> step -> log -> checkpoint
+
+What is trainable and which batches come are all that one stage has different from another.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from llava_clipmoe.bundle import ClipBundle
+from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
+from llava_clipmoe.files import remove_leftovers
+from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
+
+from ..config import EngineConfig, OptimConfig
+from ..data.dataset import Batch, EncoderDataset, collate
+from ..data.pairs import DataError
+from ..progress import Bar
+from .alone import Alone
+from .checkpoint import MOMENTS, load_checkpoint, save_checkpoint
+from .chunks import Gauge, Trial, choose_chunk, gauge_of, out_of_memory_names_the_flag
+from .losses import make_objective
+from .memory import peak_memory_bytes, reset_peak_memory
+from .metrics import Metrics
+from .sampler import InClusterBatchSampler
+from .step import TwoTowers, forward_backward
+
+
+@dataclass
+class Stage:
+    """One training: which tensors of `bundle.model` are trainable, on which batches, with which settings."""
+
+    name: str  # "base", "stage1", ..., "router"
+    bundle: ClipBundle
+    dataset: EncoderDataset
+    rows: np.ndarray  # [N] dataset rows that may be used
+    cluster_ids: np.ndarray  # [N,S] their accumulated clusters; [N,0] for plain shuffled batches
+    trainable: Callable[[str], bool]  # by parameter name
+    optim: OptimConfig
+    seed: int
+
+
+def train(
+    stage: Stage, accelerator: Accelerator, engine: EngineConfig, metrics: Metrics, checkpoints: Path, chunk_file: Path
+) -> None:
+    """Train `stage.bundle.model` in place. Resumes from `checkpoints`, which the caller clears once it has saved.
+
+    After a kill the same call goes on from the last checkpoint and ends with the same bits (CPU) as one that was
+    never stopped. chunk_file: where the chunk is kept that was measured for this training.
+    """
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    clip, o = stage.bundle.model.to(device), stage.optim
+    clip._set_gradient_checkpointing(engine.activation_checkpointing)
+    trained = _set_trainable(clip, stage)
+    optimizer = torch.optim.AdamW(
+        list(trained.values()), o.learning_rate, o.betas, o.epsilon, weight_decay=o.weight_decay, fused=True
+    )
+    remove_leftovers(checkpoints)
+    start = load_checkpoint(checkpoints, trained, optimizer)
+    metrics.truncate_after(stage.name, start)
+    sampler = InClusterBatchSampler(stage.cluster_ids, o.global_batch_size, o.epochs, stage.seed, rank, world, start)
+    towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
+    objective = make_objective(o, rank, world)
+    gauge, share = gauge_of(device), o.global_batch_size // world
+    trials = partial(step_trials, stage, towers, optimizer, accelerator, share)
+    chunk = choose_chunk(engine.chunk_size, stage.name, share, chunk_file, accelerator, gauge, trials)
+    reset_peak_memory(device)
+    started, busy, truncated = time.time(), time.process_time(), 0
+
+    total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
+    explained = out_of_memory_names_the_flag(stage.name, chunk, share, gauge)
+    with explained, Bar(f"training {stage.name}", total, completed=done) as bar:
+        for step, batch in enumerate(_loader(stage, sampler, engine, device), start=start):
+            _refuse_bad_images(batch)
+            truncated += batch.truncated
+            losses = forward_backward(towers, batch, objective, accelerator, chunk, (stage.seed, step))
+            last = step + 1 == sampler.steps
+            logs = (step + 1) % engine.log_every == 0 or last or step == start
+            norm = _optimizer_step(optimizer, trained, stage, accelerator, learning_rate(o, step, sampler.steps), logs)
+            if logs:
+                values = {name: float(accelerator.reduce(value, "mean")) for name, value in losses.items()}
+                _check_finite(values, stage.name, step)
+                metrics.log(_log_row(stage, sampler, step, values, norm, bar.rate.per_second))
+                bar.values["loss"] = values["loss"]
+            bar.advance(o.global_batch_size)
+            if (step + 1) % engine.checkpoint_every == 0 or last:
+                if accelerator.is_main_process:
+                    save_checkpoint(checkpoints, step + 1, trained, optimizer)
+                accelerator.wait_for_everyone()
+
+    clip.requires_grad_(False).eval()
+    accelerator.unwrap_model(towers, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    truncated = int(accelerator.reduce(torch.tensor(truncated, device=device), "sum"))
+    if truncated:
+        bar.write(f"{truncated} of {total - done} captions were longer than {stage.bundle.context_length} tokens: cut")
+    metrics.log({
+        "event": "done", "work": "train", "stage": stage.name, "seconds": time.time() - started,
+        "cpu_seconds": time.process_time() - busy,  # of this process: says more than the clock on a shared machine
+        "images": total - done, "truncated_captions": truncated, "peak_memory_bytes": peak_memory_bytes(device),
+        "chunk_size": chunk if chunk is not None and chunk < share else None,  # None: in one piece
+    })  # fmt: skip
+
+
+def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
+    """Set the temperature, and let gradients flow to what the stage trains -> that, by its names."""
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(1 / stage.optim.temperature))
+    trained = {}
+    for name, parameter in clip.named_parameters():
+        trainable = stage.trainable(name) if name != "logit_scale" else stage.optim.train_temperature
+        parameter.requires_grad_(trainable)
+        if trainable:
+            trained[name] = parameter
+    return trained
+
+
+def _loader(stage: Stage, sampler: InClusterBatchSampler, engine: EngineConfig, device: torch.device) -> DataLoader:
+    return DataLoader(
+        _Rows(stage.dataset, stage.rows), batch_sampler=sampler, collate_fn=collate, num_workers=engine.workers,
+        pin_memory=device.type == "cuda", persistent_workers=engine.workers > 0,
+    )  # fmt: skip
+
+
+def _optimizer_step(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], stage: Stage, accelerator: Accelerator,
+    rate: float, wants_norm: bool,
+) -> torch.Tensor | None:  # fmt: skip
+    """One step at this learning rate, with clipped gradients where the settings say so -> the gradient's norm where it
+    was needed."""
+    o, norm = stage.optim, None
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if wants_norm or o.max_grad_norm is not None:  # without a limit it is only looked at
+        norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if o.train_temperature:
+        with torch.no_grad():
+            stage.bundle.model.logit_scale.clamp_(max=math.log(100))  # as OpenAI's CLIP
+    return norm
+
+
+def _log_row(
+    stage: Stage, sampler: InClusterBatchSampler, step: int, values: dict[str, float], norm: torch.Tensor,
+    images_per_second: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """A line of metrics.jsonl."""
+    return {
+        "stage": stage.name, "step": step + 1, "steps": sampler.steps, "epoch": (step + 1) / sampler.steps_per_epoch,
+        **values, "learning_rate": learning_rate(stage.optim, step, sampler.steps), "grad_norm": float(norm),
+        "images_per_second": images_per_second, "time": time.time(),
+    }  # fmt: skip
+
+
+def step_trials(
+    stage: Stage, towers: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, share: int,
+    gauge: Gauge,
+) -> Trial:  # fmt: skip
+    """What a step of this training takes in chunks of a given size, of a process's `share` of the batch.
+
+    A trial is a real step on random pictures and captions of the full length: two chunks (the second one meets the
+    gradients of the first), beside the share's other pictures and the moments that the optimiser has yet to make. It
+    is this process's alone, waits for no other one, and leaves neither gradients nor a change of the random state.
+    """
+    alone, towers = Alone(accelerator), accelerator.unwrap_model(towers)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    objective = make_objective(stage.optim)
+
+    def step(chunk: int) -> None:
+        device, images = alone.device, min(2 * chunk, share)
+        batch = _longest_batch(images, towers.clip.config, stage, objective.captions)
+        rest = torch.empty((share - images, *batch.pixel_values.shape[1:]), dtype=torch.uint8, device=device)
+        moments = [torch.empty_like(p) for p in trained if p not in optimizer.state for _ in MOMENTS]
+        forward_backward(towers, batch, objective, alone, chunk, (stage.seed, 0))
+        del rest, moments
+
+    def measured(chunk: int) -> int | None:
+        with torch.random.fork_rng([alone.device] if alone.device.type == "cuda" else []):
+            peak = gauge.peak(lambda: step(chunk))
+        optimizer.zero_grad(set_to_none=True)
+        return peak
+
+    measured(1)  # libraries make their workspaces, and kernels are tuned, when they first run
+    return measured
+
+
+def _longest_batch(size: int, config: CLIPMoEConfig, stage: Stage, captions: int) -> Batch:
+    """Random pictures, and captions that fill the text tower: what takes the most memory."""
+    vision, text = config.vision_config, config.text_config
+    pixels = torch.randint(0, 256, (size, 3, vision.image_size, vision.image_size), dtype=torch.uint8)
+    end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id  # as in `end_of_text`
+    ids = torch.randint(0, max(end, 1), (size, stage.bundle.context_length))
+    ids[:, -1] = end
+    return Batch(pixels, ids, torch.ones_like(ids), torch.arange(size), [], 0, ids if captions == 2 else None)
+
+
+def learning_rate(o: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to zero (open_clip's schedule). Warm-up is at most a tenth of the steps."""
+    warmup = min(o.warmup_steps, steps // 10)
+    if step < warmup:
+        return o.learning_rate * (step + 1) / warmup
+    return 0.5 * o.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _refuse_bad_images(batch: Batch) -> None:
+    if batch.bad:
+        row, error = batch.bad[0]
+        raise DataError(
+            f"image {row} could be read when the run started, but not now: {error}. "
+            "Restore it (or delete skipped.npz in the run's folder so that images are checked again) and run the "
+            "same command: training goes on from the last checkpoint."
+        )
+
+
+def _check_finite(values: dict[str, float], name: str, step: int) -> None:
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"the loss of {name} is {values['loss']} at step {step + 1}. Lower its learning rate, or use "
+            "--engine.precision fp32. The last checkpoint is kept."
+        )
+
+
+class _Rows(torch.utils.data.Dataset):
+    """The usable rows of a dataset: sampler positions -> dataset rows."""
+
+    def __init__(self, dataset: EncoderDataset, rows: np.ndarray):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, epoch = key
+        return self.dataset[int(self.rows[position]), epoch]
