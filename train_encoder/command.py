@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .evaluate.run import evaluate_run
 from .methods import METHODS
 from .recipes import RECIPES
-from .report import summary_table, write_report
+from .report.run import summary_table, write_report
 from .training.memory import keep_freed_memory
 from .training.run import Run, make_accelerator
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from llava_clipmoe import llava_hook, run
 from llava_clipmoe.compat.loading import cpu_dtype
 from llava_clipmoe.files import load_foreign_pt
-from train_encoder.features import pick_device
+from train_encoder.features.encode import pick_device
 
 from .generate import LanguageModel, Llava
 from .settings import Models, check_models

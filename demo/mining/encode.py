@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.files import remove_leftovers
 from train_encoder.config import digest
-from train_encoder.data import BadImage, DataError
-from train_encoder.features import Precision, pick_device
+from train_encoder.data.decode import BadImage
+from train_encoder.data.pairs import DataError
+from train_encoder.features.encode import Precision, pick_device
 from train_encoder.progress import Bar
 
 from .duplicates import looks

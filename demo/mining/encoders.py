@@ -16,8 +16,8 @@ from PIL import Image
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import local_directory, read_config
 from llava_clipmoe.transformer_clipmoe import only_expert
-from train_encoder.data import ImageTransform
-from train_encoder.features import NotFinite, Precision, encode_images
+from train_encoder.data.decode import ImageTransform
+from train_encoder.features.encode import NotFinite, Precision, encode_images
 
 DENSE, MOE, DINOV2, EXPERTS = "dense", "clip-moe", "dinov2", "experts"
 """Names of encoders; EXPERTS as the reference is the smallest cosine over "expert0", "expert1", ..."""

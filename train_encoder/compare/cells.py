@@ -15,7 +15,7 @@ from llava_clipmoe.tokenizer import has_tokenizer, load_tokenizer, open_clip_tok
 
 from ..config import TrainConfig, filled, to_dict
 from ..methods import METHODS
-from ..progress import METRICS, read_metrics
+from ..training.metrics import METRICS, read_metrics
 from .cost import CaptionTokens, caption_tokens, run_flops, vision_macs
 
 RESULTS = ("clip-moe", "clip", "base")

@@ -34,11 +34,11 @@ from llava_clipmoe.experts_clipmoe import Experts
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
 
 from ..config import DataConfig, EngineConfig, OptimConfig
-from ..data import first_sentence
-from ..features import tokenise
-from ..losses import make_objective
+from ..data.formats import open_source
+from ..data.pairs import first_sentence
+from ..features.encode import tokenise
 from ..methods.base import Training
-from ..sources import open_source
+from ..training.losses import make_objective
 
 Macs = tuple[float, float]
 """Multiply-accumulates: (forward, backward)."""

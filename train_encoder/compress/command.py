@@ -38,12 +38,13 @@ from llava_clipmoe.upcycling import moe_config
 
 from ..compare.cost import vision_macs
 from ..config import DataConfig
-from ..data import BadImage, DataError, ImageTransform, PairSource, check_images, normalise
+from ..data.cache import check_images
+from ..data.decode import BadImage, ImageTransform, normalise
+from ..data.formats import open_source, parse_source
+from ..data.pairs import DataError, PairSource
 from ..evaluate.retrieval import evaluate_retrieval
-from ..features import inference, pick_device, tokenise
-from ..pipeline import parse_source
+from ..features.encode import inference, pick_device, tokenise
 from ..progress import Bar
-from ..sources import open_source
 from .report import Trial, best, make_page, verdict
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from .base import BaseOnly, Method
-from .direct import DirectFinetuning
-=======
 from .base import Method
 from .baselines import BaseOnly, DirectFinetuning, SparseUpcycling
->>>>>>> room-trainer
 from .dmu import DMU, VanillaMoE
 from .fmoe import FMoE
 from .lora import LoraDMU

@@ -15,16 +15,6 @@ import torch
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
-<<<<<<< HEAD
-from llava_clipmoe.load import load_bundle
-from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
-
-from ..clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
-from ..config import LoraConfig, TrainConfig
-from ..features import Embeddings
-from ..pipeline import System
-from ..sampler import plan_epoch
-=======
 from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
 
 from ..config import LoraConfig, TrainConfig
@@ -33,7 +23,6 @@ from ..features.clusters import StageClusters, accumulate, cluster_stage, load_c
 from ..features.store import Embeddings
 from ..training.run import Run
 from ..training.sampler import plan_epoch
->>>>>>> room-trainer
 from .base import Training
 from .mixture import Mixture, moe_blocks
 
@@ -44,36 +33,10 @@ class DMU(Mixture):
     """Multistage contrastive learning makes the experts, one stage after the other."""
 
     title = "A CLIP-MoE made by Diversified Multiplet Upcycling."
-<<<<<<< HEAD
-    paper = "Diversified Multiplet Upcycling"
-
-    @classmethod
-    def epochs(cls, config: TrainConfig) -> float:
-        return (config.moe.num_experts - 1) * config.mcl.optim.epochs + super().epochs(config)
-
-    @classmethod
-    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
-        blocks = moe_blocks(result)
-
-        def trainable(name: str) -> bool:
-            return is_ffn(name) and _block_of(name) in blocks
-
-        one = Training(base, trainable, config.mcl.optim, cls.lora(config))
-        stages = {f"stage{number}": one for number in range(1, config.moe.num_experts)}
-        return {**stages, **super().trainings(config, base, result)}
-
-    @classmethod
-    def lora(cls, config: TrainConfig) -> LoraConfig | None:
-        """How low-rank the stages are; None: they are not."""
-        return None
-
-    def make_result(self) -> ClipBundle:
-=======
     recipe = "Diversified Multiplet Upcycling"
 
     def __init__(self, run: Run):
         super().__init__(run)
->>>>>>> room-trainer
         self.stages: list[Tensors] = []
         """FFN tensors of the stages that are made, the first stage's first."""
 
@@ -216,11 +179,7 @@ class VanillaMoE(DMU):
     """The ablation of CLIP-MoE's Table 4: the base and a directly fine-tuned FFN are the experts; no clusters."""
 
     title = "A mixture of the base's FFNs and one set of directly fine-tuned ones."
-<<<<<<< HEAD
-    paper = "vanilla MoE (CLIP-MoE, Table 4)"
-=======
     recipe = "vanilla MoE (CLIP-MoE, Table 4)"
->>>>>>> room-trainer
 
     def cluster_ids(self, number: int) -> None:
         return None

@@ -26,15 +26,9 @@ from llava_clipmoe.upcycling import (
     moe_config,
 )
 
-<<<<<<< HEAD
-from ..alone import Alone
-from ..clusters import NestedClusters, load_nested, nested_clusters, save_nested
-from ..config import TrainConfig
-=======
 from ..config import TrainConfig
 from ..features.clusters import NestedClusters, load_nested, nested_clusters, save_nested
 from ..training.alone import Alone
->>>>>>> room-trainer
 from .base import Training
 from .mixture import Mixture
 
@@ -43,11 +37,7 @@ class FMoE(Mixture):
     """Cluster once, train the experts side by side, then routers and fusion gates together."""
 
     title = "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate."
-<<<<<<< HEAD
-    paper = "CLIP-FMoE"
-=======
     recipe = "CLIP-FMoE"
->>>>>>> room-trainer
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> float:
@@ -61,11 +51,7 @@ class FMoE(Mixture):
         experts = {f"expert{number}": one for number in range(config.moe.num_experts)}
         return {**experts, **super().trainings(config, base, result)}
 
-<<<<<<< HEAD
-    def make_result(self) -> ClipBundle:
-=======
     def make(self) -> ClipBundle:
->>>>>>> room-trainer
         found = self.clusters()
         mine = range(
             self.run.accelerator.process_index, self.config.moe.num_experts, self.run.accelerator.num_processes

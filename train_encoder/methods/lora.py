@@ -34,21 +34,11 @@ class LoraDMU(DMU):
     """DMU; a stage's training is of low rank, its files are those of a DMU stage."""
 
     title = "A CLIP-MoE made by Diversified Multiplet Upcycling, its stages of low rank (LoRA)."
-<<<<<<< HEAD
-    paper = "Diversified Multiplet Upcycling, stages of low rank"
-=======
     recipe = "Diversified Multiplet Upcycling, stages of low rank"
->>>>>>> room-trainer
 
     @classmethod
     def lora(cls, config: TrainConfig) -> LoraConfig:
         return config.lora
-<<<<<<< HEAD
-
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        import peft  # noqa: F401  missing, it stops the run now and not after the base is trained
-=======
->>>>>>> room-trainer
 
     @classmethod
     def check_packages(cls) -> None:

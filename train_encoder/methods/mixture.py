@@ -12,11 +12,7 @@ from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
 from ..config import MoEConfig, TrainConfig
 from ..evaluate.routing import evaluate_routing, router_movement
-<<<<<<< HEAD
-from ..pipeline import System
-=======
 from ..evaluate.run import Variant
->>>>>>> room-trainer
 from .base import Method, Trainable, Training
 
 UNTRAINED = "clip-moe (untrained router)"
@@ -50,27 +46,6 @@ class Mixture(Method):
         """The experts put together, under fresh routers (the same ones every time: `seed` decides them)."""
         raise NotImplementedError
 
-<<<<<<< HEAD
-    @classmethod
-    def trainable_last(cls, config: TrainConfig) -> Trainable:
-        """What the last training changes."""
-        return is_router_or_gate
-
-    @classmethod
-    def epochs(cls, config: TrainConfig) -> float:
-        return config.moe.optim.epochs
-
-    @classmethod
-    def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
-        """The last one; what comes before it is the subclass's."""
-        return {"router": Training(result, cls.trainable_last(config), config.moe.optim)}
-
-    def moe_blocks(self) -> set[tuple[str, int]]:
-        """(tower, block) of every block that gets experts."""
-        return moe_blocks(self.upcycled_config())
-
-=======
->>>>>>> room-trainer
     def upcycled_config(self) -> CLIPMoEConfig:
         """The mixture's configuration, by the settings."""
         return self.mixture_config(self.config.moe)
@@ -87,17 +62,9 @@ class Mixture(Method):
         """The result: the mixture after its last training, on shuffled global batches."""
         if not self.output_folder.exists():
             bundle = self.untrained_moe()
-<<<<<<< HEAD
-            self.train("router", bundle, self.trainable_last(self.config), self.config.moe.optim)
-            card = self.trained_card(self.paper)
-            self.save(lambda: save_bundle(bundle, self.folder.result, card=card))
-            self.discard("router")
-        return load_bundle(self.folder.result)
-=======
             self.run.train("router", bundle, self.trainable_last(self.config), self.config.moe.optim)
             self.save_result(bundle, self.recipe, "router")
         return load_bundle(self.output_folder)
->>>>>>> room-trainer
 
     def variants(self) -> Mapping[str, Variant]:
         """The base, every expert alone, the mixture before its last training and after it."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_clipmoe.files import read_json
 
-from ..progress import METRICS, read_metrics
+from ..training.metrics import METRICS, read_metrics
 from . import figures
 from .document import (
     MISSING,

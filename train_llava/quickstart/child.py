@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_clipmoe.files import atomic_directory, load_tensors, read_json, write_text
-from train_encoder.allocator import keep_freed_memory
+from train_encoder.training.memory import keep_freed_memory
 from train_llava.eval.answers import read_jsonl, write_jsonl
 from train_llava.eval.batched import Prompts
 from train_llava.eval.batched import answer as answer_batches

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llava_clipmoe.files import read_json, remove_leftovers, write_json
 from llava_clipmoe.processes import exit_on_sigterm
-from train_encoder.openmoji import build_openmoji
+from train_encoder.openmoji.drawings import build_openmoji
 
 from .conversations import build_conversations
 from .language_model import find_gguf, make_language_model

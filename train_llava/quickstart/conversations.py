@@ -31,8 +31,8 @@ import numpy as np
 from PIL import Image
 
 from llava_clipmoe.files import atomic_directory, read_json, write_json
-from train_encoder.emoji_captions import Looks, colour_words, form_words, look, stable_hash
-from train_encoder.openmoji import MEASURED_SIZE, Emoji, is_heldout, list_emoji
+from train_encoder.openmoji.captions import Looks, colour_words, form_words, look, stable_hash
+from train_encoder.openmoji.drawings import MEASURED_SIZE, Emoji, is_heldout, list_emoji
 from train_llava.eval.answers import write_jsonl
 
 FORMAT = 1
