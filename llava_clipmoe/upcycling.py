@@ -14,7 +14,6 @@ import torch
 
 from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
 from .modeling_clipmoe import CLIPMoEModel
-from .transformer_clipmoe import FusionGate
 
 TOWERS = ("vision_model", "text_model")
 _FFN = re.compile(r"^(vision_model|text_model)\.encoder\.layers\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)$")
@@ -71,23 +70,6 @@ def default_fusion_layers(num_layers: int) -> list[int]:
             f"a tower of {num_layers} blocks has no odd block in its second half: name its MoE blocks (moe_layers)."
         )
     return layers
-
-
-def set_fusion_gates(model: torch.nn.Module, value: float) -> None:
-    """Set G to `value` for every token, in place: 1 gives the base exactly, 0 the MoE without a gate.
-
-    Raises ValueError for a value outside 0 to 1 and for a model without gates.
-    """
-    gates = [module for module in model.modules() if isinstance(module, FusionGate)]
-    if not gates:
-        raise ValueError("this model has no fusion gate: build it with fusion_gate=True in its config.")
-    if not 0 <= value <= 1:
-        raise ValueError(f"a gate lies between 0 and 1, got {value}.")
-    logit = torch.tensor(value, dtype=torch.float64).logit().clamp(-200, 200).item()  # sigmoid(-200) is 0 in fp32
-    with torch.no_grad():
-        for gate in gates:
-            gate.weight.zero_()
-            gate.bias.fill_(logit)
 
 
 def moe_config(base: CLIPMoEConfig, moe_layers: Mapping[str, Sequence[int]] | None = None, **experts) -> CLIPMoEConfig:

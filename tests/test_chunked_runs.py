@@ -129,8 +129,11 @@ def test_a_run_that_ran_out_of_memory_goes_on_in_the_chunks_that_it_is_given(
     run(data, tmp_path / "run", "--engine.chunk-size", "2")
     assert "--engine.chunk-size is 2 from here on; it was auto" in capsys.readouterr().out
     assert done(tmp_path / "run")["router"] == 2
-    steps = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-             if row.get("stage") == "router" and "step" in row]  # fmt: skip
+    steps = [
+        row
+        for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        if row.get("stage") == "router" and "step" in row
+    ]
     assert [row["step"] for row in steps] == [1, 2, 3]
     a, b = load_tensors(tmp_path / "run" / "clip-moe"), load_tensors(undisturbed / "clip-moe")
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
@@ -170,9 +173,13 @@ def test_two_processes_agree_on_what_the_smaller_card_holds(data, undisturbed, t
     flags = tiny_run.arguments(data, tmp_path / "run", "--evaluation.retrieval", "--moe.num-experts", "2")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
-        [*launcher, str(tmp_path / "train.py"), *flags], cwd=tiny_run.REPOSITORY,
-        env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [*launcher, str(tmp_path / "train.py"), *flags],
+        cwd=tiny_run.REPOSITORY,
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert ended.returncode == 0, ended.stderr[-4000:]
     two, one = done(tmp_path / "run"), done(undisturbed)
     assert (

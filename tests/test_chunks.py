@@ -52,8 +52,9 @@ def even_sizes(share: int) -> set[int]:
 # ---------------------------------------------------------------------------------------------------- the search
 
 
-@pytest.mark.parametrize(("share", "most", "chunk"), [(800, 96, 89), (800, 10, 10), (100, 100, 100), (100, 99, 50),
-                                                      (7, 3, 3), (1, 1, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("share", "most", "chunk"), [(800, 96, 89), (800, 10, 10), (100, 100, 100), (100, 99, 50), (7, 3, 3), (1, 1, 1)]
+)
 def test_a_batch_is_cut_into_the_fewest_pieces_of_nearly_one_size(share, most, chunk):
     assert even(share, most) == chunk
     assert math.ceil(share / chunk) == math.ceil(share / most)
@@ -69,8 +70,13 @@ def test_on_an_affine_card_the_largest_even_chunk_is_found_in_a_few_trials(share
 
 
 @settings(max_examples=300)
-@given(st.integers(1, 2000), st.floats(1 * GIB, 30 * GIB), st.floats(0.05 * GIB, 1.5 * GIB), st.floats(0.5, 1.1),
-       st.randoms(use_true_random=False))  # fmt: skip
+@given(
+    st.integers(1, 2000),
+    st.floats(1 * GIB, 30 * GIB),
+    st.floats(0.05 * GIB, 1.5 * GIB),
+    st.floats(0.5, 1.1),
+    st.randoms(use_true_random=False),
+)
 def test_what_is_found_has_run_though_memory_is_noisy_and_runs_out_early(share, base, image, early, random):
     """Holes between tensors: memory ends at any point from half of the limit on."""
     limit = 72 * GIB
@@ -132,8 +138,13 @@ def test_what_was_measured_is_said_and_kept(tmp_path, capsys):
     assert choose("auto", 800, tmp_path, card) == 134
     assert capsys.readouterr().out == "stage1: chunks of 134 images: 72.0 of 80.0 GiB\n"
     kept = read_json(tmp_path / "stage1.json")
-    assert kept == {"images": 134, "share": 800, "device": "simulated", "peak_memory_bytes": 72 * GIB,
-                    "total_memory_bytes": 80 * GIB}  # fmt: skip
+    assert kept == {
+        "images": 134,
+        "share": 800,
+        "device": "simulated",
+        "peak_memory_bytes": 72 * GIB,
+        "total_memory_bytes": 80 * GIB,
+    }
     smaller = SimulatedCard(5 * GIB, 0.5 * GIB, 20 * GIB)
     assert choose("auto", 800, tmp_path, smaller) == 134 and not smaller.tried
     assert "chunks of 134 images, as measured on simulated when this training began" in capsys.readouterr().out
@@ -152,11 +163,16 @@ def test_a_chunk_below_one_is_refused():
         EngineConfig(chunk_size=0)
 
 
-@pytest.mark.parametrize(("chunk", "share", "said"), [
-    (None, 100, "with all 100 images of a process in one piece"), (100, 100, "with all 100 images"),
-    (96, 800, "in chunks of 96"), (96, 800, "--engine.chunk-size 67, then --engine.chunk-size 48"),
-    (1, 800, "cannot be lower"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chunk", "share", "said"),
+    [
+        (None, 100, "with all 100 images of a process in one piece"),
+        (100, 100, "with all 100 images"),
+        (96, 800, "in chunks of 96"),
+        (96, 800, "--engine.chunk-size 67, then --engine.chunk-size 48"),
+        (1, 800, "cannot be lower"),
+    ],
+)
 def test_running_out_of_memory_names_the_flag_and_what_to_try(chunk, share, said):
     with (
         pytest.raises(ChunkError) as found,

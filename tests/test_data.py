@@ -42,8 +42,9 @@ LIMIT = 1_000_000
 
 def small_source(folder: Path, count: int = 12, captions: int = 3):
     names = write_images(folder, count)
-    rows = [{"image": n, "captions": [f"number {i} told {c} times" for c in range(captions)]}
-            for i, n in enumerate(names)]  # fmt: skip
+    rows = [
+        {"image": n, "captions": [f"number {i} told {c} times" for c in range(captions)]} for i, n in enumerate(names)
+    ]
     return source_of(jsonl(folder / "rows.jsonl", rows))
 
 
@@ -103,8 +104,11 @@ def test_a_folder_name_with_glob_characters_is_only_a_name(tmp_path):
 @pytest.mark.parametrize("layout", ["lines", "list", "indented list"])
 def test_json_takes_lists_of_captions_and_one_row_a_caption(tmp_path, layout):
     names = write_images(tmp_path, 2)
-    rows = [{"id": 7, "image": names[0], "caption": ["red cat"]}, {"id": "x", "image": names[1], "caption": "blue dog"},
-            {"image": names[0], "caption": [{"raw": "a cat"}]}]  # fmt: skip
+    rows = [
+        {"id": 7, "image": names[0], "caption": ["red cat"]},
+        {"id": "x", "image": names[1], "caption": "blue dog"},
+        {"image": names[0], "caption": [{"raw": "a cat"}]},
+    ]
     path = tmp_path / "rows.json"
     text = "\n".join(map(json.dumps, rows)) if layout == "lines" else json.dumps(rows, indent=2 * (layout[0] == "i"))
     path.write_text(text)
@@ -184,8 +188,11 @@ def test_parquet_with_large_row_groups_goes_through_the_arrow_cache(tmp_path, mo
 def shard(path: Path, keys: range) -> Path:
     members = []
     for i in keys:
-        members += [(f"{i:05}.png", png(i)), (f"{i:05}.txt", f"caption {i}\nwith two lines".encode()),
-                    (f"{i:05}.json", json.dumps({"caption": f"json {i}", "recap": f"recap {i}"}).encode())]  # fmt: skip
+        members += [
+            (f"{i:05}.png", png(i)),
+            (f"{i:05}.txt", f"caption {i}\nwith two lines".encode()),
+            (f"{i:05}.json", json.dumps({"caption": f"json {i}", "recap": f"recap {i}"}).encode()),
+        ]
     return write_tar(path, members)
 
 
@@ -213,8 +220,15 @@ def test_tar_members_are_read_in_place(tmp_path, monkeypatch):
 
 
 def test_tar_captions_from_json_and_bad_members(tmp_path, caplog):
-    members = [("a/1.png", png(1)), ("a/1.json", b'{"caption": "one"}'), ("a/2.png", png(2)), ("a/2.json", b"{broken"),
-               ("a/3.txt", b"no image"), ("a/4.seg.png", png(4)), ("a/4.txt", b"a mask, not the image")]  # fmt: skip
+    members = [
+        ("a/1.png", png(1)),
+        ("a/1.json", b'{"caption": "one"}'),
+        ("a/2.png", png(2)),
+        ("a/2.json", b"{broken"),
+        ("a/3.txt", b"no image"),
+        ("a/4.seg.png", png(4)),
+        ("a/4.txt", b"a mask, not the image"),
+    ]
     source = source_of(write_tar(tmp_path / "a.tar", members))
     assert content(source) == [(["one"], colour(1))]
     assert (source.dropped_empty, source.dropped_imageless) == (1, 2)
@@ -286,10 +300,13 @@ def test_openmoji_is_read_like_any_jsonl(tmp_path, monkeypatch):
 
 def test_blank_captions_are_dropped_and_counted(tmp_path, caplog):
     names = write_images(tmp_path, 4)
-    rows = [{"image": names[0], "captions": ["", "  ", "kept "]},
-            {"image": names[1], "captions": ["", " \n", "\u00a0\u3000\x1f"]},
-            {"image": names[2], "captions": []}, {"image": names[3], "captions": None},
-            {"image": None, "captions": ["no image"]}]  # fmt: skip
+    rows = [
+        {"image": names[0], "captions": ["", "  ", "kept "]},
+        {"image": names[1], "captions": ["", " \n", "\u00a0\u3000\x1f"]},
+        {"image": names[2], "captions": []},
+        {"image": names[3], "captions": None},
+        {"image": None, "captions": ["no image"]},
+    ]
     with caplog.at_level(logging.WARNING):
         source = source_of(jsonl(tmp_path / "rows.jsonl", rows))
     assert [source.captions(i) for i in range(len(source))] == [["kept"]]
@@ -623,8 +640,9 @@ def test_check_lists_bad_images_and_remembers(tmp_path, monkeypatch, caplog):
     source = spoiled_source(tmp_path, 100, [40])
     skipped = tmp_path / "run" / "skipped.jsonl"
     seen = []
-    good = check_images(source, workers=2, max_bad_fraction=0.01, skipped_path=skipped,
-                        progress=lambda *a: seen.append(a))  # fmt: skip
+    good = check_images(
+        source, workers=2, max_bad_fraction=0.01, skipped_path=skipped, progress=lambda *a: seen.append(a)
+    )
     assert np.flatnonzero(~good).tolist() == [40] and good.dtype == bool and len(good) == 100
     (row,) = map(json.loads, skipped.read_text().splitlines())
     assert row["row"] == 40 and row["image"] == "images/40.png" and row["error"].startswith("missing: ")
@@ -645,8 +663,14 @@ def test_more_than_the_allowed_share_of_bad_images_stops(tmp_path):
     with pytest.raises(DataError) as caught:
         check_images(source, workers=0, max_bad_fraction=0.01, skipped_path=skipped)
     message = str(caught.value)
-    for part in ("4 of 100 images (4.0%)", "images/3.png, images/5.png, images/8.png", str(skipped),
-                 "data.max_bad_fraction (now 0.01)", "data.image_root", "missing: no file"):  # fmt: skip
+    for part in (
+        "4 of 100 images (4.0%)",
+        "images/3.png, images/5.png, images/8.png",
+        str(skipped),
+        "data.max_bad_fraction (now 0.01)",
+        "data.image_root",
+        "missing: no file",
+    ):
         assert part in message
     assert "images/13.png" not in message
     assert len(skipped.read_text().splitlines()) == 4
@@ -682,8 +706,9 @@ def test_cached_pixels_equal_decoded_ones_bit_for_bit(tmp_path, tokenizer, worke
     decoded = []
     image = PairSource.image
     monkeypatch.setattr(PairSource, "image", lambda self, i: decoded.append(i) or image(self, i))
-    check = dict(workers=workers, max_bad_fraction=0.5, skipped_path=tmp_path / "skipped.jsonl",
-                 transform=transform, cache=cache)  # fmt: skip
+    check = dict(
+        workers=workers, max_bad_fraction=0.5, skipped_path=tmp_path / "skipped.jsonl", transform=transform, cache=cache
+    )
     good = check_images(source, **check)
     assert np.flatnonzero(~good).tolist() == [3]
     assert workers or decoded == list(range(7))  # checked and cached in one pass (workers count in their own memory)

@@ -33,8 +33,13 @@ from train_encoder.data.pairs import DataError  # noqa: E402
 
 # The same examples every time: a red run can be run again. More, and others: HYPOTHESIS_EXAMPLES=2000.
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
-PROPERTY = settings(max_examples=EXAMPLES or 60, deadline=None, derandomize=not EXAMPLES, database=None,
-                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])  # fmt: skip
+PROPERTY = settings(
+    max_examples=EXAMPLES or 60,
+    deadline=None,
+    derandomize=not EXAMPLES,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -54,8 +59,12 @@ PIXELS = [picture_of(number) for number in range(49)]
 
 # All that people write: quotes and separators more often than chance would have them, every script, controls, no half
 # surrogates (those have a test of their own).
-TEXT = st.text(st.one_of(st.sampled_from('"\',;|\t\n\r \\{}[]<>abc\ufeff\u2028\x85\x0c\0'),
-                         st.characters(exclude_categories=["Cs"])), max_size=12)  # fmt: skip
+TEXT = st.text(
+    st.one_of(
+        st.sampled_from("\"',;|\t\n\r \\{}[]<>abc\ufeff\u2028\x85\x0c\0"), st.characters(exclude_categories=["Cs"])
+    ),
+    max_size=12,
+)
 PLAIN = st.text(st.sampled_from("abc \"',;."), min_size=1, max_size=12)
 
 
@@ -65,14 +74,19 @@ class Row:
     captions: tuple[str, ...]
 
 
-ROWS = st.lists(st.builds(Row, st.one_of(st.none(), st.integers(0, 8)), st.lists(TEXT, max_size=3).map(tuple)),
-                min_size=1, max_size=8)  # fmt: skip
+ROWS = st.lists(
+    st.builds(Row, st.one_of(st.none(), st.integers(0, 8)), st.lists(TEXT, max_size=3).map(tuple)),
+    min_size=1,
+    max_size=8,
+)
 
 
 def seen(text: str) -> bool:
     """Whether a caption says anything: it has a character that is no space, separator or control."""
-    return any(not letter.isspace() and unicodedata.category(letter)[0] != "Z" and unicodedata.category(letter) != "Cc"
-               for letter in text)  # fmt: skip
+    return any(
+        not letter.isspace() and unicodedata.category(letter)[0] != "Z" and unicodedata.category(letter) != "Cc"
+        for letter in text
+    )
 
 
 def meant(rows: list[Row]) -> dict[int, list[str]]:
@@ -146,8 +160,9 @@ def write_csv(path: Path, rows: list[Row], columns: list[str], bom: bool, end: s
     with path.open("w", encoding="utf-8-sig" if bom else "utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator=end, **dialect)
         writer.writerow(columns)
-        writer.writerows([str(i) if column not in value else value[column] for column in columns]
-                         for i, value in enumerate(values))  # fmt: skip
+        writer.writerows(
+            [str(i) if column not in value else value[column] for column in columns] for i, value in enumerate(values)
+        )
 
 
 ENDS = st.sampled_from(["\n", "\r\n"])
@@ -177,8 +192,10 @@ def test_tsv_written_with_quotes_is_read_or_refused(rows, columns, bom, end):
     But for a cell with a line break AND a tab, whose lines may be good rows: only a reader that believes every quote
     could tell.
     """
-    rows = [Row(row.picture, tuple(text.replace("\t", " ") if set(text) & set("\n\r") else text
-                                   for text in row.captions)) for row in one_a_line(rows)]  # fmt: skip
+    rows = [
+        Row(row.picture, tuple(text.replace("\t", " ") if set(text) & set("\n\r") else text for text in row.captions))
+        for row in one_a_line(rows)
+    ]
     with Folder() as folder:
         write_pictures(folder, rows)
         write_csv(folder / "a.tsv", rows, columns, bom, end, delimiter="\t")
@@ -215,11 +232,19 @@ SHAPES = st.sampled_from(["text", "list", "path", "null", "conversation"])
 
 
 def json_row(row: Row, shape: str) -> dict:
-    image = {"text": name(row), "list": [name(row)] if row.picture is not None else [], "path": {"path": name(row)},
-             "null": name(row) or None}  # fmt: skip
+    image = {
+        "text": name(row),
+        "list": [name(row)] if row.picture is not None else [],
+        "path": {"path": name(row)},
+        "null": name(row) or None,
+    }
     if shape == "conversation":
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": (row.captions or ("",))[0]},
-                 {"from": "human", "value": "And?"}, {"from": "gpt", "value": "no caption"}]  # fmt: skip
+        turns = [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": (row.captions or ("",))[0]},
+            {"from": "human", "value": "And?"},
+            {"from": "gpt", "value": "no caption"},
+        ]
         return {"id": 7, "image": image["text"], "conversations": turns}
     return {"note": shape, "image": image[shape], "captions": list(row.captions)}
 
@@ -264,8 +289,11 @@ def test_one_stray_quote_never_takes_in_another_row(captions, data, kind):
             assert path.name in str(error)
             return
         found = {source.name(i): source.captions(i) for i in range(len(source))}
-        others = {name(row): [row.captions[0].strip()] for i, row in enumerate(rows, start=1)
-                  if i != place and seen(row.captions[0])}  # fmt: skip
+        others = {
+            name(row): [row.captions[0].strip()]
+            for i, row in enumerate(rows, start=1)
+            if i != place and seen(row.captions[0])
+        }
         assert {key: value for key, value in found.items() if key in others} == others
         assert len(found) + source.dropped_empty == len(rows)
 
@@ -358,16 +386,20 @@ def check_names_apart(folder: Path, parts: list[list[Row]]) -> None:
         return
     source = source_of(folder)
     found = {source.name(i): (source.image(i).getpixel((0, 0)), sorted(source.captions(i))) for i in range(len(source))}
-    assert found == {f"{number}/{picture}.png": (colour_of(picture), sorted(captions))
-                     for number, part in enumerate(parts) for picture, captions in meant(part).items()}  # fmt: skip
+    assert found == {
+        f"{number}/{picture}.png": (colour_of(picture), sorted(captions))
+        for number, part in enumerate(parts)
+        for picture, captions in meant(part).items()
+    }
 
 
 # --- folders and shards ---------------------------------------------------------------------------------------------
 
 # Any bytes that a file's name may have on this system; `train` and `test` are the folders of splits below.
-STEMS = st.one_of(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=8),
-                  st.binary(min_size=1, max_size=6).map(os.fsdecode)).filter(
-    lambda stem: "/" not in stem and "\0" not in stem and not stem.startswith("."))  # fmt: skip
+STEMS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=8),
+    st.binary(min_size=1, max_size=6).map(os.fsdecode),
+).filter(lambda stem: "/" not in stem and "\0" not in stem and not stem.startswith("."))
 LINES = st.lists(TEXT.map(lambda text: re.sub(r"[\n\r]", " ", text)), max_size=3).map(tuple)
 PLACES = st.sampled_from(["", "a", "a/b", "c d"])
 
@@ -382,8 +414,13 @@ def files_can_be_called(folder: Path, stem: str) -> bool:
 
 
 @PROPERTY
-@given(st.dictionaries(st.tuples(PLACES, STEMS), LINES, min_size=1, max_size=8), st.booleans(),
-       st.sampled_from([".png", ".PNG", ".apng"]), st.sampled_from([".txt", ".TXT"]), st.data())  # fmt: skip
+@given(
+    st.dictionaries(st.tuples(PLACES, STEMS), LINES, min_size=1, max_size=8),
+    st.booleans(),
+    st.sampled_from([".png", ".PNG", ".apng"]),
+    st.sampled_from([".txt", ".TXT"]),
+    st.data(),
+)
 def test_folders_of_pictures_and_texts(named, bom, suffix, text_suffix, data):
     splits = data.draw(st.sampled_from([None, ("train", "test"), ("training", "val2017")]))
     with Folder() as folder:
@@ -410,8 +447,9 @@ def write_shard(path: Path, samples: dict, in_json: bool = False, text_first: bo
     members = []
     for key, row in samples.items():
         caption = (row.captions or ("",))[0]
-        text = (f"{key}.json", json.dumps({"caption": caption}).encode()) if in_json else (
-            f"{key}.txt", caption.encode())  # fmt: skip
+        text = (
+            (f"{key}.json", json.dumps({"caption": caption}).encode()) if in_json else (f"{key}.txt", caption.encode())
+        )
         image = [] if row.picture is None else [(f"{key}.png", PIXELS[row.picture])]
         members += [text, *image] if text_first else [*image, text]
     write_tar(path, members)
@@ -420,8 +458,10 @@ def write_shard(path: Path, samples: dict, in_json: bool = False, text_first: bo
 @PROPERTY
 @given(st.dictionaries(KEYS, LINES, min_size=1, max_size=8), st.booleans(), st.booleans(), st.integers(1, 3), st.data())
 def test_shards(named, in_json, text_first, files, data):
-    rows = [Row(None if data.draw(st.integers(0, 6)) == 0 else i, captions[:1] or ("",))
-            for i, captions in enumerate(named.values())]  # fmt: skip
+    rows = [
+        Row(None if data.draw(st.integers(0, 6)) == 0 else i, captions[:1] or ("",))
+        for i, captions in enumerate(named.values())
+    ]
     rows = [Row(row.picture, tuple(text.removeprefix("\ufeff") for text in row.captions)) for row in rows]
     with Folder() as folder:
         size = -(-len(rows) // files)
@@ -439,7 +479,8 @@ def test_a_key_that_comes_again_is_another_row(captions):
     rows = [Row(i, texts[:1] or ("",)) for i, texts in enumerate(captions)]
     rows = [Row(row.picture, tuple(text.removeprefix("\ufeff") for text in row.captions)) for row in rows]
     with Folder() as folder:
-        members = [part for row in rows for part in
-                   (("same.png", PIXELS[row.picture]), ("same.txt", row.captions[0].encode()))]  # fmt: skip
+        members = [
+            part for row in rows for part in (("same.png", PIXELS[row.picture]), ("same.txt", row.captions[0].encode()))
+        ]
         write_tar(folder / "a.tar", members)
         check(folder / "a.tar", rows)

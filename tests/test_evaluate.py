@@ -149,8 +149,10 @@ def test_coco_in_both_of_its_layouts(tmp_path):
     assert [source.captions(i) for i in range(2)] == [["c1", "c3", "c5", "c7"], ["c0", "c2", "c4", "c6", "c8"]]
     assert source.image(0).size == (24, 24) and source.name(0).endswith("000000000002.jpg")
 
-    rows = [{"filepath": "val2014", "filename": f"{s}.jpg", "split": s, "sentences": [{"raw": f"a {s}"}]}
-            for s in ("train", "restval", "test")]  # fmt: skip
+    rows = [
+        {"filepath": "val2014", "filename": f"{s}.jpg", "split": s, "sentences": [{"raw": f"a {s}"}]}
+        for s in ("train", "restval", "test")
+    ]
     save(tmp_path / "karpathy" / "val2014" / "test.jpg")
     (tmp_path / "karpathy" / "dataset_coco.json").write_text(json.dumps({"images": rows}))
     source = benchmarks.coco_5k(tmp_path / "karpathy")
@@ -163,11 +165,15 @@ def test_flickr30k_in_its_three_layouts_takes_every_image(tmp_path):
     lines = [f"{name}| {k}| {name} says {k} , end ." for name in names for k in range(5)]
     lines[-1] = "2.jpg| 4   2.jpg says 4 , end ."  # one line of the real file lacks its second bar
     table = "\n".join(["image_name| comment_number| comment", *lines])
-    rows = [{"filename": name, "split": split, "sentences": [{"raw": f"{name} says {k} , end ."} for k in range(5)]}
-            for name, split in zip(names, ("train", "test"), strict=True)]  # fmt: skip
+    rows = [
+        {"filename": name, "split": split, "sentences": [{"raw": f"{name} says {k} , end ."} for k in range(5)]}
+        for name, split in zip(names, ("train", "test"), strict=True)
+    ]
     layouts = {
-        "results_20130124.token": tokens, "results.csv": table, "dataset_flickr30k.json": json.dumps({"images": rows}),
-    }  # fmt: skip
+        "results_20130124.token": tokens,
+        "results.csv": table,
+        "dataset_flickr30k.json": json.dumps({"images": rows}),
+    }
     for number, (file, content) in enumerate(layouts.items()):
         folder = tmp_path / str(number)
         for name in names:
@@ -215,11 +221,15 @@ def make_pairs(folder: Path, rows: list[tuple], header=("id", "type", "statement
 
 
 FOUR_PAIRS = [
-    (1, "Colour", "red", RED), (2, "Colour", "blue", BLUE),
-    (3, "Colour", "blue", RED), (4, "Colour", "red", BLUE),
-    (5, "State", "red", RED), (6, "State", "red thing", BLUE),
-    (7, "State", "blue", BLUE), (8, "State", "red", RED),
-]  # fmt: skip
+    (1, "Colour", "red", RED),
+    (2, "Colour", "blue", BLUE),
+    (3, "Colour", "blue", RED),
+    (4, "Colour", "red", BLUE),
+    (5, "State", "red", RED),
+    (6, "State", "red thing", BLUE),
+    (7, "State", "blue", BLUE),
+    (8, "State", "red", RED),
+]
 
 
 @pytest.fixture
@@ -241,9 +251,10 @@ def knowing(monkeypatch):
 def test_a_pair_counts_when_both_statements_find_their_image(tmp_path, dense, knowing):
     folder = make_pairs(tmp_path, FOUR_PAIRS)
     assert mmvp.evaluate_mmvp(dense, folder) == {
-        "overall": 0.5, "pairs": 4,
+        "overall": 0.5,
+        "pairs": 4,
         "by_type": {"Colour": {"accuracy": 0.5, "pairs": 2}, "State": {"accuracy": 0.5, "pairs": 2}},
-    }  # fmt: skip
+    }
 
 
 def at(*degrees: float) -> torch.Tensor:
@@ -274,8 +285,10 @@ def test_upstreams_header_and_folder_and_our_extra_columns_are_read(tmp_path, de
     rows = [(*row, "x", "train" if row[0] in (1, 2, 3) else "heldout") for row in FOUR_PAIRS]
     ours = make_pairs(tmp_path / "b", rows, ("id", "type", "statement", "note", "split"))
     assert mmvp.evaluate_mmvp(dense, ours, split="train") == {
-        "overall": 1, "pairs": 1, "by_type": {"Colour": {"accuracy": 1, "pairs": 1}},
-    }  # fmt: skip
+        "overall": 1,
+        "pairs": 1,
+        "by_type": {"Colour": {"accuracy": 1, "pairs": 1}},
+    }
     assert mmvp.evaluate_mmvp(dense, ours, split="heldout")["pairs"] == 2  # the pair (3, 4) is of no single split
     with pytest.raises(ValueError, match="split 'dev'"):
         mmvp.evaluate_mmvp(dense, ours, split="dev")
@@ -418,9 +431,11 @@ def test_imagenet_needs_its_thousand_folders_and_takes_them_sorted(tmp_path):
 
 @pytest.mark.parametrize(
     ("preset", "folder", "images", "names", "labels"),
-    [("cifar10", "cifar-10-batches-bin", "test_batch.bin", "batches.meta.txt", [(1,), (0,)]),
-     ("cifar100", "cifar-100-binary", "test.bin", "fine_label_names.txt", [(7, 1), (1, 0)])],
-)  # fmt: skip
+    [
+        ("cifar10", "cifar-10-batches-bin", "test_batch.bin", "batches.meta.txt", [(1,), (0,)]),
+        ("cifar100", "cifar-100-binary", "test.bin", "fine_label_names.txt", [(7, 1), (1, 0)]),
+    ],
+)
 def test_cifar_is_read_from_its_binary_version_only(tmp_path, preset, folder, images, names, labels):
     with pytest.raises(BenchmarkNotFound, match=r"BINARY version.*pickled"):
         zero_shot.open_classes(preset, tmp_path)

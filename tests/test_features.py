@@ -40,8 +40,9 @@ def make_bundle(num_experts: int = 1, positions: int = 24, seed: int = 1) -> Cli
     config = CLIPMoEConfig(
         text_config={**shared, "max_position_embeddings": positions},
         vision_config={**shared, "image_size": 24, "patch_size": 8},
-        projection_dim=16, num_experts=num_experts,
-    )  # fmt: skip
+        projection_dim=16,
+        num_experts=num_experts,
+    )
     return ClipBundle(shake(CLIPMoEModel(config), seed).eval(), make_tokenizer(positions), name="tiny")
 
 
@@ -276,8 +277,12 @@ class Processes:
         self.world, self.barrier = world, threading.Barrier(world, timeout=60)
 
     def __getitem__(self, rank: int) -> SimpleNamespace:
-        return SimpleNamespace(process_index=rank, num_processes=self.world, device=torch.device("cpu"),
-                               wait_for_everyone=self.barrier.wait)  # fmt: skip
+        return SimpleNamespace(
+            process_index=rank,
+            num_processes=self.world,
+            device=torch.device("cpu"),
+            wait_for_everyone=self.barrier.wait,
+        )
 
 
 def test_processes_share_the_rows_and_all_see_the_whole(tmp_path):

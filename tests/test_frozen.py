@@ -47,8 +47,11 @@ def test_the_step_is_the_same_to_the_bit_and_so_are_the_weights_afterwards(case,
     before, expected = copy.deepcopy(model.state_dict()), step(model, learns, batch)
     with frozen_in(model, torch.bfloat16, learns):
         held = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.bfloat16}
-        assert held and not any(map(learns, held)) and not any("norm" in name or "embedding." in name for name in held
-                                                               if "patch" not in name)  # fmt: skip
+        assert (
+            held
+            and not any(map(learns, held))
+            and not any("norm" in name or "embedding." in name for name in held if "patch" not in name)
+        )
         for a, b in zip(step(model, learns, batch), expected, strict=True):
             assert torch.equal(a, b)
     after = model.state_dict()

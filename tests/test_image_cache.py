@@ -55,8 +55,11 @@ def source(tmp_path_factory) -> Path:
 def write(source: Path, folder: Path, workers: int, then: str, before: list[str] | None = None):
     return subprocess.run(
         [*(before or []), sys.executable, "-c", WRITER, source, folder, str(workers), then],
-        env=tiny_run.environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

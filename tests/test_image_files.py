@@ -15,8 +15,18 @@ pytest.importorskip("pyarrow", reason="needs the `train` extra")
 from train_encoder.data.decode import BadImage, decode_image
 from train_encoder.data.image_files import image_files, image_suffixes, is_image_name, readable_formats
 
-SUFFIXES = {".jpg": "JPEG", ".JPG": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".PNG": "PNG", ".webp": "WEBP",
-            ".jp2": "JPEG2000", ".tga": "TGA", ".ppm": "PPM", ".avif": "AVIF"}  # fmt: skip
+SUFFIXES = {
+    ".jpg": "JPEG",
+    ".JPG": "JPEG",
+    ".jfif": "JPEG",
+    ".jpe": "JPEG",
+    ".PNG": "PNG",
+    ".webp": "WEBP",
+    ".jp2": "JPEG2000",
+    ".tga": "TGA",
+    ".ppm": "PPM",
+    ".avif": "AVIF",
+}
 LINKS = hasattr(os, "symlink")
 
 

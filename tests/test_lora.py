@@ -22,14 +22,7 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_ffn
 from train_encoder.command import main
 from train_encoder.config import LoraConfig
-from train_encoder.methods.lora import (
-    LoraDMU,
-    adapter_state,
-    add_adapters,
-    check_rank,
-    is_adapter,
-    merge_adapter,
-)
+from train_encoder.methods.lora import LoraDMU, adapter_state, add_adapters, check_rank, is_adapter, merge_adapter
 from train_encoder.recipes import RECIPES
 from train_encoder.training import loop
 from train_encoder.training.precision import store_frozen_in
@@ -311,13 +304,25 @@ def _counted(function, calls: list):
 
 def test_two_processes_train_as_one(finished, data, tmp_path):
     alone, folder = finished[0], tmp_path / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                "-m", "llava_clipmoe.cli", "train-encoder"]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava_clipmoe.cli",
+        "train-encoder",
+    ]
     more = ("--engine.chunk-size", "5", "--engine.activation-checkpointing")
     done = subprocess.run(
         [*launcher, *lora_flags(data, folder, "--base.source", str(alone / "base"), *more)],
-        env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     for number in (1, 2):
         one, two = stage_of(alone, number), stage_of(folder, number)

@@ -24,9 +24,13 @@ from train_encoder.training.step import TwoTowers, forward_backward
 @pytest.fixture
 def moe(tiny_dense, stages):
     config = moe_config(
-        tiny_dense.config, num_experts=len(stages) + 1, num_experts_per_tok=2, router_aux_loss_coef=0.5,
-        router_z_loss_coef=0.1, router_initializer_range=0.5,
-    )  # fmt: skip
+        tiny_dense.config,
+        num_experts=len(stages) + 1,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.1,
+        router_initializer_range=0.5,
+    )
     return upcycle(tiny_dense, stages, config)
 
 
@@ -128,11 +132,12 @@ def test_router_losses_of_chunks_add_up_to_those_of_the_whole(moe):
         whole = moe(batch.input_ids, pixels, return_loss=True).aux_loss
         chunks = [
             block_logits(
-                [x[part] for x in vision.router_logits], [[x[part] for x in text.router_logits]],
+                [x[part] for x in vision.router_logits],
+                [[x[part] for x in text.router_logits]],
                 [kept_tokens(batch.input_ids[part], moe.config.text_config.eos_token_id)],
             )
             for part in (slice(0, 5), slice(5, 12))
-        ]  # fmt: skip
+        ]
         counts = router_counts(chunks[0]) + router_counts(chunks[1])
         balance, z = (sum(parts) for parts in zip(*(router_losses(c, counts) for c in chunks), strict=True))
     torch.testing.assert_close(whole, 0.5 * balance + 0.1 * z)
@@ -199,14 +204,22 @@ def test_principal_components_are_those_of_scikit_learn():
     x = features(rows=40)[0]
     mean, basis = principal_components(x, 5)
     found = PCA(5).fit(x.numpy())
-    torch.testing.assert_close(mean + (x - mean) @ basis @ basis.T, torch.from_numpy(
-        found.inverse_transform(found.transform(x.numpy()))), atol=1e-5, rtol=0)  # fmt: skip
+    torch.testing.assert_close(
+        mean + (x - mean) @ basis @ basis.T,
+        torch.from_numpy(found.inverse_transform(found.transform(x.numpy()))),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_the_settings_name_the_objective():
-    kinds = {kind: make_objective(OptimConfig(loss=kind, short_weight=0.2, principal_components=7))
-             for kind in ("clip", "multi-positive", "long-short")}  # fmt: skip
+    kinds = {
+        kind: make_objective(OptimConfig(loss=kind, short_weight=0.2, principal_components=7))
+        for kind in ("clip", "multi-positive", "long-short")
+    }
     assert {kind: (type(made), made.captions) for kind, made in kinds.items()} == {
-        "clip": (Contrastive, 1), "multi-positive": (MultiPositive, 2), "long-short": (LongShort, 2)
-    }  # fmt: skip
+        "clip": (Contrastive, 1),
+        "multi-positive": (MultiPositive, 2),
+        "long-short": (LongShort, 2),
+    }
     assert kinds["multi-positive"].gamma == (0.8, 0.2) and kinds["long-short"].components == 7

@@ -21,8 +21,16 @@ def flags(method: str, data: Path, output: Path) -> list[str]:
     """A run of `method`, small: the flags of the tiny DMU run with every training shortened."""
     short = []
     for name, batch in (("finetune.optim", 8), ("fmoe.optim", 4)):
-        short += [f"--{name}.learning-rate", "1e-3", f"--{name}.epochs", "2",
-                  f"--{name}.global-batch-size", str(batch), f"--{name}.warmup-steps", "0"]  # fmt: skip
+        short += [
+            f"--{name}.learning-rate",
+            "1e-3",
+            f"--{name}.epochs",
+            "2",
+            f"--{name}.global-batch-size",
+            str(batch),
+            f"--{name}.warmup-steps",
+            "0",
+        ]
     given = arguments(data, output, *short, "--moe.vision-layers", "0", "1", "--moe.text-layers", "0", "1")
     if method == "vanilla-moe":
         given[given.index("--moe.num-experts") + 1] = "2"
@@ -128,8 +136,18 @@ def test_experts_of_fmoe_trained_by_two_processes_are_those_of_one(runs, data, t
     """They are independent: whoever trains them, and beside whom, the bits are the same."""
     alone = runs("fmoe")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "llava_clipmoe.cli", "train-encoder", *flags("fmoe", data, tmp_path / "run")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava_clipmoe.cli",
+        "train-encoder",
+        *flags("fmoe", data, tmp_path / "run"),
+    ]
     # The base is trained by both processes together and would differ in its last bits: take the one that is there.
     source = command.index("--base.scratch.optim.learning-rate")
     command[source:source] = ["--base.source", str(alone / "base")]

@@ -53,8 +53,11 @@ def test_urls_are_refused_in_every_form(tmp_path, form):
         source_of(tmp_path / "a.parquet")
 
 
-LISTS = {"of large_string": pa.list_(pa.large_string()), "large": pa.large_list(pa.string()),
-         "of two": pa.list_(pa.string(), 2)}  # fmt: skip
+LISTS = {
+    "of large_string": pa.list_(pa.large_string()),
+    "large": pa.large_list(pa.string()),
+    "of two": pa.list_(pa.string(), 2),
+}
 
 
 @pytest.mark.parametrize("form", LISTS)

@@ -189,9 +189,7 @@ def bar_output(monkeypatch, seconds_a_step: float, **options) -> list[str]:
 def test_a_log_gets_a_plain_line_at_most_every_interval(monkeypatch):
     lines = bar_output(monkeypatch, seconds_a_step=10.0, interval=20.0)
     assert len(lines) == 7  # the start, five in 100 seconds, the end
-    assert lines[1] == (
-        "stage 1:  20%  200/1,000 images  10.0 images/s  elapsed 0:00:20  left 0:01:20  loss 0.5"
-    )  # fmt: skip
+    assert lines[1] == ("stage 1:  20%  200/1,000 images  10.0 images/s  elapsed 0:00:20  left 0:01:20  loss 0.5")
     assert "100%" in lines[-1] and "left 0:00:00" in lines[-1]
 
 
@@ -246,8 +244,12 @@ def test_the_speed_forgets_a_slow_start():
 
 def test_the_clock():
     assert [clock(x) for x in (0, 61, 3600 * 25, None, float("inf"))] == [
-        "0:00:00", "0:01:01", "1d 1:00:00", "-:--:--", "-:--:--",
-    ]  # fmt: skip
+        "0:00:00",
+        "0:01:01",
+        "1d 1:00:00",
+        "-:--:--",
+        "-:--:--",
+    ]
 
 
 # ---------------------------------------------------------------- memory

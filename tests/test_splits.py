@@ -57,8 +57,11 @@ def write_bytes(folder: Path, start: int) -> None:
 
 def write_shard(folder: Path, start: int) -> None:
     folder.mkdir(parents=True)
-    members = [(f"{i}.{kind}", data) for i in range(2)
-               for kind, data in (("png", png(start + i)), ("txt", f"number {start + i}".encode()))]  # fmt: skip
+    members = [
+        (f"{i}.{kind}", data)
+        for i in range(2)
+        for kind, data in (("png", png(start + i)), ("txt", f"number {start + i}".encode()))
+    ]
     write_tar(folder / "0000.tar", members)
 
 

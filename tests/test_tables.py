@@ -66,7 +66,7 @@ def test_a_caption_over_two_lines_of_a_tsv_is_refused(tmp_path):
         ("images/0.png,one\nimages/1.png,two, three\n", "line 3 has 3 cells, but the header has 2"),
         ("images/0.png,one\nimages/1.png\n", "line 3 has 1 cells, but the header has 2"),
     ],
-)  # fmt: skip
+)
 def test_a_csv_whose_quotes_do_not_fit_is_refused_with_the_line(tmp_path, text, where):
     with pytest.raises(DataError, match=rf"(?s)a\.csv, .*{where}"):
         source_of(write(tmp_path, "a.csv", "image,caption\n" + text))
@@ -184,7 +184,7 @@ def test_a_caption_nested_too_deeply_is_refused_with_its_file(tmp_path):
         (["a", ["b", None]], ["a", "b"]),
         (7, ["7"]),
     ],
-)  # fmt: skip
+)
 def test_captions_in_a_cell(cell, texts):
     assert caption_texts(cell) == texts
 

@@ -24,7 +24,7 @@ from llava_clipmoe.files import load_tensors
 # not. Prints how each ended.
 KILLED_AT_A_RENAME = """
 import json, os, signal, sys
-import train_encoder.evaluate.run, train_encoder.methods, train_encoder.training.run  # once for all
+import train_encoder.command  # once for all
 from llava_clipmoe.cli import main
 
 def die_at(word, at):
@@ -55,8 +55,11 @@ def run_each(*runs: tuple[str, int, list[str]]) -> None:
     """Runs one after the other, each of which dies at its rename if it has a word."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT_A_RENAME, json.dumps(runs)],
-        env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.stdout.splitlines()[-1:] == [f" {[-9 if word else 0 for word, *_ in runs]}"], done.stderr[-4000:]
 
 
@@ -79,8 +82,17 @@ def curve(folder: Path) -> list[tuple]:
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
-    for name in ("config.json", "metrics.jsonl", "results.json", "report.html", "clusters/stage0.npz",
-                 "clusters/stage1.npz", "base/config.json", "clip-moe/config.json", "clip-moe/README.md"):  # fmt: skip
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+        "report.html",
+        "clusters/stage0.npz",
+        "clusters/stage1.npz",
+        "base/config.json",
+        "clip-moe/config.json",
+        "clip-moe/README.md",
+    ):
         assert (finished / name).is_file(), name
     assert not list((finished / "checkpoints").iterdir())  # resume state goes when its result is saved
     base, stage = load_tensors(finished / "base"), load_tensors(finished / "stage1")
@@ -109,8 +121,16 @@ def test_the_same_command_again_trains_nothing_and_changes_nothing(finished, dat
 
 def test_an_expert_alone_scores_as_its_stage_does(finished):
     scores = json.loads((finished / "results.json").read_text())["retrieval"]["same"]
-    assert list(scores) == ["base", "stage1", "stage2", "expert0", "expert1", "expert2",
-                            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip
+    assert list(scores) == [
+        "base",
+        "stage1",
+        "stage2",
+        "expert0",
+        "expert1",
+        "expert2",
+        "clip-moe (untrained router)",
+        "clip-moe",
+    ]
     assert scores["expert0"] == scores["base"]
     assert scores["expert1"] == scores["stage1"] and scores["expert2"] == scores["stage2"]
 
@@ -175,12 +195,24 @@ def test_a_run_killed_at_its_weakest_moments_leaves_exactly_what_an_undisturbed_
 
 def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, tmp_path):
     folder = tmp_path / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                "-m", "llava_clipmoe.cli", "train-encoder"]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava_clipmoe.cli",
+        "train-encoder",
+    ]
     done = subprocess.run(
         [*launcher, *tiny_run.arguments(data, folder)],
-        env=tiny_run.environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = curve(finished), curve(folder)
     assert [row[:2] for row in one] == [row[:2] for row in two]

@@ -29,10 +29,13 @@ def draw_data(folder: Path, count: int = 60, size: int = 32) -> Path:
         name = f"{i:03d}.png"
         picture.save(folder / name)
         place = "left" if x < size / 2 else "right"
-        rows.append({
-            "image": name, "short": f"a {shape}",
-            "caption": [f"a {colour} {shape} on the {place}", f"{shape}, {colour}, {place}, picture {i}"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "image": name,
+                "short": f"a {shape}",
+                "caption": [f"a {colour} {shape} on the {place}", f"{shape}, {colour}, {place}, picture {i}"],
+            }
+        )
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -40,23 +43,59 @@ def draw_data(folder: Path, count: int = 60, size: int = 32) -> Path:
 
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
     """Flags of a tiny run on `data`: 3 experts, 3 + 2 x 3 + 3 steps of 16 images."""
-    optim = {
-        "base.scratch.optim": (1e-3, 1), "mcl.optim": (1e-3, 1), "moe.optim": (1e-2, 1),
-    }  # fmt: skip
+    optim = {"base.scratch.optim": (1e-3, 1), "mcl.optim": (1e-3, 1), "moe.optim": (1e-2, 1)}
     flags = [
-        "dmu-openmoji", "--data.source", str(data), "--data.caption-columns", "caption",
-        "--base.scratch.caption-columns", "short",
-        "--base.scratch.image-size", "32", "--base.scratch.patch-size", "8",
-        "--base.scratch.vision-width", "32", "--base.scratch.text-width", "32", "--base.scratch.head-width", "16",
-        "--base.scratch.vision-layers", "2", "--base.scratch.text-layers", "2", "--base.scratch.projection-dim", "16",
-        "--moe.num-experts", "3", "--engine.precision", "fp32", "--engine.checkpoint-every", "2",
-        "--engine.log-every", "1",
-        "--evaluation.retrieval", f"same={data}", "--evaluation.attributes", "None",
-        "--evaluation.routing-images", "16", "--output-dir", str(output),
-    ]  # fmt: skip
+        "dmu-openmoji",
+        "--data.source",
+        str(data),
+        "--data.caption-columns",
+        "caption",
+        "--base.scratch.caption-columns",
+        "short",
+        "--base.scratch.image-size",
+        "32",
+        "--base.scratch.patch-size",
+        "8",
+        "--base.scratch.vision-width",
+        "32",
+        "--base.scratch.text-width",
+        "32",
+        "--base.scratch.head-width",
+        "16",
+        "--base.scratch.vision-layers",
+        "2",
+        "--base.scratch.text-layers",
+        "2",
+        "--base.scratch.projection-dim",
+        "16",
+        "--moe.num-experts",
+        "3",
+        "--engine.precision",
+        "fp32",
+        "--engine.checkpoint-every",
+        "2",
+        "--engine.log-every",
+        "1",
+        "--evaluation.retrieval",
+        f"same={data}",
+        "--evaluation.attributes",
+        "None",
+        "--evaluation.routing-images",
+        "16",
+        "--output-dir",
+        str(output),
+    ]
     for name, (rate, epochs) in optim.items():
-        flags += [f"--{name}.learning-rate", str(rate), f"--{name}.epochs", str(epochs),
-                  f"--{name}.global-batch-size", "16", f"--{name}.epsilon", "1e-4"]  # fmt: skip
+        flags += [
+            f"--{name}.learning-rate",
+            str(rate),
+            f"--{name}.epochs",
+            str(epochs),
+            f"--{name}.global-batch-size",
+            "16",
+            f"--{name}.epsilon",
+            "1e-4",
+        ]
     return [*flags, *more]
 
 

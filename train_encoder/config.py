@@ -65,7 +65,7 @@ class OptimConfig:
     temperature: float = 0.01
     """Start value of 1 / exp(logit_scale)."""
     train_temperature: bool = False
-    """Frozen in the paper's stages; a CLIP from scratch learns it."""
+    """Frozen in the paper's stages; trainable in a CLIP from scratch."""
     max_grad_norm: float | None = None
     """Clip the gradient to this norm; off in the paper."""
     loss: Literal["clip", "multi-positive", "long-short"] = "clip"
@@ -215,7 +215,7 @@ class FinetuneConfig:
     """The baselines without stages: direct fine-tuning, Long-CLIP, sparse upcycling."""
 
     parts: Literal["ffn", "all"] = "ffn"
-    """What learns: the FFNs (or the experts and their routers), or every tensor."""
+    """What is trainable: the FFNs (or the experts and their routers), or every tensor."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Fine-tuning of a dense CLIP. Sparse upcycling trains by --moe.optim."""
 
@@ -296,9 +296,11 @@ class TrainConfig:
                 "there are. Lower it, or raise --moe.num-experts."
             )
         for name, optim in (
-            ("mcl.optim", self.mcl.optim), ("moe.optim", self.moe.optim), ("finetune.optim", self.finetune.optim),
+            ("mcl.optim", self.mcl.optim),
+            ("moe.optim", self.moe.optim),
+            ("finetune.optim", self.finetune.optim),
             ("fmoe.optim", self.fmoe.optim),
-        ):  # fmt: skip
+        ):
             if optim.global_batch_size < 2:
                 raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")
             if not 0 < optim.short_weight < 1:
@@ -306,9 +308,18 @@ class TrainConfig:
 
 
 # Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these.
-FREE_TO_CHANGE = ("output_dir", "evaluation", "engine.workers", "engine.checkpoint_every", "engine.log_every",
-                  "engine.trackers", "engine.chunk_size", "engine.activation_checkpointing", "data.max_bad_fraction",
-                  "data.cache_images")  # fmt: skip
+FREE_TO_CHANGE = (
+    "output_dir",
+    "evaluation",
+    "engine.workers",
+    "engine.checkpoint_every",
+    "engine.log_every",
+    "engine.trackers",
+    "engine.chunk_size",
+    "engine.activation_checkpointing",
+    "data.max_bad_fraction",
+    "data.cache_images",
+)
 GONE = ("lora.keep",)
 """Settings of older runs that there are no more; none of them changed a weight."""
 
@@ -340,8 +351,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 def filled(given: dict, defaults: dict) -> dict:
     """`given` with what it lacks from `defaults`, at every level."""
-    both = {k: filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
-            for k, v in given.items()}  # fmt: skip
+    both = {
+        k: filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+        for k, v in given.items()
+    }
     return {**defaults, **both}
 
 

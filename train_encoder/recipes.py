@@ -34,16 +34,24 @@ DMU_SHAREGPT4V = TrainConfig(
     data=DataConfig(
         source="data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json", image_root=Path("data/sharegpt4v")
     ),
-    base=_PAPER.base, clusters=_PAPER.clusters, mcl=_PAPER.mcl, moe=_PAPER.moe, engine=_PAPER.engine,
-)  # fmt: skip
+    base=_PAPER.base,
+    clusters=_PAPER.clusters,
+    mcl=_PAPER.mcl,
+    moe=_PAPER.moe,
+    engine=_PAPER.engine,
+)
 
 DMU_RECAP1M = TrainConfig(
     data=DataConfig(source="data/recap-datacomp-1m", caption_columns=("re_caption",)),
-    base=_PAPER.base, clusters=_PAPER.clusters, mcl=_PAPER.mcl, moe=_PAPER.moe, engine=_PAPER.engine,
-)  # fmt: skip
+    base=_PAPER.base,
+    clusters=_PAPER.clusters,
+    mcl=_PAPER.mcl,
+    moe=_PAPER.moe,
+    engine=_PAPER.engine,
+)
 
 # Everything is scaled to 2,000 drawings: batches of 64 against clusters of 40 to 400, learning rates for a CLIP of
-# width 128, the temperature that the small base learns by itself (the paper's 0.01 is OpenAI's), and fp32, which is
+# width 128, the temperature that the small base finds by itself (the paper's 0.01 is OpenAI's), and fp32, which is
 # faster than bf16 on most CPUs. Measured in benchmarks/openmoji_seeds.md.
 DMU_OPENMOJI = TrainConfig(
     data=DataConfig(source="openmoji", split="train", cache_images=True),
@@ -65,7 +73,7 @@ DMU_OPENMOJI = TrainConfig(
     engine=EngineConfig(device="cpu", precision="fp32", workers=0, checkpoint_every=100),
 )
 
-# Every other system of the papers, with as many epochs in all as DMU has beside it (3 stages and the routers). Learning
+# Every other method of the papers, with as many epochs in all as DMU has beside it (3 stages and the routers). Learning
 # rates that a paper gives are the paper's; the others are DMU's, so that a comparison is one of methods.
 
 
@@ -87,23 +95,32 @@ def other_methods(dmu: TrainConfig) -> dict[str, TrainConfig]:
         "base": replace(dmu, method="base"),
         "dmu-lora": replace(dmu, method="dmu-lora", mcl=replace(dmu.mcl, optim=low_rank), lora=lora),
         # CLIP-FMoE: the last training is DMU's router training, of the gates too.
-        "fmoe": replace(dmu, method="fmoe", fmoe=FMoEConfig(sub_clusters=sub_clusters, optim=replace(experts, **two)),
-                        moe=replace(dmu.moe, optim=replace(router, **two))),
+        "fmoe": replace(
+            dmu,
+            method="fmoe",
+            fmoe=FMoEConfig(sub_clusters=sub_clusters, optim=replace(experts, **two)),
+            moe=replace(dmu.moe, optim=replace(router, **two)),
+        ),
         "direct-ft": replace(dmu, method="finetune", finetune=FinetuneConfig("ffn", whole)),
         "direct-ft-all": replace(dmu, method="finetune", finetune=FinetuneConfig("all", everything)),
         "sparse-upcycling": replace(dmu, method="sparse-upcycling", moe=replace(dmu.moe, optim=whole)),
-        # Long-CLIP: everything learns, at a tenth of the FFNs' rate (official code).
-        "long-clip": replace(dmu, method="finetune",
-                             finetune=FinetuneConfig("all", replace(everything, loss="long-short"))),
+        # Long-CLIP: everything is trained, at a tenth of the FFNs' rate (official code).
+        "long-clip": replace(
+            dmu, method="finetune", finetune=FinetuneConfig("all", replace(everything, loss="long-short"))
+        ),
         # Table 4 of CLIP-MoE: the base and one FFN that was fine-tuned without clusters.
-        "vanilla-moe": replace(dmu, method="vanilla-moe", mcl=replace(dmu.mcl, optim=experts),
-                               moe=replace(dmu.moe, num_experts=2, num_experts_per_tok=2)),
-    }  # fmt: skip
+        "vanilla-moe": replace(
+            dmu,
+            method="vanilla-moe",
+            mcl=replace(dmu.mcl, optim=experts),
+            moe=replace(dmu.moe, num_experts=2, num_experts_per_tok=2),
+        ),
+    }
 
 
 _WHAT = {
     "base": "the dense base alone, trained from nothing where there is none",
-    "dmu-lora": "DMU whose stages learn low-rank changes of the FFNs (LoRA), at a fraction of the memory",
+    "dmu-lora": "DMU whose stages train low-rank changes of the FFNs (LoRA), at a fraction of the memory",
     "fmoe": "CLIP-FMoE: independent experts on clusters, a fusion gate to the base",
     "direct-ft": "baseline: the base's FFNs fine-tuned",
     "direct-ft-all": "baseline: the whole base fine-tuned",

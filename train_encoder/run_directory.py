@@ -127,5 +127,8 @@ class RunDirectory:
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, shortened."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else (
-            hashlib.sha256(file.read()).hexdigest()[:16])  # fmt: skip
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            if hasattr(hashlib, "file_digest")
+            else (hashlib.sha256(file.read()).hexdigest()[:16])
+        )

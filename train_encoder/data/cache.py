@@ -89,8 +89,10 @@ def build_image_cache(
     shape = (len(rows), 3, transform.size, transform.size)
     need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free:  # said now, and not hours later
-        raise DataError(f"The image cache {path} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Free "
-                        "some space, or train without data.cache_images.")  # fmt: skip
+        raise DataError(
+            f"The image cache {path} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Free "
+            "some space, or train without data.cache_images."
+        )
     index = _cache_index(path)
     with atomic_file(path) as temporary:
         create_array(temporary, np.uint8, shape)
@@ -109,8 +111,10 @@ class ImageCache:
     def __init__(self, path: Path, source: PairSource, transform: ImageTransform) -> None:
         stored = _load_arrays(_cache_index(path), _key(source, transform))
         if stored is None or not path.exists():
-            raise DataError(f"{path} is not a complete image cache of this data at {transform.size} pixels. Delete it "
-                            "and build it again, or train without data.cache_images.")  # fmt: skip
+            raise DataError(
+                f"{path} is not a complete image cache of this data at {transform.size} pixels. Delete it "
+                "and build it again, or train without data.cache_images."
+            )
         self._path, self._slots = path, stored["slots"]
         self._pixels: np.ndarray | None = None
 
@@ -196,8 +200,7 @@ def _refuse_too_many(source: PairSource, bad: list[tuple[int, str]], limit: floa
         return
     missing = sum(error.startswith("missing") for _, error in bad) * 2 > len(bad)
     hint = "Most are missing: is data.image_root right? If so, repair" if missing else "Repair"
-    raise DataError(f"{summary} The first is {bad[0][1]}. {hint} them, or raise "
-                    f"data.max_bad_fraction (now {limit}).")  # fmt: skip
+    raise DataError(f"{summary} The first is {bad[0][1]}. {hint} them, or raise data.max_bad_fraction (now {limit}).")
 
 
 def _key(source: PairSource, transform: ImageTransform | None = None) -> str:

@@ -67,9 +67,15 @@ def open_image(path: Path) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation (tag 0x0112). Damaged EXIF does not make the pixels wrong, so it is ignored."""
-    turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-             8: Image.Transpose.ROTATE_90}  # fmt: skip
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
     try:
         turn = turns.get(image.getexif().get(0x0112))
     except Exception:  # the same wide range of errors as above, and the same reason

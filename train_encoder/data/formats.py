@@ -12,12 +12,10 @@ from __future__ import annotations
 import dataclasses
 import glob
 import itertools
-import json
 import logging
 import os
 import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +25,25 @@ import pyarrow.parquet as pq
 
 from ..config import DataConfig
 from ..openmoji.drawings import build_openmoji
-from .image_files import image_suffixes, is_image_name, walk
+from .image_files import is_image_name, walk
 from .pairs import DataError, PairSource
-from .rows import Rows, collect, names_files
+from .rows import Rows, collect, data_size, names_files
+from .shards import open_tar
 from .splits import of_split, picture_folders_of_split
-from .stores import DatasetStore, FileStore, ParquetStore, TarStore
-from .tables import (
-    CAPTION_COLUMNS,
-    SEVERAL,
-    Columns,
-    caption_texts,
-    csv_rows,
-    find_columns,
-    image_name,
-    json_rows,
-    visible,
-)
+from .stores import DatasetStore, FileStore, ParquetStore
+from .tables import Columns, caption_texts, csv_rows, find_columns, image_name, json_rows, visible
 
 logger = logging.getLogger(__name__)
 
-FILE_KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-              ".parquet": "parquet", ".tar": "tar"}  # fmt: skip
+FILE_KINDS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".tar": "tar",
+}
 CHUNK_ROWS = 10_000
 # One random read decodes a row group: img2dataset writes 100 rows (about 3 MB). Above this, the arrow cache is faster.
 LARGE_ROW_GROUP_BYTES = 128 * 2**20
@@ -85,7 +81,7 @@ def _open_csv(paths: list[Path], config: DataConfig) -> PairSource:
             # All text: pandas would read the name "007" as 7 and the caption "NA" as no caption.
             texts = [pa.array([row[place] for row in chunk], pa.string()) for place in captions]
             rows.add(pa.array([row[image] for row in chunk], pa.string()), texts, folder)
-    return rows.source_of_files(root, config, _size(paths))
+    return rows.source_of_files(root, config, data_size(paths))
 
 
 def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
@@ -102,11 +98,7 @@ def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
             except RecursionError as error:
                 raise DataError(f"{path} has a caption that is nested too deeply. Repair it.") from error
             rows.add(names, [pa.array(lists, pa.list_(pa.string()))], folder)
-    return rows.source_of_files(root, config, _size(paths))
-
-
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+    return rows.source_of_files(root, config, data_size(paths))
 
 
 def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
@@ -115,26 +107,33 @@ def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{config.source} holds a damaged parquet file: {error}. Download it again.") from error
     columns = [find_columns(file.schema_arrow.names, config) for _, file in files]
-    kinds = {names_files(file.schema_arrow.field(own.image).type, own.image, str(path))
-             for (path, file), own in zip(files, columns, strict=True)}  # fmt: skip
+    kinds = {
+        names_files(file.schema_arrow.field(own.image).type, own.image, str(path))
+        for (path, file), own in zip(files, columns, strict=True)
+    }
     if len(kinds) > 1 or len({own.image for own in columns}) > 1:
-        raise DataError(f"{config.source}: its files do not have the same kind of image column. Give those of one kind "
-                        "as data.source.")  # fmt: skip
+        raise DataError(
+            f"{config.source}: its files do not have the same kind of image column. Give those of one kind "
+            "as data.source."
+        )
     (by_name,) = kinds
     groups = [(path, i, file.metadata.row_group(i)) for path, file in files for i in range(file.num_row_groups)]
     root, folders = _roots(paths, config)
-    if not by_name and max((group.total_byte_size for *_, group in groups), default=0) > LARGE_ROW_GROUP_BYTES and (
-            len(set(folders)) == 1):  # fmt: skip
+    if (
+        not by_name
+        and max((group.total_byte_size for *_, group in groups), default=0) > LARGE_ROW_GROUP_BYTES
+        and (len(set(folders)) == 1)
+    ):
         return _open_arrow_cache(paths, root, config)
     rows = Rows(config.source)
     for (path, file), own, folder in zip(files, columns, folders, strict=True):
         collect(rows, _batches(path, file, own, by_name), own, by_name, folder if by_name else "")
     if by_name:
-        return rows.source_of_files(root, config, _size(paths))
+        return rows.source_of_files(root, config, data_size(paths))
     starts = np.concatenate([[0], np.cumsum([group.num_rows for *_, group in groups])]).astype(np.int64)
     own_root = None if config.image_root is None else root
     store = ParquetStore([group[:2] for group in groups], starts, columns[0].image, own_root)
-    return rows.source(store, config, by_name=False, size=_size(paths))
+    return rows.source(store, config, by_name=False, size=data_size(paths))
 
 
 def _batches(path: Path, file: pq.ParquetFile, columns: Columns, by_name: bool) -> Iterator[pa.Table]:
@@ -156,75 +155,6 @@ def _open_arrow_cache(paths: Sequence[Path], root: Path, config: DataConfig) -> 
     return _dataset_source(datasets.load_dataset("parquet", data_files=files, split="train"), config, root)
 
 
-def _open_tar(paths: list[Path], config: DataConfig) -> PairSource:
-    """Indexes webdataset shards: members of one key are a row; 1.jpg the image, 1.txt or 1.json its captions."""
-    rows, places = Rows(config.source), []
-    for number, path in enumerate(paths):
-        names, captions = [], []
-        try:
-            for key, image, texts in _tar_rows(path, config.caption_columns):
-                one = image is not None and image is not SEVERAL
-                names.append(visible(f"{path.name}/{key}") if one else image)
-                captions.append(texts)
-                places.append((number, *(image if one else (0, 0))))
-        except tarfile.TarError as error:
-            raise DataError(f"{path} is not a complete, uncompressed tar file ({error}). Download it again, or unpack "
-                            "its compression: shards are read in place.") from error  # fmt: skip
-        rows.add(rows.named(names), [pa.array(captions, pa.list_(pa.string()))])
-    shard, offset, size = np.array(places, np.int64).reshape(-1, 3).T.copy()
-    return rows.source(TarStore(paths, shard, offset, size), config, by_name=False, size=_size(paths))
-
-
-def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, list[str]]]:
-    """Yields key, (offset, size) of the image (None, SEVERAL), captions. A key ends at its first dot, as webdataset
-    has it."""
-    with tarfile.open(path, "r:") as tar:
-        for key, members in _tar_samples(tar):
-            images = [member for suffix, member in members.items() if suffix in image_suffixes()]
-            image = (images[0].offset_data, images[0].size) if images else None
-            text, fields = [], {}
-            if ".txt" in members and not columns:
-                text = [_tar_bytes(tar, members[".txt"]).decode("utf-8-sig", errors="replace")]
-            if ".json" in members:
-                fields = _tar_json(_tar_bytes(tar, members[".json"]))
-            names = columns or next(([name] for name in CAPTION_COLUMNS if fields.get(name)), [])
-            texts = text or [t for name in names for t in caption_texts(fields.get(name))]
-            yield key, SEVERAL if len(images) > 1 else image, texts
-        tar.fileobj.seek(tar.offset)  # where it stopped: also, without a word, at a damaged or half header
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"no member at byte {tar.offset}")
-
-
-def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yields key and members by suffix; a suffix that comes again begins another sample."""
-    last, members = None, {}
-    for member in tar:
-        if not member.isfile():
-            continue
-        if member.issparse():  # a header of 512 bytes may promise a terabyte of zeros
-            raise tarfile.ReadError(f"{member.name!r} is a sparse file")
-        key, suffix = re.match(r"((?:.*/)?[^/.]*)\.?([^/]*)$", member.name, re.DOTALL).groups()
-        suffix = "." + suffix.lower()
-        if members and (key != last or suffix in members):
-            yield last, members
-            members, tar.members = {}, []  # tarfile would keep every header it has seen
-        last, members[suffix] = key, member
-    if members:
-        yield last, members
-
-
-def _tar_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    return tar.extractfile(member).read()
-
-
-def _tar_json(data: bytes) -> dict:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):  # one damaged member: the row is dropped for want of a caption, and counted
-        return {}
-    return fields if isinstance(fields, dict) else {}
-
-
 def _open_image_folder(folder: Path, config: DataConfig) -> PairSource:
     """Reads a.jpg + a.txt, at any depth; one caption a line."""
     rows, orphans = Rows(config.source), []
@@ -241,8 +171,12 @@ def _open_image_folder(folder: Path, config: DataConfig) -> PairSource:
             paths = [(place / name).relative_to(folder).as_posix() for name in some]
             rows.add(rows.named(paths), [pa.array(captions, pa.list_(pa.string()))])
     if orphans:
-        logger.warning("%s: %d .txt files have no picture beside them that can be read, such as %s", config.source,
-                       len(orphans), visible(str(min(orphans))))  # fmt: skip
+        logger.warning(
+            "%s: %d .txt files have no picture beside them that can be read, such as %s",
+            config.source,
+            len(orphans),
+            visible(str(min(orphans))),
+        )
     return rows.source(FileStore(folder, rows.true_names), config, by_name=False)
 
 
@@ -285,18 +219,22 @@ def open_source(config: DataConfig) -> PairSource:
     if missing := [str(each) for each in paths if not each.exists()]:
         if not _looks_like_path(config.source):
             return _open_hub(config)
-        raise DataError(f"{config.source}: {len(missing)} of {len(paths)} files do not exist, among them "
-                        f"{', '.join(missing[:3])}. Check data.source.")  # fmt: skip
+        raise DataError(
+            f"{config.source}: {len(missing)} of {len(paths)} files do not exist, among them "
+            f"{', '.join(missing[:3])}. Check data.source."
+        )
     if path.is_dir():
         return _open_folder(path, config)
     kinds = {FILE_KINDS.get(each.suffix.lower()) for each in paths}
     if len(kinds) > 1 or None in kinds:
-        raise DataError(f"{config.source} is of no known format. data.source may be a {', '.join(FILE_KINDS)} file, "
-                        "a folder, or a hub data set.")  # fmt: skip
+        raise DataError(
+            f"{config.source} is of no known format. data.source may be a {', '.join(FILE_KINDS)} file, "
+            "a folder, or a hub data set."
+        )
     return _OPENERS[kinds.pop()](paths, config)
 
 
-_OPENERS = {"csv": _open_csv, "json": _open_json, "parquet": _open_parquet, "tar": _open_tar}
+_OPENERS = {"csv": _open_csv, "json": _open_json, "parquet": _open_parquet, "tar": open_tar}
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -342,8 +280,10 @@ def _open_folder(folder: Path, config: DataConfig) -> PairSource:
         if suffix in files:
             _name_left_out(suffix, files, config)
             return _OPENERS[FILE_KINDS[suffix]](of_split(files[suffix], folder, config), config)
-    raise DataError(f"{folder} holds no data that can be read: no tar, parquet, jsonl, csv or json file, and no image "
-                    "with a .txt file of the same name beside it. Check data.source.")  # fmt: skip
+    raise DataError(
+        f"{folder} holds no data that can be read: no tar, parquet, jsonl, csv or json file, and no image "
+        "with a .txt file of the same name beside it. Check data.source."
+    )
 
 
 def _name_left_out(suffix: str, files: dict[str, list[Path]], config: DataConfig) -> None:
@@ -351,8 +291,13 @@ def _name_left_out(suffix: str, files: dict[str, list[Path]], config: DataConfig
     anything."""
     others = [each for other, some in files.items() if other not in (suffix, ".json") for each in some]
     if others and suffix != ".tar":
-        logger.warning("%s: its %s files are read; left out %d others, such as %s. Give one kind as data.source",
-                       config.source, suffix, len(others), visible(str(others[0])))  # fmt: skip
+        logger.warning(
+            "%s: its %s files are read; left out %d others, such as %s. Give one kind as data.source",
+            config.source,
+            suffix,
+            len(others),
+            visible(str(others[0])),
+        )
 
 
 def _open_saved(folder: Path, config: DataConfig) -> PairSource:
@@ -380,9 +325,11 @@ def _open_hub(config: DataConfig) -> PairSource:
     try:
         dataset = datasets.load_dataset(name, subset or None, split=config.split)
     except Exception as error:  # dozens of kinds, from the network up; the cause goes into the message
-        raise DataError(f"{config.source}: there is neither a file or folder of that name nor a hub data set that can "
-                        f"be reached ({type(error).__name__}: {error}). Check data.source, data.split and the "
-                        "network.") from error  # fmt: skip
+        raise DataError(
+            f"{config.source}: there is neither a file or folder of that name nor a hub data set that can "
+            f"be reached ({type(error).__name__}: {error}). Check data.source, data.split and the "
+            "network."
+        ) from error
     return _dataset_source(dataset, config)
 
 
@@ -392,6 +339,9 @@ def parse_source(text: str, data: DataConfig) -> tuple[str, DataConfig]:
     source, _, split = rest.rpartition(":") if ":" in rest and not Path(rest).exists() else (rest, "", "train")
     same = source == data.source
     return name, dataclasses.replace(
-        DataConfig(), source=source, split=split,
-        image_root=data.image_root if same else None, image_column=data.image_column if same else None,
-    )  # fmt: skip
+        DataConfig(),
+        source=source,
+        split=split,
+        image_root=data.image_root if same else None,
+        image_column=data.image_column if same else None,
+    )

@@ -75,12 +75,17 @@ class PairSource:
         self.fingerprint = self._fingerprint(config, size)
 
     def _report_dropped(self, config: DataConfig) -> None:
-        dropped = {"images without a caption": self.dropped_empty, "rows without an image": self.dropped_imageless,
-                   "rows with several images": self.dropped_several}  # fmt: skip
+        dropped = {
+            "images without a caption": self.dropped_empty,
+            "rows without an image": self.dropped_imageless,
+            "rows with several images": self.dropped_several,
+        }
         text = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
         if len(self) == 0:
-            raise DataError(f"{config.source} has no image with a caption ({text or 'it is empty'}). Check "
-                            "data.image_column, data.caption_columns and data.limit.")  # fmt: skip
+            raise DataError(
+                f"{config.source} has no image with a caption ({text or 'it is empty'}). Check "
+                "data.image_column, data.caption_columns and data.limit."
+            )
         if text:
             logger.warning("%s: left out %s", config.source, text)
 

@@ -62,15 +62,25 @@ class Rows:
         if self.count == 0:
             raise DataError(f"{config.source} has no rows. Check data.source and data.split.")
         names, texts = pa.chunked_array(self.names), pa.chunked_array(self.texts, pa.string())
-        return PairSource(names, texts, np.concatenate(self.text_rows), store, config, by_name=by_name, size=size,
-                          several=self.several)  # fmt: skip
+        return PairSource(
+            names,
+            texts,
+            np.concatenate(self.text_rows),
+            store,
+            config,
+            by_name=by_name,
+            size=size,
+            several=self.several,
+        )
 
     def source_of_files(self, root: Path, config: DataConfig, size: int = 0) -> PairSource:
         """A source of rows that name image files below `root`."""
         first = next((array.drop_null()[0].as_py() for array in self.names if array.null_count < len(array)), "")
         if re.match(r"https?://", first):
-            raise DataError(f"{config.source} names images by URL ({first}). Download them first, for example with "
-                            "img2dataset, and give its output as data.source.")  # fmt: skip
+            raise DataError(
+                f"{config.source} names images by URL ({first}). Download them first, for example with "
+                "img2dataset, and give its output as data.source."
+            )
         return self.source(FileStore(root, self.true_names), config, by_name=True, size=size)
 
 
@@ -97,8 +107,9 @@ def strings(column: pa.Array, source: str) -> pa.Array:
     except pa.ArrowNotImplementedError:  # string_view, in some versions
         return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
     except pa.ArrowInvalid as error:
-        raise DataError(f"{source} has a column of bytes where text in UTF-8 should be ({error}). Save that column as "
-                        "text.") from error  # fmt: skip
+        raise DataError(
+            f"{source} has a column of bytes where text in UTF-8 should be ({error}). Save that column as text."
+        ) from error
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -126,8 +137,10 @@ def names_files(kind: pa.DataType, column: str, source: str) -> bool:
     parts = [part.type for part in fields if part.name in ("bytes", "path")]  # as `datasets` stores images
     inside = all(_is_binary(part) or _is_text(part) or pa.types.is_null(part) for part in parts)
     if not (_is_binary(item) or (parts and inside)):
-        raise DataError(f"{source}: the column {column!r} holds {kind}, where paths or bytes of images should be. Name "
-                        "the right one with data.image_column.")  # fmt: skip
+        raise DataError(
+            f"{source}: the column {column!r} holds {kind}, where paths or bytes of images should be. Name "
+            "the right one with data.image_column."
+        )
     return False
 
 
@@ -146,3 +159,8 @@ def collect(rows: Rows, tables: Iterable[pa.Table], columns: Columns, by_name: b
             failed = pc.not_equal(status, "success").fill_null(False)
             names = pc.if_else(failed, pa.scalar(None, pa.string()), names)
         rows.add(names, [table[name].combine_chunks() for name in columns.captions], folder)
+
+
+def data_size(paths: Iterable[Path]) -> int:
+    """Bytes of the data files, for the fingerprint."""
+    return sum(path.stat().st_size for path in paths)

@@ -14,8 +14,16 @@ from .tables import visible
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-          "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
 """Words in the names of files and folders -> what they mean."""
 
 
@@ -41,11 +49,18 @@ def _chosen(found: dict[str | None, list[Path]], config: DataConfig, what: str) 
     meant = [word for word in found if word and SPLITS.get(word, word) == SPLITS.get(asked, asked)]
     words = [asked] if asked in meant else meant
     if not words:
-        raise DataError(f"{config.source} has no files of split {config.split!r}; it has: "
-                        f"{', '.join(sorted(filter(None, found)))}. Set data.split.")  # fmt: skip
+        raise DataError(
+            f"{config.source} has no files of split {config.split!r}; it has: "
+            f"{', '.join(sorted(filter(None, found)))}. Set data.split."
+        )
     if None in found:
-        logger.warning("%s: left out %d %s that name no split, such as %s", config.source, len(found[None]), what,
-                       visible(str(found[None][0])))  # fmt: skip
+        logger.warning(
+            "%s: left out %d %s that name no split, such as %s",
+            config.source,
+            len(found[None]),
+            what,
+            visible(str(found[None][0])),
+        )
     return [path for word in words for path in found[word]]
 
 

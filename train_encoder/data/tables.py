@@ -23,11 +23,13 @@ from .image_files import is_image_name
 from .pairs import DataError
 
 # Looked for in this order, whatever their case. `conversations` is the shape of LLaVA and ShareGPT4V.
-IMAGE_COLUMNS = ("image", "image_path", "img", "img_path", "filepath", "file_path", "filename", "file_name", "file",
-                 "image_file", "image_name", "image_filepath", "path", "jpg", "jpeg", "png", "webp", "images",
-                 "image_paths")  # fmt: skip
-CAPTION_COLUMNS = ("conversations", "captions", "caption", "texts", "text", "sentences", "sentence", "raw", "txt",
-                   "title", "description", "alt_text")  # fmt: skip
+IMAGE_COLUMNS = (
+    "image image_path img img_path filepath file_path filename file_name file image_file image_name image_filepath "
+    "path jpg jpeg png webp images image_paths"
+).split()
+CAPTION_COLUMNS = (
+    "conversations captions caption texts text sentences sentence raw txt title description alt_text"
+).split()
 KEY_COLUMNS = ("key", "__key__", "image_id", "id")
 
 
@@ -56,12 +58,16 @@ def find_columns(available: Sequence[str], config: DataConfig) -> Columns:
     if missing or image is None or not captions:
         unseen = f"no column that looks like {'an image' if image is None else 'a caption'}"
         what = f"no column {', '.join(map(repr, missing))}" if missing else unseen
-        raise DataError(f"{config.source} has {what}; its columns are: {name_columns(available)}. Name them with "
-                        "data.image_column and data.caption_columns.")  # fmt: skip
+        raise DataError(
+            f"{config.source} has {what}; its columns are: {name_columns(available)}. Name them with "
+            "data.image_column and data.caption_columns."
+        )
     twice = [name for name in (image, *captions) if list(available).count(name) > 1]
     if twice:
-        raise DataError(f"{config.source} has more than one column called {twice[0]!r}: which one is meant? Give them "
-                        "different names.")  # fmt: skip
+        raise DataError(
+            f"{config.source} has more than one column called {twice[0]!r}: which one is meant? Give them "
+            "different names."
+        )
     return Columns(image, tuple(captions), first(KEY_COLUMNS), first(["status"]))
 
 
@@ -153,8 +159,10 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                 before = reader.line_num
     except (csv.Error, UnicodeDecodeError) as error:
         hint = "A quote inside a quoted cell is written twice. " if isinstance(error, csv.Error) else ""
-        raise DataError(f"{path}, the row of line {before + 1}, cannot be read as {'tsv' if tabs else 'csv'} in UTF-8: "
-                        f"{error}. {hint}Repair it or save it again.") from error  # fmt: skip
+        raise DataError(
+            f"{path}, the row of line {before + 1}, cannot be read as {'tsv' if tabs else 'csv'} in UTF-8: "
+            f"{error}. {hint}Repair it or save it again."
+        ) from error
 
 
 def _fitted(rows: Iterator[tuple[int, list[str]]], header: list[str], path: Path, config: DataConfig):
@@ -181,8 +189,10 @@ def _misfit(path: Path, number: int, cells: int, width: int, open_quote: int) ->
     if open_quote:
         why = f"A quote opens in line {open_quote} and does not close there: in a TSV a line is a row."
     kind = path.suffix.lower()[1:]
-    return DataError(f"{path}, line {number} has {cells} cells, but the header has {width}: it cannot be read as "
-                     f"{kind} in UTF-8. {why} Repair it or save it again.")  # fmt: skip
+    return DataError(
+        f"{path}, line {number} has {cells} cells, but the header has {width}: it cannot be read as "
+        f"{kind} in UTF-8. {why} Repair it or save it again."
+    )
 
 
 def _opens_a_quote(cell: str) -> bool:
@@ -202,9 +212,11 @@ def _refuse_swallowed_rows(row: list[str], number: int, image: int, path: Path) 
     for line in itertools.chain.from_iterable(re.split(r"\r\n|\r|\n", cell)[1:] for cell in row):
         cells = line.split(",")
         if len(cells) > max(image, 1) and is_image_name(cells[image].strip()):
-            raise DataError(f"{path}, line {number}: a quote opens here and takes in the rows after it, such as "
-                            f"{line[:60]!r}. If it belongs to the text, write it twice in a quoted cell; if that line "
-                            "is text, save the table as JSON lines.")  # fmt: skip
+            raise DataError(
+                f"{path}, line {number}: a quote opens here and takes in the rows after it, such as "
+                f"{line[:60]!r}. If it belongs to the text, write it twice in a quoted cell; if that line "
+                "is text, save the table as JSON lines."
+            )
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
@@ -221,14 +233,18 @@ def json_rows(path: Path) -> Iterator[dict]:
             for row in _list_items(file) if start == "[" else _line_items(file, start):
                 count += 1
                 if not isinstance(row, dict):
-                    raise DataError(f"{path}, row {count} holds {type(row).__name__} where a row such as "
-                                    '{"image": ..., "caption": ...} should be.')  # fmt: skip
+                    raise DataError(
+                        f"{path}, row {count} holds {type(row).__name__} where a row such as "
+                        '{"image": ..., "caption": ...} should be.'
+                    )
                 yield row
     except DataError:
         raise
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, too deep
-        raise DataError(f"{path} is neither a JSON list of rows nor JSON lines in UTF-8 (after row {count}: {error}). "
-                        'Write one row a line, such as {"image": "a.jpg", "caption": "a cat"}.') from error  # fmt: skip
+        raise DataError(
+            f"{path} is neither a JSON list of rows nor JSON lines in UTF-8 (after row {count}: {error}). "
+            'Write one row a line, such as {"image": "a.jpg", "caption": "a cat"}.'
+        ) from error
 
 
 def _line_items(file: io.TextIOBase, start: str) -> Iterator[Any]:

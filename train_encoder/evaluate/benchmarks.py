@@ -107,8 +107,10 @@ def _benchmark(name: str, rows: list[tuple[Path, list[str]]]) -> ImageList:
     if missing or not rows:
         raise BenchmarkNotFound(
             f"{name}: {len(missing)} of {len(rows)} images are missing, the first is {missing[0]}. The benchmark is "
-            "only itself when it is whole: download the missing images." if rows else f"{name} lists no images."
-        )  # fmt: skip
+            "only itself when it is whole: download the missing images."
+            if rows
+            else f"{name} lists no images."
+        )
     return ImageList(name, [(path, captions[:CAPTIONS_PER_IMAGE]) for path, captions in rows])
 
 

@@ -78,19 +78,29 @@ class _Rows:
 
     def source(self, data: str) -> PairSource:
         split = self.split or ("heldout" if data == "openmoji" else DataConfig().split)
-        return open_source(DataConfig(
-            source=data, split=split, image_root=self.image_root, image_column=self.image_column,
-            caption_columns=self.caption_columns, limit=self.limit, max_bad_fraction=self.max_bad_fraction,
-        ))  # fmt: skip
+        return open_source(
+            DataConfig(
+                source=data,
+                split=split,
+                image_root=self.image_root,
+                image_column=self.image_column,
+                caption_columns=self.caption_columns,
+                limit=self.limit,
+                max_bad_fraction=self.max_bad_fraction,
+            )
+        )
 
     def good_rows(self, source: PairSource, workers: int) -> np.ndarray:
         """Rows whose image can be read; the list of the others is kept in a temporary folder that a warning names."""
         skipped = Path(tempfile.mkdtemp(prefix="evaluate-")) / "skipped.jsonl"
         with Bar("checking images", len(source)) as bar:
             good = check_images(
-                source, workers=workers, max_bad_fraction=self.max_bad_fraction, skipped_path=skipped,
+                source,
+                workers=workers,
+                max_bad_fraction=self.max_bad_fraction,
+                skipped_path=skipped,
                 progress=lambda done, _: bar.advance(done - bar.done),
-            )  # fmt: skip
+            )
         if good.all():
             shutil.rmtree(skipped.parent)
         return np.flatnonzero(good)
@@ -118,11 +128,16 @@ class Retrieval(_Rows, _Common):
         source = self.source(self.data) if self.preset is None else benchmarks.PRESETS[self.preset](self.data)
         rows = self.good_rows(source, self.workers) if self.preset is None else None
         found = {}
-        for name, bundle in _systems(self, self.experts):
+        for name, bundle in _variants(self, self.experts):
             found[name] = retrieval.evaluate_retrieval(
-                bundle, source, rows=rows, captions=self.captions, workers=self.workers,
-                progress=Bar(name, None, unit="items"), **self.settings(),
-            )  # fmt: skip
+                bundle,
+                source,
+                rows=rows,
+                captions=self.captions,
+                workers=self.workers,
+                progress=Bar(name, None, unit="items"),
+                **self.settings(),
+            )
         return {"retrieval": {self.preset or Path(self.data).name: found}}
 
 
@@ -146,11 +161,15 @@ class ZeroShot(_Common):
         data = zero_shot.open_classes(self.preset, self.data)
         templates = None if self.templates == "openai" else ("a photo of a {}.",)
         found = {}
-        for name, bundle in _systems(self, self.experts):
+        for name, bundle in _variants(self, self.experts):
             found[name] = zero_shot.evaluate_zero_shot(
-                bundle, data, templates=templates, workers=self.workers, progress=Bar(name, len(data.labels)),
+                bundle,
+                data,
+                templates=templates,
+                workers=self.workers,
+                progress=Bar(name, len(data.labels)),
                 **self.settings(),
-            )  # fmt: skip
+            )
         return {"zero_shot": {self.preset or Path(self.data).name: found}}
 
 
@@ -175,10 +194,10 @@ class Mmvp(_Common):
         if self.data == "openmoji":
             folder = build_openmoji() / "attribute_pairs"
         found = {}
-        for name, bundle in _systems(self, experts=False):
+        for name, bundle in _variants(self, experts=False):
             if self.experts and not bundle.model.config.is_dense:
                 each = mmvp.evaluate_experts(bundle, folder, self.prompt, split=self.split, **self.settings())
-                found.update({_system(name, system): result for system, result in each.items()})
+                found.update({_variant_name(name, variant): result for variant, result in each.items()})
             else:
                 found[name] = mmvp.evaluate_mmvp(bundle, folder, self.prompt, split=self.split, **self.settings())
         return {"attributes": found}
@@ -200,7 +219,7 @@ class Routing(_Rows, _Common):
 
     def run(self) -> dict[str, Any]:
         source = self.source(self.data)
-        ((_, bundle),) = _systems(self, experts=False)
+        ((_, bundle),) = _variants(self, experts=False)
         sample = {"images": self.images, **self.settings()}
         found: dict[str, Any] = {"routing": routing.evaluate_routing(bundle, source, **sample)}
         if self.initial is not None:
@@ -212,7 +231,7 @@ class Routing(_Rows, _Common):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def _systems(task: _Common, experts: bool) -> Iterator[tuple[str, ClipBundle]]:
+def _variants(task: _Common, experts: bool) -> Iterator[tuple[str, ClipBundle]]:
     """(name, bundle) of every model, one in memory at a time; a CLIP-MoE's experts, each alone, before itself."""
     names = [Path(model).name for model in task.models]
     for model, short in zip(task.models, names, strict=True):
@@ -223,15 +242,19 @@ def _systems(task: _Common, experts: bool) -> Iterator[tuple[str, ClipBundle]]:
         if experts and not bundle.model.config.is_dense:
             for expert in range(bundle.model.config.num_experts):
                 with only_expert(bundle.model, expert):
-                    yield _system(name, f"expert{expert}"), bundle
+                    yield _variant_name(name, f"expert{expert}"), bundle
         yield name, bundle
 
 
-def _system(name: str, part: str) -> str:
+def _variant_name(name: str, part: str) -> str:
     return name if part == "clip-moe" else f"{name} {part}"
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
+
+
+RECALLS = {f"{way} R@{k}": f"{way.lower()}_r{k}" for way in ("I2T", "T2I") for k in retrieval.RANKS}
+ACCURACIES = {"top-1": "top1", "top-5": "top5", "mean per class": "mean_per_class"}
 
 
 def _percent(share: float) -> str:
@@ -240,34 +263,42 @@ def _percent(share: float) -> str:
 
 def tables(results: dict[str, Any]) -> Iterator[tuple[str, Table]]:
     """Results as titled rich tables, in percent."""
-    for dataset, systems in results.get("retrieval", {}).items():
-        sizes = next(iter(systems.values()))
-        title = (f"Recall on {dataset} in %: image to text, text to image "
-                 f"({sizes['images']:,} images, {sizes['captions']:,} captions)")  # fmt: skip
-        keys = {f"{way} R@{k}": f"{way.lower()}_r{k}" for way in ("I2T", "T2I") for k in retrieval.RANKS}
-        yield _table(title, {name: [system[key] for key in keys.values()] for name, system in systems.items()}, keys)
-    for dataset, systems in results.get("zero_shot", {}).items():
-        sizes = next(iter(systems.values()))
+    for dataset, variants in results.get("retrieval", {}).items():
+        sizes = next(iter(variants.values()))
+        counted = f"{sizes['images']:,} images, {sizes['captions']:,} captions"
+        title = f"Recall on {dataset} in %: image to text, text to image ({counted})"
+        yield _scores(title, variants, RECALLS)
+    for dataset, variants in results.get("zero_shot", {}).items():
+        sizes = next(iter(variants.values()))
         title = f"Zero-shot on {dataset} in % ({sizes['images']:,} images, {sizes['classes']:,} classes)"
-        keys = {"top-1": "top1", "top-5": "top5", "mean per class": "mean_per_class"}
-        yield _table(title, {name: [system[key] for key in keys.values()] for name, system in systems.items()}, keys)
-    if systems := results.get("attributes", {}):
-        first = next(iter(systems.values()))
-        rows = {f"{kind} ({first['by_type'][kind]['pairs']})": [s["by_type"][kind]["accuracy"] for s in
-                systems.values()] for kind in first["by_type"]}  # fmt: skip
-        rows[f"all ({first['pairs']})"] = [system["overall"] for system in systems.values()]
-        yield _table("Right pairs in % (number of pairs; chance 25)", rows, systems)
+        yield _scores(title, variants, ACCURACIES)
+    if variants := results.get("attributes"):
+        yield _right_pairs(variants)
     if shares := results.get("routing"):
         for tower in routing.TOWERS:
-            blocks = {f"block {number}": row for number, row in zip(shares[f"{tower}_blocks"], shares[tower],
-                      strict=True)}  # fmt: skip
-            if blocks:
-                experts = [f"expert {e}" for e in range(len(shares[tower][0]))]
+            if shares[tower]:
                 title = f"First choices of {shares[f'{tower}_tokens']:,} {tower} tokens in %"
-                yield _table(title, blocks, experts)
+                labels = [f"block {number}" for number in shares[f"{tower}_blocks"]]
+                experts = [f"expert {expert}" for expert in range(len(shares[tower][0]))]
+                yield _table(title, dict(zip(labels, shares[tower], strict=True)), experts)
     if moved := results.get("router_movement"):
         rows = {row["block"]: [row["relative_change"], row["changed_top1"]] for row in moved}
         yield _table("Router training in %", rows, ["change of the weights", "tokens with another first choice"])
+
+
+def _scores(title: str, variants: dict[str, dict], columns: dict[str, str]) -> tuple[str, Table]:
+    """A row for every variant. columns: title -> key of the score."""
+    rows = {name: [scores[key] for key in columns.values()] for name, scores in variants.items()}
+    return _table(title, rows, columns)
+
+
+def _right_pairs(variants: dict[str, dict]) -> tuple[str, Table]:
+    """A row for every type of pairs, a column for every variant."""
+    first, rows = next(iter(variants.values())), {}
+    for kind, counted in first["by_type"].items():
+        rows[f"{kind} ({counted['pairs']})"] = [each["by_type"][kind]["accuracy"] for each in variants.values()]
+    rows[f"all ({first['pairs']})"] = [each["overall"] for each in variants.values()]
+    return _table("Right pairs in % (number of pairs; chance 25)", rows, variants)
 
 
 def _table(title: str, rows: dict[str, list[float]], columns: Iterable[str]) -> tuple[str, Table]:
@@ -292,9 +323,13 @@ TASKS: dict[str, tuple[Any, str]] = {
 
 def overview() -> str:
     """What `llava-clipmoe evaluate --help` says before a task is named."""
-    lines = ["usage: llava-clipmoe evaluate MODEL [MODEL ...] TASK --data DATA [--output FILE]", "",
-             "Measures CLIP and CLIP-MoE models, several side by side. MODEL is a directory, a hub id, or the name of",
-             "an open_clip model with --checkpoint. TASK is one of:", ""]  # fmt: skip
+    lines = [
+        "usage: llava-clipmoe evaluate MODEL [MODEL ...] TASK --data DATA [--output FILE]",
+        "",
+        "Measures CLIP and CLIP-MoE models, several side by side. MODEL is a directory, a hub id, or the name of",
+        "an open_clip model with --checkpoint. TASK is one of:",
+        "",
+    ]
     lines += [f"  {name:<11}{about}" for name, (_, about) in TASKS.items()]
     return "\n".join([*lines, "", "`llava-clipmoe evaluate TASK --help` explains a task, its data and its settings."])
 
@@ -308,8 +343,10 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
             return word, [*argv[:position], *argv[position + 1 :]]
     if not {"-h", "--help"}.isdisjoint(argv):
         return None, argv
-    raise ValueError(f"which evaluation? Put {', '.join(TASKS)} after the model: llava-clipmoe evaluate "
-                     f"{' '.join(argv[:flags]) or 'MODEL'} retrieval --data ...")  # fmt: skip
+    raise ValueError(
+        f"which evaluation? Put {', '.join(TASKS)} after the model: llava-clipmoe evaluate "
+        f"{' '.join(argv[:flags]) or 'MODEL'} retrieval --data ..."
+    )
 
 
 def _check(task: Any) -> None:

@@ -60,16 +60,19 @@ def read_pairs(folder: str | Path, split: str | None = None) -> list[Pair]:
         )
     rows = list(_rows(table))
     if len(rows) % 2 or not rows:
-        raise ValueError(f"{table} has {len(rows)} rows: two consecutive rows make a pair, so there must be an even "
-                         "number.")  # fmt: skip
+        raise ValueError(
+            f"{table} has {len(rows)} rows: two consecutive rows make a pair, so there must be an even number."
+        )
     pairs = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         if split is not None and {first.get("split"), second.get("split")} != {split}:
             continue
         first, second = sorted((first, second), key=lambda row: row["number"] % 2 == 0)
         if first["number"] % 2 == 0 or second["number"] % 2 == 1 or first["type"] != second["type"]:
-            raise ValueError(f"{table}: rows {first['number']} and {second['number']} are no pair: a pair has one odd "
-                             "and one even id, and one type.")  # fmt: skip
+            raise ValueError(
+                f"{table}: rows {first['number']} and {second['number']} are no pair: a pair has one odd "
+                "and one even id, and one type."
+            )
         images = tuple(_picture(pictures, row["type"], row["number"]) for row in (first, second))
         pairs.append(Pair(first["type"], images, (first["statement"], second["statement"])))
     if not pairs:
@@ -83,16 +86,19 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
         columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
         number = next((columns[name] for name in ID_COLUMNS if name in columns), None)
         if number is None or "type" not in columns or "statement" not in columns:
-            raise ValueError(f"{table} needs the columns id (or Question ID), type and statement; it has "
-                             f"{', '.join(reader.fieldnames or ()) or 'none'}.")  # fmt: skip
+            raise ValueError(
+                f"{table} needs the columns id (or Question ID), type and statement; it has "
+                f"{', '.join(reader.fieldnames or ()) or 'none'}."
+            )
         for row in reader:
             if not (row[number] or "").strip().isdigit() or not row[columns["statement"]]:
                 raise ValueError(f"{table}, line {reader.line_num}: an id (a number) and a statement are needed.")
             yield {
-                "number": int(row[number]), "type": row[columns["type"]].strip(),
+                "number": int(row[number]),
+                "type": row[columns["type"]].strip(),
                 "statement": row[columns["statement"]].strip(),
                 "split": (row[columns["split"]] or "").strip() if "split" in columns else None,
-            }  # fmt: skip
+            }
 
 
 def _picture(root: Path, kind: str, number: int) -> Path:
@@ -165,9 +171,10 @@ def _evaluate(
     for pair, answer in zip(pairs, right, strict=True):
         by_type.setdefault(pair.type, []).append(answer)
     return {
-        "overall": sum(right) / len(right), "pairs": len(right),
+        "overall": sum(right) / len(right),
+        "pairs": len(right),
         "by_type": {kind: {"accuracy": sum(a) / len(a), "pairs": len(a)} for kind, a in by_type.items()},
-    }  # fmt: skip
+    }
 
 
 def right_pairs(images: torch.Tensor, statements: torch.Tensor) -> torch.Tensor:

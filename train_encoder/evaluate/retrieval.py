@@ -123,8 +123,17 @@ def evaluate_retrieval(
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retrieval-")))
         found = encode_source(
-            bundle, source, folder, captions=captions, batch_size=batch_size, device=device, precision=precision,
-            workers=workers, progress=progress, rows=rows, dtype="float32",
-        )  # fmt: skip
+            bundle,
+            source,
+            folder,
+            captions=captions,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            workers=workers,
+            progress=progress,
+            rows=rows,
+            dtype="float32",
+        )
         measured = recalls(found.image, found.text, found.text_image, device=device)
         return {**measured, "images": len(found.image), "captions": len(found.text)}

@@ -104,11 +104,14 @@ def router_movement(
     rows_out = []
     for name, mlp in blocks.items():
         old, new = before[name].double().flatten(), mlp.router.weight.detach().cpu().double().flatten()
-        rows_out.append({
-            "block": name, "relative_change": ((new - old).norm() / old.norm()).item(),
-            "cosine": torch.nn.functional.cosine_similarity(new, old, dim=0).item(),
-            "changed_top1": changed[name] / tokens[name],
-        })  # fmt: skip
+        rows_out.append(
+            {
+                "block": name,
+                "relative_change": ((new - old).norm() / old.norm()).item(),
+                "cosine": torch.nn.functional.cosine_similarity(new, old, dim=0).item(),
+                "changed_top1": changed[name] / tokens[name],
+            }
+        )
     return rows_out
 
 
@@ -156,10 +159,12 @@ def _sample(
         raise ValueError("there is no readable image to look at the routing of.")
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     return [
-        (torch.stack([pixels for pixels, _ in batch]),
-         tokenise(bundle.tokenizer, [caption for _, caption in batch], bundle.context_length)[0])
+        (
+            torch.stack([pixels for pixels, _ in batch]),
+            tokenise(bundle.tokenizer, [caption for _, caption in batch], bundle.context_length)[0],
+        )
         for batch in batches
-    ]  # fmt: skip
+    ]
 
 
 def _watch(

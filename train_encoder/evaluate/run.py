@@ -5,7 +5,6 @@ Results go to `results.json` variant by variant, so that a killed evaluation goe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..data.formats import open_source, parse_source
 from ..data.pairs import PairSource
 from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
-from ..training.memory import peak_memory_bytes
+from ..training.metrics import Began
 from ..training.run import Run
 from .mmvp import evaluate_mmvp
 from .retrieval import evaluate_retrieval
@@ -47,7 +46,7 @@ def evaluate_run(
     final: the name of the result among the variants. describe: what is not a score (routing, clusters, ...).
     """
     evaluation = _Evaluation(run, set(variants))
-    results, file, started = evaluation.results, run.folder.results, time.time()
+    results, file, began = evaluation.results, run.folder.results, Began()
     with Bar("evaluating", len(variants), unit="variants") as bar:
         for name, variant in variants.items():
             evaluation.measure(name, variant)
@@ -55,8 +54,7 @@ def evaluate_run(
     if "parameters" not in results:
         results |= {"result": final, **describe()}
         write_json(file, results)
-        run.metrics.log({"event": "done", "work": "evaluate", "stage": "all", "seconds": time.time() - started,
-                         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device)})  # fmt: skip
+        run.metrics.done("evaluate", "all", began, run.accelerator.device)
     return results
 
 
@@ -66,8 +64,11 @@ class _Evaluation:
     def __init__(self, run: Run, variants: set[str]):
         self.run, self.results = run, _previous(run)
         evaluation, engine = run.config.evaluation, run.config.engine
-        self.settings = {"device": run.accelerator.device, "precision": engine.precision,
-                         "batch_size": evaluation.batch_size}  # fmt: skip
+        self.settings = {
+            "device": run.accelerator.device,
+            "precision": engine.precision,
+            "batch_size": evaluation.batch_size,
+        }
         self.classes: dict[str, tuple[Classes, Templates]] = dict(map(open_zero_shot, evaluation.zero_shot))
         self.sources = _retrieval_sources(run) if variants - set(self.results["done"]) else {}
 
@@ -123,9 +124,11 @@ def _retrieval_sources(run: Run) -> dict[str, tuple[PairSource, np.ndarray]]:
         name, data = parse_source(entry, run.config.data)
         source = open_source(data)
         good = check_images(
-            source, workers=run.config.engine.workers, max_bad_fraction=run.config.data.max_bad_fraction,
+            source,
+            workers=run.config.engine.workers,
+            max_bad_fraction=run.config.data.max_bad_fraction,
             skipped_path=run.folder.path / f"skipped-evaluation{number}.jsonl",
-        )  # fmt: skip
+        )
         sources[name] = source, np.flatnonzero(good)
     return sources
 

@@ -93,9 +93,11 @@ def evaluate_zero_shot(
     encoding: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
     classifier = text_classifier(bundle, data.names, templates, **encoding)
     loader = DataLoader(
-        _Pictures(data, ImageTransform(bundle.image_size)), batch_size=batch_size, num_workers=workers,
+        _Pictures(data, ImageTransform(bundle.image_size)),
+        batch_size=batch_size,
+        num_workers=workers,
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     before = []
     with progress or contextlib.nullcontext() as bar, full_precision():
         for pixels, labels in loader:
@@ -112,10 +114,13 @@ def _accuracies(before: np.ndarray, data: Classes) -> dict[str, Any]:
     by_class = {data.names[label]: float((before[data.labels == label] < 1).mean()) for label in present}
     per_class = [(before[data.labels == label] < 1).mean() for label in present]  # two classes may share a name
     return {
-        "top1": float((before < 1).mean()), "top5": float((before < 5).mean()),
-        "mean_per_class": float(np.mean(per_class)), "classes": len(data.names), "images": len(before),
+        "top1": float((before < 1).mean()),
+        "top5": float((before < 5).mean()),
+        "mean_per_class": float(np.mean(per_class)),
+        "classes": len(data.names),
+        "images": len(before),
         "by_class": by_class,
-    }  # fmt: skip
+    }
 
 
 class _Pictures(Dataset):
@@ -186,9 +191,11 @@ def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
     if not any(found):
         raise BenchmarkNotFound(f"{folder} has no images in subfolders. Make one subfolder per class.")
     if empty := [place.name for place, paths in zip(folders, found, strict=True) if not paths]:
-        raise BenchmarkNotFound(f"{folder} has no image that can be read in {len(empty)} of its {len(folders)} "
-                                f"subfolders, such as {empty[0]}: that class would not be measured. Add its images, or "
-                                "remove the subfolder.")  # fmt: skip
+        raise BenchmarkNotFound(
+            f"{folder} has no image that can be read in {len(empty)} of its {len(folders)} "
+            f"subfolders, such as {empty[0]}: that class would not be measured. Add its images, or "
+            "remove the subfolder."
+        )
     labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in found])
     return folders, [path for paths in found for path in paths], labels
 

@@ -252,9 +252,8 @@ def encode_source(
     work = _Work.of(source, captions, rows)
     counts = {"image": len(work.rows), "text": len(work.text_image)}
     shapes = {kind: (count, bundle.model.config.projection_dim) for kind, count in counts.items()}
-    key = digest(FORMAT, source.fingerprint, digest(work.rows.tolist()), counts, captions, precision, dtype,
-                 model_id or model_fingerprint(bundle.model), _switches(bundle.model), bundle.image_size,
-                 bundle.image_mean, bundle.image_std, bundle.context_length)  # fmt: skip
+    settings = [captions, precision, dtype, *_model_facts(bundle, model_id)]
+    key = digest(FORMAT, source.fingerprint, digest(work.rows.tolist()), counts, *settings)
     files = FeatureFolder(Path(folder), key, shapes, dtype, rank)
     complete = files.complete
     wait()  # nobody changes the folder before all have looked at it
@@ -326,6 +325,12 @@ def _write_texts(bundle, work, files, chunks, device, batch_size, loader, report
     for (start, _), ids in zip(chunks, batches, strict=True):
         files.write("text", start, _encode_sorted(bundle, *ids, device, batch_size))
         report(len(ids[0]))
+
+
+def _model_facts(bundle: ClipBundle, model_id: str | None) -> list[Any]:
+    """What the embeddings depend on beside the data."""
+    model = [model_id or model_fingerprint(bundle.model), _switches(bundle.model)]
+    return [*model, bundle.image_size, bundle.image_mean, bundle.image_std, bundle.context_length]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

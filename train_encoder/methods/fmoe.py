@@ -17,14 +17,7 @@ import numpy as np
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, write_json
-from llava_clipmoe.upcycling import (
-    default_fusion_layers,
-    expert_state,
-    ffn_state,
-    fuse,
-    is_expert_or_gate,
-    moe_config,
-)
+from llava_clipmoe.upcycling import default_fusion_layers, expert_state, ffn_state, fuse, is_expert_or_gate, moe_config
 
 from ..config import TrainConfig
 from ..features.clusters import NestedClusters, load_nested, nested_clusters, save_nested
@@ -92,9 +85,14 @@ class FMoE(Mixture):
         beside = fuse(base.model, [ffn_state(base.model.state_dict())], self.upcycled_config(1), seed=self.config.seed)
         bundle = dataclasses.replace(base, model=beside)
         self.run.train(
-            name, bundle, is_expert_or_gate, self.config.fmoe.optim, cluster_ids=found.sub_labels[mine][:, None],
-            rows=self.run.rows[mine], accelerator=Alone(self.run.accelerator),
-        )  # fmt: skip
+            name,
+            bundle,
+            is_expert_or_gate,
+            self.config.fmoe.optim,
+            cluster_ids=found.sub_labels[mine][:, None],
+            rows=self.run.rows[mine],
+            accelerator=Alone(self.run.accelerator),
+        )
         with atomic_directory(weights.parent) as temporary:
             save_tensors(temporary / "model.safetensors", expert_state(bundle.model.state_dict()))
             about = {"what": "the FFN tensors of one expert of a CLIP-FMoE; all else is the base's", "expert": number}

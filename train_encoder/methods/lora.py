@@ -1,4 +1,4 @@
-"""Diversified Multiplet Upcycling with low-rank stages: a stage learns W + (alpha / r) B A in every FFN (LoRA).
+"""Diversified Multiplet Upcycling with low-rank stages (LoRA): of W + (alpha / r) B A in every FFN, B A is trained.
 
 peft's layers are there while a stage trains; then the stage is merged, and all that follows (features, clusters,
 upcycling, evaluation) meets an ordinary DMU stage. What it saves is memory: gradients and Adam's moments of the FFNs,
@@ -96,7 +96,7 @@ def add_adapters(model: CLIPMoEModel, blocks: Collection[tuple[str, int]], setti
     targets = [f"{tower}.encoder.layers.{block}.mlp.{matrix}" for tower, block in sorted(blocks) for matrix in MATRICES]
     config = peft.LoraConfig(
         r=settings.rank, lora_alpha=settings.effective_alpha, lora_dropout=settings.dropout, target_modules=targets
-    )  # fmt: skip
+    )
     return peft.LoraModel(model, config, "default")
 
 

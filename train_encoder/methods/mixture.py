@@ -17,9 +17,14 @@ from .base import Method, Trainable, Training
 
 UNTRAINED = "clip-moe (untrained router)"
 MOE_FIELDS = (
-    "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise",
-    "router_initializer_range", "expert_dropout",
-)  # fmt: skip
+    "num_experts",
+    "num_experts_per_tok",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_jitter_noise",
+    "router_initializer_range",
+    "expert_dropout",
+)
 """Settings of a run that are fields of the model's configuration."""
 
 

@@ -239,9 +239,14 @@ def _fill(folder: Path, chosen: list[Emoji], size: int, seed: int, workers: int,
     sides = {row["name"]: (row["image"], "heldout" if is_heldout(row["concept"], seed) else "train") for row in rows}
     pairs = write_attribute_pairs(folder, sides)
     facts = {
-        "format": FORMAT, "size": size, "seed": seed, "train": len(train), "heldout": len(heldout),
-        "train_concepts": len({row["concept"] for row in train}), "attribute_pairs": pairs,
-    }  # fmt: skip
+        "format": FORMAT,
+        "size": size,
+        "seed": seed,
+        "train": len(train),
+        "heldout": len(heldout),
+        "train_concepts": len({row["concept"] for row in train}),
+        "attribute_pairs": pairs,
+    }
     (folder / "README.md").write_text(_readme(facts), encoding="utf-8")
     (folder / DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

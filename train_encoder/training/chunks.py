@@ -2,8 +2,8 @@
 
     small chunks are run and measured -> a line through them meets the limit -> the chunk there is run before it counts
 
-Nothing is guessed: what counts has run forward and backward, on the card, with the model and what learns. The search
-knows nothing of torch; a `Gauge` says what a piece of work took.
+Nothing is guessed: what counts has run forward and backward, on the card, with the model and what is trainable. The
+search knows nothing of torch; a `Gauge` says what a piece of work took.
 """
 
 from __future__ import annotations
@@ -154,9 +154,14 @@ def gauge_of(device: torch.device) -> Gauge | None:
 
 
 def choose_chunk(
-    given: ChunkSize, name: str, share: int, file: Path, accelerator: Accelerator, gauge: Gauge | None,
+    given: ChunkSize,
+    name: str,
+    share: int,
+    file: Path,
+    accelerator: Accelerator,
+    gauge: Gauge | None,
     measured: Callable[[Gauge], Trial],
-) -> int | None:  # fmt: skip
+) -> int | None:
     """Images of a chunk of the training `name`; None: the process's `share` of the batch in one piece.
 
     A number, or None, is taken as given. "auto" is what `file` says, from when this training began; without the file
@@ -179,8 +184,16 @@ def choose_chunk(
         chunk, peak = min(least)
     if accelerator.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"images": chunk, "share": share, "device": gauge.name, "peak_memory_bytes": peak,
-                          "total_memory_bytes": gauge.total})  # fmt: skip
+        write_json(
+            file,
+            {
+                "images": chunk,
+                "share": share,
+                "device": gauge.name,
+                "peak_memory_bytes": peak,
+                "total_memory_bytes": gauge.total,
+            },
+        )
     accelerator.wait_for_everyone()
     pieces = "in one piece, " if chunk >= share else "chunks of "
     _say(f"{name}: {pieces}{chunk} images: {peak / 2**30:.1f} of {gauge.total / 2**30:.1f} GiB")

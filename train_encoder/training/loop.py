@@ -34,8 +34,8 @@ from .alone import Alone
 from .checkpoint import MOMENTS, load_checkpoint, save_checkpoint
 from .chunks import Gauge, Trial, choose_chunk, gauge_of, out_of_memory_names_the_flag
 from .losses import make_objective
-from .memory import peak_memory_bytes, reset_peak_memory
-from .metrics import Metrics
+from .memory import reset_peak_memory
+from .metrics import Began, Metrics
 from .sampler import InClusterBatchSampler
 from .step import TwoTowers, forward_backward
 
@@ -79,7 +79,7 @@ def train(
     trials = partial(step_trials, stage, towers, optimizer, accelerator, share)
     chunk = choose_chunk(engine.chunk_size, stage.name, share, chunk_file, accelerator, gauge, trials)
     reset_peak_memory(device)
-    started, busy, truncated = time.time(), time.process_time(), 0
+    began, truncated = Began(), 0
 
     total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
     explained = out_of_memory_names_the_flag(stage.name, chunk, share, gauge)
@@ -108,12 +108,9 @@ def train(
     truncated = int(accelerator.reduce(torch.tensor(truncated, device=device), "sum"))
     if truncated:
         bar.write(f"{truncated} of {total - done} captions were longer than {stage.bundle.context_length} tokens: cut")
-    metrics.log({
-        "event": "done", "work": "train", "stage": stage.name, "seconds": time.time() - started,
-        "cpu_seconds": time.process_time() - busy,  # of this process: says more than the clock on a shared machine
-        "images": total - done, "truncated_captions": truncated, "peak_memory_bytes": peak_memory_bytes(device),
-        "chunk_size": chunk if chunk is not None and chunk < share else None,  # None: in one piece
-    })  # fmt: skip
+    in_one_piece = chunk is None or chunk >= share
+    facts = {"images": total - done, "truncated_captions": truncated, "chunk_size": None if in_one_piece else chunk}
+    metrics.done("train", stage.name, began, device, **facts)
 
 
 def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
@@ -131,15 +128,23 @@ def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
 
 def _loader(stage: Stage, sampler: InClusterBatchSampler, engine: EngineConfig, device: torch.device) -> DataLoader:
     return DataLoader(
-        _Rows(stage.dataset, stage.rows), batch_sampler=sampler, collate_fn=collate, num_workers=engine.workers,
-        pin_memory=device.type == "cuda", persistent_workers=engine.workers > 0,
-    )  # fmt: skip
+        _Rows(stage.dataset, stage.rows),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=engine.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=engine.workers > 0,
+    )
 
 
 def _optimizer_step(
-    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], stage: Stage, accelerator: Accelerator,
-    rate: float, wants_norm: bool,
-) -> torch.Tensor | None:  # fmt: skip
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, nn.Parameter],
+    stage: Stage,
+    accelerator: Accelerator,
+    rate: float,
+    wants_norm: bool,
+) -> torch.Tensor | None:
     """One step at this learning rate, with clipped gradients where the settings say so -> the gradient's norm where it
     was needed."""
     o, norm = stage.optim, None
@@ -156,21 +161,35 @@ def _optimizer_step(
 
 
 def _log_row(
-    stage: Stage, sampler: InClusterBatchSampler, step: int, values: dict[str, float], norm: torch.Tensor,
+    stage: Stage,
+    sampler: InClusterBatchSampler,
+    step: int,
+    values: dict[str, float],
+    norm: torch.Tensor,
     images_per_second: float | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     return {
-        "stage": stage.name, "step": step + 1, "steps": sampler.steps, "epoch": (step + 1) / sampler.steps_per_epoch,
-        **values, "learning_rate": learning_rate(stage.optim, step, sampler.steps), "grad_norm": float(norm),
-        "images_per_second": images_per_second, "time": time.time(),
-    }  # fmt: skip
+        "stage": stage.name,
+        "step": step + 1,
+        "steps": sampler.steps,
+        "epoch": (step + 1) / sampler.steps_per_epoch,
+        **values,
+        "learning_rate": learning_rate(stage.optim, step, sampler.steps),
+        "grad_norm": float(norm),
+        "images_per_second": images_per_second,
+        "time": time.time(),
+    }
 
 
 def step_trials(
-    stage: Stage, towers: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, share: int,
+    stage: Stage,
+    towers: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    share: int,
     gauge: Gauge,
-) -> Trial:  # fmt: skip
+) -> Trial:
     """What a step of this training takes in chunks of a given size, of a process's `share` of the batch.
 
     A trial is a real step on random pictures and captions of the full length: two chunks (the second one meets the

@@ -14,12 +14,16 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llava_clipmoe.files import SaveError, atomic_file
 
 from ..progress import is_main_process
+from .memory import peak_memory_bytes
 from .trackers import TRACKERS, Tracker, check_trackers
 
 METRICS = "metrics.jsonl"
@@ -85,6 +89,14 @@ def _drop_torn_tail(path: Path) -> None:
         os.truncate(path, end)
 
 
+@dataclass(frozen=True)
+class Began:
+    """When a piece of work began, by the clock and by this process's own time: that says more on a shared machine."""
+
+    seconds: float = field(default_factory=time.time)
+    cpu_seconds: float = field(default_factory=time.process_time)
+
+
 class Metrics:
     """Append-only `metrics.jsonl` of a run, and the trackers that the user asked for.
 
@@ -141,6 +153,12 @@ class Metrics:
             }
             for tracker in self.trackers:
                 tracker.log(str(row["stage"]), int(row["step"]), numbers)
+
+    def done(self, work: str, stage: str, began: Began, device: str | torch.device, **facts: Any) -> None:
+        """Append the line of a piece of work that is done: how long it took, and the memory it needed."""
+        row = {"event": "done", "work": work, "stage": stage, "seconds": time.time() - began.seconds}
+        row |= {"cpu_seconds": time.process_time() - began.cpu_seconds, **facts}
+        self.log(row | {"peak_memory_bytes": peak_memory_bytes(device)})
 
     def truncate_after(self, stage: str, step: int) -> int:
         """Forget what `stage` did after `step`, because the run goes on from a checkpoint made there.

@@ -1,7 +1,7 @@
-"""What does not learn, in the dtype that it is used in: under bf16 autocast, frozen fp32 matrices are cast every time.
+"""Frozen weights in the dtype that they are used in: under bf16 autocast, frozen fp32 matrices are cast every time.
 
-Autocast keeps its casts of what learns for the length of a step, but not those of frozen weights: a router training of
-ViT-L would turn 1.2 billion fp32 numbers into bf16 for every chunk of images.
+Autocast keeps its casts of trainable weights for the length of a step, but not those of frozen ones: a router training
+of ViT-L would turn 1.2 billion fp32 numbers into bf16 for every chunk of images.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MATRICES = (nn.Linear, nn.Conv2d, StackedLinear)
 
 
 @contextlib.contextmanager
-def frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool]) -> Iterator[None]:
-    """Inside the `with`, the matrices of `model` that do not learn (by name) are stored in `dtype`; afterwards they are
-    what they were, to the bit.
+def frozen_in(model: nn.Module, dtype: torch.dtype, trainable: Callable[[str], bool]) -> Iterator[None]:
+    """Inside the `with`, the frozen matrices of `model` (all but those `trainable` by name) are stored in `dtype`;
+    afterwards they are what they were, to the bit.
 
     The originals wait in the CPU's memory. What autocast leaves in fp32 (norms, embeddings) stays in fp32, so the
     numbers that come out are the same ones.
     """
-    held = [(parameter, parameter.data.cpu()) for parameter in _frozen(model, learns)]
+    held = [(parameter, parameter.data.cpu()) for parameter in _frozen(model, trainable)]
     for parameter, original in held:
         parameter.data = original.to(parameter.device, dtype)
     try:
@@ -35,17 +35,17 @@ def frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool
             parameter.data = original.to(parameter.device)
 
 
-def store_frozen_in(model: nn.Module, dtype: torch.dtype, learns: Callable[[str], bool]) -> None:
-    """The same for good: for whoever has the originals elsewhere and wants their memory."""
-    for parameter in _frozen(model, learns):
+def store_frozen_in(model: nn.Module, dtype: torch.dtype, trainable: Callable[[str], bool]) -> None:
+    """The same for good, for callers that have the originals elsewhere and need their memory."""
+    for parameter in _frozen(model, trainable):
         parameter.data = parameter.data.to(dtype)
 
 
-def _frozen(model: nn.Module, learns: Callable[[str], bool]) -> list[nn.Parameter]:
+def _frozen(model: nn.Module, trainable: Callable[[str], bool]) -> list[nn.Parameter]:
     return [
         parameter
         for prefix, module in model.named_modules()
         if isinstance(module, MATRICES)
         for name, parameter in module.named_parameters(recurse=False)
-        if not learns(f"{prefix}.{name}")
+        if not trainable(f"{prefix}.{name}")
     ]

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +40,8 @@ from ..run_directory import RunDirectory, file_digest
 from .checkpoint import discard_checkpoints
 from .loop import Stage, train
 from .losses import make_objective
-from .memory import peak_memory_bytes, reset_peak_memory
-from .metrics import Metrics
+from .memory import reset_peak_memory
+from .metrics import Began, Metrics
 from .precision import frozen_in
 from .scratch import scratch_bundle
 
@@ -89,17 +87,27 @@ class Run:
         with self.accelerator.main_process_first(), Bar("checking images", len(self.source)) as bar:
             # Where images are kept decoded, the one pass that checks them also writes the cache.
             good = check_images(
-                self.source, workers=engine.workers, max_bad_fraction=data.max_bad_fraction,
-                skipped_path=self.folder.skipped, progress=lambda done, _: bar.advance(done - bar.done),
-                transform=self.transform, cache=self.cache,
-            )  # fmt: skip
+                self.source,
+                workers=engine.workers,
+                max_bad_fraction=data.max_bad_fraction,
+                skipped_path=self.folder.skipped,
+                progress=lambda done, _: bar.advance(done - bar.done),
+                transform=self.transform,
+                cache=self.cache,
+            )
         self.rows = np.flatnonzero(good)
 
     def _dataset(self, source: PairSource, optim: OptimConfig) -> EncoderDataset:
         return EncoderDataset(
-            source, self.start.tokenizer, self.transform, self.start.context_length, self.config.data.captions,
-            self.config.seed, cache=self.cache, short=make_objective(optim).captions == 2,
-        )  # fmt: skip
+            source,
+            self.start.tokenizer,
+            self.transform,
+            self.start.context_length,
+            self.config.data.captions,
+            self.config.seed,
+            cache=self.cache,
+            short=make_objective(optim).captions == 2,
+        )
 
     # ------------------------------------------------------------------------------------------------------ base
 
@@ -132,10 +140,17 @@ class Run:
     # -------------------------------------------------------------------------------------------- for the methods
 
     def train(
-        self, name: str, bundle: ClipBundle, trainable: Callable[[str], bool], optim: OptimConfig, *,
-        cluster_ids: np.ndarray | None = None, rows: np.ndarray | None = None, source: PairSource | None = None,
+        self,
+        name: str,
+        bundle: ClipBundle,
+        trainable: Callable[[str], bool],
+        optim: OptimConfig,
+        *,
+        cluster_ids: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        source: PairSource | None = None,
         accelerator: Accelerator | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Train the tensors of `bundle.model` whose names are `trainable`, in place; resumed, and seeded, by its name.
 
         cluster_ids [N,S]: the clusters of the usable rows that batches come from (plain shuffled batches when absent).
@@ -150,9 +165,13 @@ class Run:
         gpu_bf16 = accelerator.device.type == "cuda" and self.config.engine.precision == "bf16"
         with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
             train(
-                stage, accelerator, self.config.engine, self.metrics,
-                checkpoints=self.folder.checkpoints(name), chunk_file=self.folder.chunk(name),
-            )  # fmt: skip
+                stage,
+                accelerator,
+                self.config.engine,
+                self.metrics,
+                checkpoints=self.folder.checkpoints(name),
+                chunk_file=self.folder.chunk(name),
+            )
         bundle.model.cpu()
 
     def features(self, name: str, bundle: ClipBundle, weights: Path, captions: Captions = "first") -> Embeddings:
@@ -162,12 +181,20 @@ class Run:
         with self.timed("features", name, captions=0 if captions == "none" else len(self.rows)):
             bundle.model.to(self.accelerator.device)
             return encode_source(
-                bundle, self.source, self.folder.features(name), captions=captions, rows=self.rows,
-                batch_size=self.config.evaluation.batch_size, device=self.accelerator.device,
-                precision=engine.precision, workers=engine.workers, cache=self.cache,
-                accelerator=self.accelerator, model_id=file_digest(weights),
+                bundle,
+                self.source,
+                self.folder.features(name),
+                captions=captions,
+                rows=self.rows,
+                batch_size=self.config.evaluation.batch_size,
+                device=self.accelerator.device,
+                precision=engine.precision,
+                workers=engine.workers,
+                cache=self.cache,
+                accelerator=self.accelerator,
+                model_id=file_digest(weights),
                 progress=Bar(f"features of {name}", (1 + (captions != "none")) * len(self.rows), unit="items"),
-            )  # fmt: skip
+            )
 
     def card(self, **facts: str) -> dict[str, str]:
         """`facts` and the base's name for a model card: by the settings alone, so that a resumed run says the same."""
@@ -193,12 +220,10 @@ class Run:
     @contextmanager
     def timed(self, work: str, stage: str, **counts: int) -> Iterator[None]:
         """Log how long a piece of work took and the memory it needed. counts: of what it does, beside images."""
-        started, busy = time.time(), time.process_time()
-        reset_peak_memory(self.accelerator.device)
+        began, device = Began(), self.accelerator.device
+        reset_peak_memory(device)
         yield
-        facts: dict[str, Any] = {"event": "done", "work": work, "stage": stage, "seconds": time.time() - started}
-        facts |= {"cpu_seconds": time.process_time() - busy, "images": len(self.rows), **counts}
-        self.metrics.log(facts | {"peak_memory_bytes": peak_memory_bytes(self.accelerator.device)})
+        self.metrics.done(work, stage, began, device, images=len(self.rows), **counts)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

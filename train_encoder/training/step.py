@@ -42,8 +42,10 @@ class TwoTowers(nn.Module):
         padding removed)."""
         clip: CLIPMoEModel = self.clip
         # The loss reads pooled tokens, and the router losses every token of the blocks that have routers.
-        pooled = {name: t.num_hidden_layers - 1 not in t.moe_layers for name, t in (
-            ("vision", clip.config.vision_config), ("text", clip.config.text_config))}  # fmt: skip
+        pooled = {
+            name: t.num_hidden_layers - 1 not in t.moe_layers
+            for name, t in (("vision", clip.config.vision_config), ("text", clip.config.text_config))
+        }
         vision = clip.vision_model(normalise(pixels, self.mean, self.std), pooled_only=pooled["vision"])
         texts = [clip.text_model(ids, pooled_only=pooled["text"]) for ids in captions]
         image_features = nn.functional.normalize(clip.visual_projection(vision.pooler_output).float(), dim=-1)

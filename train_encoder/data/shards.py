@@ -1,0 +1,91 @@
+"""webdataset's tar shards: members of one key are a row, read where they are."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..config import DataConfig
+from .image_files import image_suffixes
+from .pairs import DataError, PairSource
+from .rows import Rows, data_size
+from .stores import TarStore
+from .tables import CAPTION_COLUMNS, SEVERAL, caption_texts, visible
+
+
+def open_tar(paths: list[Path], config: DataConfig) -> PairSource:
+    """Indexes webdataset shards: members of one key are a row; 1.jpg the image, 1.txt or 1.json its captions."""
+    rows, places = Rows(config.source), []
+    for number, path in enumerate(paths):
+        names, captions = [], []
+        try:
+            for key, image, texts in _tar_rows(path, config.caption_columns):
+                one = image is not None and image is not SEVERAL
+                names.append(visible(f"{path.name}/{key}") if one else image)
+                captions.append(texts)
+                places.append((number, *(image if one else (0, 0))))
+        except tarfile.TarError as error:
+            raise DataError(
+                f"{path} is not a complete, uncompressed tar file ({error}). Download it again, or unpack "
+                "its compression: shards are read in place."
+            ) from error
+        rows.add(rows.named(names), [pa.array(captions, pa.list_(pa.string()))])
+    shard, offset, size = np.array(places, np.int64).reshape(-1, 3).T.copy()
+    return rows.source(TarStore(paths, shard, offset, size), config, by_name=False, size=data_size(paths))
+
+
+def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, list[str]]]:
+    """Yields key, (offset, size) of the image (None, SEVERAL), captions. A key ends at its first dot, as webdataset
+    has it."""
+    with tarfile.open(path, "r:") as tar:
+        for key, members in _tar_samples(tar):
+            images = [member for suffix, member in members.items() if suffix in image_suffixes()]
+            image = (images[0].offset_data, images[0].size) if images else None
+            text, fields = [], {}
+            if ".txt" in members and not columns:
+                text = [_tar_bytes(tar, members[".txt"]).decode("utf-8-sig", errors="replace")]
+            if ".json" in members:
+                fields = _tar_json(_tar_bytes(tar, members[".json"]))
+            names = columns or next(([name] for name in CAPTION_COLUMNS if fields.get(name)), [])
+            texts = text or [t for name in names for t in caption_texts(fields.get(name))]
+            yield key, SEVERAL if len(images) > 1 else image, texts
+        tar.fileobj.seek(tar.offset)  # where it stopped: also, without a word, at a damaged or half header
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no member at byte {tar.offset}")
+
+
+def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yields key and members by suffix; a suffix that comes again begins another sample."""
+    last, members = None, {}
+    for member in tar:
+        if not member.isfile():
+            continue
+        if member.issparse():  # a header of 512 bytes may promise a terabyte of zeros
+            raise tarfile.ReadError(f"{member.name!r} is a sparse file")
+        key, suffix = re.match(r"((?:.*/)?[^/.]*)\.?([^/]*)$", member.name, re.DOTALL).groups()
+        suffix = "." + suffix.lower()
+        if members and (key != last or suffix in members):
+            yield last, members
+            members, tar.members = {}, []  # tarfile would keep every header it has seen
+        last, members[suffix] = key, member
+    if members:
+        yield last, members
+
+
+def _tar_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return tar.extractfile(member).read()
+
+
+def _tar_json(data: bytes) -> dict:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):  # one damaged member: the row is dropped for want of a caption, and counted
+        return {}
+    return fields if isinstance(fields, dict) else {}
