@@ -40,8 +40,14 @@ def _import_kernels() -> ModuleType | None:
     try:  # by name: transformers 4 follows the imports that it reads in these files, round and round in a circle
         return importlib.import_module(".fast_clipmoe", __package__)
     except ImportError as error:
-        logging.getLogger("llava_clipmoe").warning("llava-clipmoe: the GPU kernels are not used: %s", error)
+        say_once(f"the GPU kernels are not used, the slower loop is: {error}")
         return None
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """A warning, once a process: why something is slower here."""
+    logging.getLogger("llava_clipmoe").warning("llava-clipmoe: %s", line)
 
 
 def _is_compiling() -> bool:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # transformers 4 copies only the files that are named here
     from .cpu_clipmoe import read_whole  # noqa: F401
     from .fast_clipmoe import FastEncoder  # noqa: F401
     from .gpu_clipmoe import kernels_for  # noqa: F401
+    from .graphs_clipmoe import Graphs  # noqa: F401
     from .kernels_base_clipmoe import Tile  # noqa: F401
     from .kernels_clipmoe import check  # noqa: F401
     from .kernels_delta_clipmoe import delta_ffn  # noqa: F401

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import make_tiny_config, shake
 
-from llava_clipmoe import fast_clipmoe
+from llava_clipmoe import fast_clipmoe, gpu_clipmoe
 from llava_clipmoe.common_clipmoe import working_dtype
 from llava_clipmoe.compression import compress
 from llava_clipmoe.experts_clipmoe import Router
@@ -38,7 +38,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setenv(FAST, "1")
-    fast_clipmoe.say_once.cache_clear()
+    gpu_clipmoe.say_once.cache_clear()
     if DEVICE == "cpu":  # large tiles are few programs, and those are what the interpreter needs its time for
         for kind, size in TILES:
             if not kind.startswith(("rows", "sort")):
