@@ -9,7 +9,7 @@ PINNED := .venv-llava
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart llava-quickstart demo test lint clean
+.PHONY: help quickstart llava-quickstart demo test test-fast lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t h; do \
@@ -33,9 +33,13 @@ test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
 	OMP_NUM_THREADS=1 LLAVA_CLIPMOE_PINNED_PYTHON="$(CURDIR)/$(PINNED)/bin/python" \
 	    $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev ## check style with ruff
+test-fast: $(VENV)/.dev ## what to run after every change: no browser, no training, no child processes (3 minutes)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(FAST_TESTS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## check style and the floors of the house
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 clean: ## remove the environments, caches and build outputs (not runs/)
 	rm -rf $(VENV) $(PINNED) build dist .pytest_cache .ruff_cache
