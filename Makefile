@@ -18,11 +18,11 @@ help: ## list the targets
 quickstart: $(VENV)/.train ## train a small CLIP-MoE on emoji, on the CPU, into runs/quickstart
 	$(VENV)/bin/llava-clipmoe train-encoder dmu-openmoji --output-dir runs/quickstart
 
-llava-quickstart: $(VENV)/.llava ## train two small LLaVAs, dense and CLIP-MoE eye, on the CPU, and compare them
+llava-quickstart: $(VENV)/.llava ## train two small LLaVAs, with a dense and a CLIP-MoE vision tower, on the CPU, and compare them
 	@test -f runs/quickstart/results.json || $(MAKE) quickstart
 	$(VENV)/bin/llava-clipmoe llava-quickstart --encoder-run runs/quickstart --output-dir runs/llava-quickstart
 
-demo: $(VENV)/.demo ## open the page: what both eyes answer about pictures that CLIP cannot tell apart
+demo: $(VENV)/.demo ## open the page: what both LLaVAs answer about pictures that CLIP cannot tell apart
 	@test -f runs/llava-quickstart/results.json || $(MAKE) llava-quickstart
 	$(VENV)/bin/llava-clipmoe demo
 

@@ -76,12 +76,12 @@ COMMANDS = {
     ),
     "llava-quickstart": Command(
         "train_llava.quickstart.command:main",
-        "train and compare two small LLaVAs, dense and CLIP-MoE eye, on the CPU",
+        "train and compare two small LLaVAs, one with a dense vision tower and one with a CLIP-MoE",
         "llava-clipmoe llava-quickstart --encoder-run runs/quickstart",
     ),
     "mine-pairs": Command(
         "demo.mining.command:main",
-        "find pairs of pictures that a dense CLIP cannot tell apart and another eye can",
+        "find pairs of pictures that a dense CLIP cannot tell apart and another encoder can",
         "llava-clipmoe mine-pairs photos/ --output-dir runs/pairs",
     ),
     "demo": Command(

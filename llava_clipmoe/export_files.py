@@ -228,14 +228,14 @@ def _card(config: Mapping[str, Any], clip: CLIPMoEConfig) -> str:
     vision = clip.vision_config
     register = [] if clip.is_dense else ["from llava_clipmoe.registration import register_auto_classes"]
     call = [] if clip.is_dense else ["register_auto_classes()  # teaches transformers the vision model"]
-    eye = "a dense CLIP"
+    tower = "a dense CLIP"
     if not clip.is_dense:
-        eye = f"a CLIP-MoE ({vision.num_experts} experts, {vision.num_experts_per_tok} per token)"
+        tower = f"a CLIP-MoE ({vision.num_experts} experts, {vision.num_experts_per_tok} per token)"
     lines = [
         "---", "library_name: transformers", "pipeline_tag: image-text-to-text",
         "tags: [llava]" if clip.is_dense else "tags: [llava, clip-moe, mixture-of-experts]", "---", "",
         "# LLaVA-1.5 for transformers", "",
-        f"A LLaVA-1.5 whose eye is {eye} at {vision.image_size} px, exported from upstream's format. The weights "
+        f"A LLaVA-1.5 whose vision tower is {tower} at {vision.image_size} px, exported from upstream's format. The weights "
         "derive from the LLM, the vision tower and the data they were trained on; their licences apply.", "",
         "## Loading", "", "With transformers 5 (for 4.37 see below):", "", "```python", *register,
         "from transformers import AutoProcessor, LlavaForConditionalGeneration", "", *call,

@@ -1,7 +1,7 @@
 """A CLIP or CLIP-MoE with its tokenizer and pixel statistics, as a model directory: load and save.
 
-A directory is an ordinary transformers one (DESIGN: "On disk"). A CLIP-MoE (`model_type` clip_moe) carries its two
-modeling files, so that `AutoModel.from_pretrained(dir, trust_remote_code=True)` works without this package; a dense
+A directory is an ordinary transformers one (docs/design.md). A CLIP-MoE (`model_type` clip_moe) carries its modeling
+files, so that `AutoModel.from_pretrained(dir, trust_remote_code=True)` works without this package; a dense
 model is written as a plain transformers CLIP. Weights are read and written by name here, never through
 `from_pretrained`, so that no renaming of some transformers version comes between.
 """

@@ -1,4 +1,4 @@
-"""CLIP-MoE as LLaVA-1.5's vision tower: what upstream calls on a tower, and nothing else (DESIGN: "the contract").
+"""CLIP-MoE as LLaVA-1.5's vision tower: what upstream calls on a tower, and nothing else (docs/design.md).
 
 Upstream's counterpart is llava/model/multimodal_encoder/clip_encoder.py (CLIPVisionTower). Ours differs in three
 ways: it stays frozen and in eval mode whatever a trainer calls, it holds only the blocks that `select_layer` needs

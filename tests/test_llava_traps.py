@@ -1,4 +1,4 @@
-"""The nine traps in upstream LLaVA (DESIGN, section 6), each with upstream's own code around ours; and bad input.
+"""The nine traps in upstream LLaVA (docs/design.md), each with upstream's own code around ours; and bad input.
 
 Everything but the import error runs in this process, with the hook in place.
 """

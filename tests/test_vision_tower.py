@@ -1,4 +1,4 @@
-"""CLIPMoEVisionTower: what upstream LLaVA calls on a tower (DESIGN: "the tower's contract"), without upstream.
+"""CLIPMoEVisionTower: what upstream LLaVA calls on a tower (docs/design.md), without upstream.
 
 The references are the models themselves: `hidden_states` of CLIPMoEModel, and upstream's own CLIPVisionTower with
 transformers' dense CLIP on the same weights.

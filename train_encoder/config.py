@@ -1,6 +1,6 @@
 """Every setting of the encoder trainer, as nested dataclasses that `tyro` turns into flags.
 
-The defaults are the paper's (CLIP-MoE, table of DESIGN section 5); a named instance in `recipes.py`
+The defaults are the paper's (CLIP-MoE, docs/reproduce.md); a named instance in `recipes.py`
 changes only what it must. `llava-clipmoe train-encoder RECIPE --help` prints this page as flags.
 """
 

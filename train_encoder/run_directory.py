@@ -20,7 +20,7 @@ class RunError(ValueError):
 
 
 class RunDirectory:
-    """`runs/NAME`: paths of its pieces (DESIGN of the files: README, "What a run leaves")."""
+    """`runs/NAME`: paths of its pieces (docs/train-encoder.md)."""
 
     def __init__(self, config: TrainConfig):
         self.path = Path(config.output_dir)
