@@ -235,8 +235,8 @@ def _card(config: Mapping[str, Any], clip: CLIPMoEConfig) -> str:
         "---", "library_name: transformers", "pipeline_tag: image-text-to-text",
         "tags: [llava]" if clip.is_dense else "tags: [llava, clip-moe, mixture-of-experts]", "---", "",
         "# LLaVA-1.5 for transformers", "",
-        f"A LLaVA-1.5 whose vision tower is {tower} at {vision.image_size} px, exported from upstream's format. The weights "
-        "derive from the LLM, the vision tower and the data they were trained on; their licences apply.", "",
+        f"A LLaVA-1.5 whose vision tower is {tower} at {vision.image_size} px, exported from upstream's format. The "
+        "weights derive from the LLM, the vision tower and the data they were trained on; their licences apply.", "",
         "## Loading", "", "With transformers 5 (for 4.37 see below):", "", "```python", *register,
         "from transformers import AutoProcessor, LlavaForConditionalGeneration", "", *call,
         "model = LlavaForConditionalGeneration.from_pretrained(path)",

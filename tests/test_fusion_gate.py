@@ -1,4 +1,4 @@
-"""CLIP-FMoE: the base's FFN beside the experts, mixed by a gate (docs/design.md). Open, the gate gives the base exactly;
+"""CLIP-FMoE: the base's FFN beside the experts, mixed by a gate. Open, the gate gives the base exactly;
 shut, the MoE without a gate exactly; and its directory is a tower like any other.
 
 The contracts of towers, directories and transformers' versions are those of the other test files, run here on a

@@ -1,4 +1,4 @@
-"""What the model promises: equal to CLIP where it must be, a router in fp32, losses as in the paper (docs/design.md)."""
+"""What the model promises: equal to CLIP where it must be, a router in fp32, losses as in the paper."""
 
 from __future__ import annotations
 
