@@ -3,8 +3,8 @@
     python benchmarks/kernel_checks.py
     TRITON_INTERPRET=1 python benchmarks/kernel_checks.py --tiny      (without a GPU, through Triton's interpreter)
 
-Every kernel by `llava_clipmoe.kernels_clipmoe.check` in each dtype, then `tests/kernel_tests.py`, where pytest is. Exit
-status 1: a kernel is wrong; 3: none was found wrong, but the tests did not finish.
+Every kernel by `llava_clipmoe.kernels_clipmoe.check` in each dtype, then `tests/kernel_tests.py` and
+`tests/fast_tests.py` (whole towers, CUDA graphs), where pytest is. Exit status 1: a kernel is wrong; 3: none was found wrong, but the tests did not finish.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import timing
 import tyro
 from tower_variants import DTYPES
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernel_tests.py"
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+FILES = ("kernel_tests.py", "fast_tests.py")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def tested(s: Settings, seconds: float) -> tuple[int, str, float]:
     their time is Triton's compiler's."""
     if importlib.util.find_spec("pytest") is None:
         return 0, "not run: pytest is not installed (pip install pytest pytest-xdist)", 0
-    started, command = time.perf_counter(), [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS)]
+    started, command = time.perf_counter(), [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command += [str(TESTS / file) for file in FILES]
     if s.tiny:
         command += ["-k", "ties"]
     elif importlib.util.find_spec("xdist") is not None:
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dtype, check in checks.items():
         found[f"all kernels, {dtype}"] = check.result()
     left = s.seconds - (time.perf_counter() - started)
-    found[f"{TESTS.parent.name}/{TESTS.name}"] = tested(s, max(left, 5))
+    found[" ".join(f"tests/{file}" for file in FILES)] = tested(s, max(left, 5))
     report = timing.Report(s.output)
     report.add(timing.command(__file__, argv))
     report.add(timing.machine(device))

@@ -145,7 +145,7 @@ def test_gpu_sh_runs_every_part(tmp_path):
         assert own in text and "failed" not in own and "command: `python benchmarks/" in own.lower()
         tables[part] = rows_of(own, first_column)
     assert tables["checks"]["all kernels, fp32"][0] == "as the loop"
-    assert "passed" in tables["checks"]["tests/kernel_tests.py"][0]
+    assert "passed" in tables["checks"]["tests/kernel_tests.py tests/fast_tests.py"][0]
     assert {"MoE, as the official code", "ours delta, LLAVA_CLIPMOE_FAST=0"} <= set(tables["towers"])
     assert tables["first_token"]["CLIP"][0] == "1.000" and tables["training"]["dense, all parameters"][0] == "1.00"
     assert tables["chunks"][""][0] == "auto over 2"
