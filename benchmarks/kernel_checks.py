@@ -4,7 +4,8 @@
     TRITON_INTERPRET=1 python benchmarks/kernel_checks.py --tiny      (without a GPU, through Triton's interpreter)
 
 Every kernel by `llava_clipmoe.kernels_clipmoe.check` in each dtype, then `tests/kernel_tests.py` and
-`tests/fast_tests.py` (whole towers, CUDA graphs), where pytest is. Exit status 1: a kernel is wrong; 3: none was found wrong, but the tests did not finish.
+`tests/fast_tests.py` (whole towers, CUDA graphs), where pytest is. Exit status 1: a kernel is wrong; 3: none was found
+wrong, but the tests did not finish.
 """
 
 from __future__ import annotations
