@@ -75,7 +75,7 @@ def failure(*given) -> str:
 
 
 ROUTERS = 1
-"""The seed of the routers' training in a run of seed 0 (pipeline.TRAININGS)."""
+"""The seed of the routers' training in a run of seed 0 (training/run.py, SEEDS)."""
 LIMIT = 2.2e6
 """Bytes that hold a few images of the tiny run, but not its 16, whatever is trained."""
 
@@ -103,7 +103,7 @@ def broken_off(data, tmp_path_factory) -> tuple[Path, str]:
 def test_every_training_measures_its_own_chunk_and_keeps_it(undisturbed):
     kept = {file.stem: read_json(file)["images"] for file in (undisturbed / "chunks").iterdir()}
     assert kept == done(undisturbed) and list(done(undisturbed)) == ["base", "stage1", "router"]
-    assert kept["base"] < kept["stage1"]  # the base learns everything
+    assert kept["base"] < kept["stage1"]  # all of the base is trained
     assert all(1 <= chunk < 16 for chunk in kept.values())
     assert read_json(undisturbed / "config.json")["engine"]["chunk_size"] == "auto"
 

@@ -1,29 +1,29 @@
 """Whole tiny runs through the real command: resume after SIGKILL, several processes, refusals.
 
-Every run is a real process; a kill is a real SIGKILL.
+Runs that are killed are processes of their own, and a kill is a real SIGKILL; the others run in the tests' process.
 """
 
+import fcntl
 import json
 import math
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny_run
 
-from llava_clipmoe.files import load_tensors
+from llava_clipmoe.files import load_tensors, save_tensors
+from train_encoder import run_directory
 
 # Runs each [word, N, arguments] in a process of its own, which kills itself at (for a negative N: right after) the N-th
-# rename of what has the word in its path: in the middle of writing a checkpoint, for instance. Without a word it does
-# not. Prints how each ended.
-KILLED_AT_A_RENAME = """
-import json, os, signal, sys
+# rename of what has the word in its path: in the middle of writing a checkpoint, for instance. The word "seconds" kills
+# it so long after the first step that it logs. Without a word nothing does. Prints how each ended.
+KILLED = """
+import json, os, signal, sys, threading, time
 import train_encoder.command  # once for all
 from llava_clipmoe.cli import main
 
@@ -39,11 +39,24 @@ def die_at(word, at):
             os.kill(os.getpid(), signal.SIGKILL)
     os.replace = replace
 
+def die_after(seconds, arguments):
+    file = os.path.join(arguments[arguments.index("--output-dir") + 1], "metrics.jsonl")
+    size = lambda: os.path.getsize(file) if os.path.exists(file) else 0
+    before = size()
+    def watch():
+        while size() <= before:
+            time.sleep(0.005)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=watch, daemon=True).start()
+
 ended = []
 for word, at, arguments in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:
-        if word:
+        if word == "seconds":
+            die_after(at, arguments)
+        elif word:
             die_at(word, at)
         os._exit(main(["train-encoder", *arguments]))
     ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -51,10 +64,14 @@ print("\\n", ended)
 """
 
 
-def run_each(*runs: tuple[str, int, list[str]]) -> None:
-    """Runs one after the other, each of which dies at its rename if it has a word."""
+SMALLER = ("--moe.num-experts", "2", "--evaluation.retrieval")
+"""One stage, and no scores."""
+
+
+def run_each(*runs: tuple[str, float, list[str]]) -> None:
+    """Runs one after the other, each of which dies at its moment if it has a word."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_A_RENAME, json.dumps(runs)],
+        [sys.executable, "-c", KILLED, json.dumps(runs)],
         env=tiny_run.environment(),
         capture_output=True,
         text=True,
@@ -72,7 +89,7 @@ def data(tmp_path_factory) -> Path:
 def finished(data, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    tiny_run.run(tiny_run.arguments(data, folder))
+    tiny_run.run_here(tiny_run.arguments(data, folder))
     return folder
 
 
@@ -115,7 +132,7 @@ def test_only_routers_differ_from_base_and_stages_in_the_result(finished):
 
 def test_the_same_command_again_trains_nothing_and_changes_nothing(finished, data):
     before, steps = tiny_run.weights(finished), curve(finished)
-    tiny_run.run(tiny_run.arguments(data, finished))
+    tiny_run.run_here(tiny_run.arguments(data, finished))
     assert tiny_run.weights(finished) == before and curve(finished) == steps
 
 
@@ -135,22 +152,6 @@ def test_an_expert_alone_scores_as_its_stage_does(finished):
     assert scores["expert1"] == scores["stage1"] and scores["expert2"] == scores["stage2"]
 
 
-def killed_after(args: list[str], seconds: float) -> bool:
-    """Start a run, SIGKILL it `seconds` after its first training step -> whether it was still running."""
-    process = subprocess.Popen(
-        tiny_run.command(args), env=tiny_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    metrics = Path(args[args.index("--output-dir") + 1]) / "metrics.jsonl"
-    size = metrics.stat().st_size if metrics.exists() else 0
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
-        time.sleep(0.005)
-    time.sleep(seconds)
-    alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return alive
-
-
 def everything(folder: Path) -> dict[str, bytes]:
     """All that a run leaves but for what holds times and its own path."""
     own = ("config.json", ".lock", "metrics.jsonl", "results.json", "report.html")
@@ -159,15 +160,12 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def test_five_kills_end_in_the_weights_of_an_undisturbed_run(finished, data, tmp_path):
-    folder, rng, killed = tmp_path / "killed", random.Random(0), 0
+    folder, rng = tmp_path / "killed", random.Random(0)
     args = tiny_run.arguments(data, folder)
-    for at in (2, 9):  # renames 1-3 are the files of a checkpoint, 4 the checkpoint's own; 9 lies in the third
-        run_each(("checkpoints", at, args))
-        killed += 1
-    for _ in range(3):
-        killed += killed_after(args, rng.uniform(0, 0.3))
-    assert killed == 5
-    tiny_run.run(args)
+    renames = [("checkpoints", at) for at in (2, 9)]  # 1-3 are a checkpoint's files, 4 its own; 9 lies in the third
+    moments = [*renames, *(("seconds", rng.uniform(0, 0.3)) for _ in range(3))]
+    run_each(*((*moment, args) for moment in moments))
+    tiny_run.run_here(args)
     assert tiny_run.weights(folder) == tiny_run.weights(finished)
     assert curve(folder) == curve(finished)  # no step twice, none missing
     assert not list(folder.rglob("*.tmp"))
@@ -207,7 +205,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, t
         "train-encoder",
     ]
     done = subprocess.run(
-        [*launcher, *tiny_run.arguments(data, folder)],
+        [*launcher, *tiny_run.arguments(data, folder, "--evaluation.retrieval")],
         env=tiny_run.environment(),
         capture_output=True,
         text=True,
@@ -224,7 +222,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, t
 
 def test_gradient_caching_trains_to_the_same_weights(finished, data, tmp_path):
     folder = tmp_path / "chunks"
-    tiny_run.run(tiny_run.arguments(data, folder, "--engine.chunk-size", "5", "--engine.activation-checkpointing"))
+    flags = ["--engine.chunk-size", "5", "--engine.activation-checkpointing", "--evaluation.retrieval"]
+    tiny_run.run_here(tiny_run.arguments(data, folder, *flags))
     for name in ("base", "stage1", "stage2", "clip-moe"):
         a, b = load_tensors(finished / name), load_tensors(folder / name)
         assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5, name
@@ -234,7 +233,7 @@ def test_gradient_caching_trains_to_the_same_weights(finished, data, tmp_path):
 
 
 def refusal(args: list[str]) -> str:
-    done = tiny_run.run(args, check=False)
+    done = tiny_run.run_here(args, check=False)
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
     plain = re.sub(r"[╭╮╰╯│─]", " ", done.stdout + done.stderr)  # flags are refused in a drawn box
@@ -280,13 +279,10 @@ def test_a_missing_dataset_an_empty_one_and_a_missing_column_are_refused(data, t
 
 
 def test_a_base_that_does_not_fit_the_stage_files_is_refused(data, finished, tmp_path):
-    folder = tmp_path / "mixed"
-    tiny_run.run(tiny_run.arguments(data, folder, "--base.scratch.optim.epochs", "0.4"))
-    wide = load_tensors(finished / "stage1")
-    from llava_clipmoe.files import save_tensors
-
-    save_tensors(folder / "stage1" / "model.safetensors", {k: t.repeat(*[2] * t.dim()) for k, t in wide.items()})
-    message = refusal(tiny_run.arguments(data, folder, "--base.scratch.optim.epochs", "0.4"))
+    folder = shutil.copytree(finished, tmp_path / "mixed")
+    wide = {name: tensor.repeat(*[2] * tensor.dim()) for name, tensor in load_tensors(finished / "stage1").items()}
+    save_tensors(folder / "stage1" / "model.safetensors", wide)
+    message = refusal(tiny_run.arguments(data, folder))
     assert "the base has" in message and "come from one base" in message
 
 
@@ -294,11 +290,11 @@ def test_too_many_bad_images_stop_the_run_and_are_named(tmp_path):
     data = tiny_run.draw_data(tmp_path / "data", count=40)
     (data.parent / "003.png").write_bytes(b"not a picture")
     (data.parent / "007.png").unlink()
-    message = refusal(tiny_run.arguments(data, tmp_path / "run"))
+    message = refusal(tiny_run.arguments(data, tmp_path / "run", *SMALLER))
     assert "2 of 40 images" in message and "003.png" in message
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [row["image"] for row in skipped] == ["003.png", "007.png"]
-    tiny_run.run(tiny_run.arguments(data, tmp_path / "run", "--data.max-bad-fraction", "0.1"))
+    tiny_run.run_here(tiny_run.arguments(data, tmp_path / "run", "--data.max-bad-fraction", "0.1", *SMALLER))
 
 
 def test_captions_longer_than_the_text_tower_are_cut_counted_and_reported(tmp_path):
@@ -307,7 +303,7 @@ def test_captions_longer_than_the_text_tower_are_cut_counted_and_reported(tmp_pa
     for row in rows[:20]:
         row["caption"] = ["word " * 300]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = tiny_run.run(tiny_run.arguments(data, tmp_path / "run"))
+    done = tiny_run.run_here(tiny_run.arguments(data, tmp_path / "run", *SMALLER))
     cut = re.search(r"(\d+) of 32 captions were longer than 77 tokens: cut", done.stdout)
     assert cut and int(cut[1]) > 0
 
@@ -325,15 +321,14 @@ def test_a_full_disk_while_saving_loses_nothing(data, finished, tmp_path):
         assert "No space left" in message and "Nothing was lost" in message
         assert not list(disk.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=500m", disk], check=True)
-        tiny_run.run(args)
+        tiny_run.run_here(args)
         assert tiny_run.weights(disk / "run") == tiny_run.weights(finished)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_two_runs_in_one_directory_are_refused(data, tmp_path):
-    import fcntl
-
+def test_two_runs_in_one_directory_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "PATIENCE", 0.2)
     args = tiny_run.arguments(data, tmp_path / "run")
     tmp_path.joinpath("run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
@@ -342,7 +337,7 @@ def test_two_runs_in_one_directory_are_refused(data, tmp_path):
 
 
 def test_help_of_a_recipe_teaches_its_settings():
-    done = tiny_run.run(["dmu-openmoji", "--help"])
+    done = tiny_run.run_here(["dmu-openmoji", "--help"])
     words = " ".join(done.stdout.split())
     assert "--mcl.optim.learning-rate" in words and "--moe.num-experts-per-tok" in words
     assert "gradient caching" in words

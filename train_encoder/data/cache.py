@@ -1,4 +1,5 @@
-"""One pass over all images before a training: which can be read, and where asked their pixels, kept on disk.
+"""One pass over all images before a training: it finds those that cannot be read and, if asked, keeps the pixels on
+disk.
 
 good = check_images(source, workers=8, max_bad_fraction=0.01, skipped_path=run / "skipped.jsonl")
 """
@@ -54,8 +55,8 @@ class _Scan(Dataset):
 
 
 def _bad_rows(scan: _Scan, workers: int, progress: Progress | None) -> Iterator[tuple[int, str]]:
-    # A generator of its own: a loader draws from torch's global one, and a resumed run, which does not scan, would
-    # then train on other random numbers.
+    # The loader gets a random generator of its own. It would draw from torch's global one, and a resumed run, which
+    # does not scan, would then train on other random numbers.
     loader = DataLoader(scan, batch_size=32, num_workers=workers, collate_fn=list, generator=torch.Generator())
     done = 0
     for results in loader:
@@ -204,8 +205,8 @@ def _refuse_too_many(source: PairSource, bad: list[tuple[int, str]], limit: floa
 
 
 def _key(source: PairSource, transform: ImageTransform | None = None) -> str:
-    """What a stored result belongs to."""
-    # By the images alone: the base may train on other captions of the same pictures, from the same cache.
+    """Names the data that a stored result was computed from."""
+    # Captions are no part of it: the base may train on other captions of the same pictures, from the same cache.
     return f"{source.images_fingerprint} max_pixels={source.max_pixels}" + (
         f" size={transform.size}" if transform else ""
     )

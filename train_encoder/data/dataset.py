@@ -22,7 +22,7 @@ from .pairs import PairSource, choose_caption, first_sentence
 
 
 class EncoderDataset(Dataset):
-    """Rows as training wants them; images are decoded and captions tokenised where it is called, in the workers."""
+    """Rows as a training step reads them. Images are decoded and captions tokenised in the loader's workers."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class EncoderDataset(Dataset):
         return found | {"short": self.tokens(first_sentence(caption))[0]} if self.short else found
 
     def tokens(self, caption: str) -> tuple[list[int], bool]:
-        """BOS, the caption and EOT, at most context_length tokens (the last is always EOT); whether text was lost."""
+        """-> (BOS, the caption and EOT, at most context_length tokens, the last always EOT; whether text was cut)."""
         ids = self.tokenizer(caption, verbose=False)["input_ids"]  # not verbose: length is our business
         if len(ids) <= self.context_length:
             return ids, False

@@ -103,7 +103,7 @@ MAX_ASPECT = 32
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """CLIP's preprocessing short of the float part: shorter side to `size` (bicubic), centre crop, uint8.
+    """CLIP's preprocessing up to uint8 pixels: shorter side to `size` (bicubic), centre crop, uint8.
 
     Rounds as OpenAI's code does (torchvision), so the pixels are the ones that the pretrained weights have seen.
     """
@@ -128,11 +128,11 @@ class ImageTransform:
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B,3,H,W] -> float32 [B,3,H,W] on the same device: (pixels / 255 - mean) / std, by channel."""
     mean_3, std_3 = (_channels(tuple(v), pixels.device) for v in (mean, std))
-    # In place: a batch of 336 px pictures is large, and each temporary copy costs as much as the arithmetic.
+    # In place: a batch of 336 px pictures is large, and each temporary copy costs as much time as the arithmetic.
     return pixels.to(torch.float32, copy=True).div_(255).sub_(mean_3).div_(std_3)
 
 
 @functools.lru_cache(maxsize=16)
 def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """[3,1,1] on the device; kept, as sending it there in every step is a wait for a GPU."""
+    """[3,1,1] on the device. Cached: copying it there in every step would make the CPU wait for the GPU."""
     return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -48,14 +48,14 @@ CHUNK_ROWS = 10_000
 # One random read decodes a row group: img2dataset writes 100 rows (about 3 MB). Above this, the arrow cache is faster.
 LARGE_ROW_GROUP_BYTES = 128 * 2**20
 MAX_FILES = 1_000_000
-"""More than a pattern such as `a-{000..999}.tar` may stand for."""
+"""Most files that a pattern such as `a-{000..999}.tar` may stand for."""
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
 def _roots(paths: Sequence[Path], config: DataConfig) -> tuple[Path, list[str]]:
-    """Where the images of data files are: a folder for all, and for each file what its relative names start with.
+    """-> the folder that all images are below, and for each data file what its relative names start with.
 
     That is each file's own folder, unless data.image_root says otherwise: `0.png` of train/rows.csv is not that of
     test/rows.csv.
@@ -137,7 +137,7 @@ def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
 
 
 def _batches(path: Path, file: pq.ParquetFile, columns: Columns, by_name: bool) -> Iterator[pa.Table]:
-    """The needed columns of a file, some rows at a time."""
+    """Yields the needed columns of a file, some rows at a time."""
     wanted = [*([columns.image] if by_name else []), *columns.captions, columns.key, columns.status]
     wanted = list(dict.fromkeys(name for name in wanted if name))
     try:
@@ -262,7 +262,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _open_folder(folder: Path, config: DataConfig) -> PairSource:
-    """Opens a folder by what is inside: a saved data set, shards, image and text files, or tables."""
+    """Opens a folder by its content: a saved data set, shards, image and text files, or tables."""
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, config)
     files: dict[str, list[Path]] = {}
@@ -287,8 +287,8 @@ def _open_folder(folder: Path, config: DataConfig) -> PairSource:
 
 
 def _name_left_out(suffix: str, files: dict[str, list[Path]], config: DataConfig) -> None:
-    """Says which tables are not read because others are. Beside shards lie img2dataset's own, and a .json may be
-    anything."""
+    """Warns of tables that are left out because those of another kind are read. img2dataset's own tables beside shards
+    are expected, and a .json file may be anything."""
     others = [each for other, some in files.items() if other not in (suffix, ".json") for each in some]
     if others and suffix != ".tar":
         logger.warning(

@@ -1,4 +1,4 @@
-"""Which files are pictures, and where they are: one walk for training, classification and mining.
+"""Finds picture files: training, classification and mining walk through folders in the same way.
 
 for path in image_files(folder): ...
 """

@@ -59,7 +59,7 @@ class PairSource:
         """
         image_of_row, row_of_image = _images_of_rows(names, by_name)
         image_of_text = image_of_row[text_rows]
-        # Some character that str.strip keeps: found without a trimmed copy of all texts.
+        # A text is blank unless it has a character that str.strip keeps; this needs no trimmed copy of all texts.
         filled = pc.match_substring_regex(texts, r"[^\s\p{Z}\p{Cc}]").fill_null(False).to_numpy()
         kept = np.flatnonzero(filled & (image_of_text >= 0))
         counts = np.bincount(image_of_text[kept], minlength=len(row_of_image))
@@ -91,7 +91,7 @@ class PairSource:
 
     def _fingerprint(self, config: DataConfig, size: int) -> str:
         ends = [(self.name(i), self.captions(i)) for i in (0, len(self) - 1)]
-        # The source's last part only: a data folder that was moved is still the same data.
+        # Only the last part of the source's path counts: a data folder that was moved is still the same data.
         return digest(Path(config.source).name, config.split, size, len(self), int(self._offsets[-1]), ends)
 
     @property
@@ -118,7 +118,7 @@ class PairSource:
 
 
 def _images_of_rows(names: pa.ChunkedArray, by_name: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the images in order of appearance: image of each row [rows] (-1: none), a row of each image."""
+    """Numbers the images in order of appearance -> (the image of each row [rows], -1 for none; a row of each image)."""
     present = names.is_valid().to_numpy()
     image_of_row = np.where(present, np.cumsum(present) - 1, -1)
     if by_name:
@@ -132,7 +132,7 @@ def _images_of_rows(names: pa.ChunkedArray, by_name: bool) -> tuple[np.ndarray, 
 
 
 def choose_caption(captions: Sequence[str], how: str, seed: int, row: int, epoch: int) -> str:
-    """The caption of a row in an epoch; the same whatever process asks, and in whatever order."""
+    """The caption of a row in an epoch; it depends on nothing else, so every process chooses the same."""
     if how == "first":
         return captions[0]
     if how == "longest":

@@ -1,4 +1,4 @@
-"""What every reader of a data format fills: names of images and flat captions, as arrow columns."""
+"""What the reader of every data format collects: names of images and flat captions, as arrow columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tables import SEVERAL, Columns, caption_texts, image_name, visible
 
 
 class Rows:
-    """What every reader fills: a name a row (null: no image), and flat captions with the row each belongs to."""
+    """What a reader collects: one name a row (null: no image), and flat captions with the row of each."""
 
     def __init__(self, source: str) -> None:
         self.names: list[pa.Array] = []
@@ -99,7 +99,7 @@ def _flat_captions(column: pa.Array, source: str) -> tuple[pa.Array, np.ndarray]
 
 
 def strings(column: pa.Array, source: str) -> pa.Array:
-    """Any text, number or date as arrow's plain string. Raises DataError for bytes that are no UTF-8."""
+    """Text, numbers or dates as arrow's plain strings. Raises DataError for bytes that are not UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:

@@ -1,4 +1,4 @@
-"""webdataset's tar shards: members of one key are a row, read where they are."""
+"""webdataset's tar shards: the members with one key make a row, and are read in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .tables import CAPTION_COLUMNS, SEVERAL, caption_texts, visible
 
 
 def open_tar(paths: list[Path], config: DataConfig) -> PairSource:
-    """Indexes webdataset shards: members of one key are a row; 1.jpg the image, 1.txt or 1.json its captions."""
+    """Indexes webdataset shards: the members with one key make a row; 1.jpg is the image, 1.txt or 1.json has its
+    captions."""
     rows, places = Rows(config.source), []
     for number, path in enumerate(paths):
         names, captions = [], []
@@ -62,7 +63,7 @@ def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, 
 
 
 def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yields key and members by suffix; a suffix that comes again begins another sample."""
+    """Yields each sample's key and its members by suffix; a suffix that comes again begins another sample."""
     last, members = None, {}
     for member in tar:
         if not member.isfile():

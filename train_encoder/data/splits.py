@@ -65,7 +65,7 @@ def _chosen(found: dict[str | None, list[Path]], config: DataConfig, what: str) 
 
 
 def of_split(files: list[Path], folder: Path, config: DataConfig) -> list[Path]:
-    """Keeps the files of the split (`train-00000.parquet`, `dev.csv`, `test/0.tar`), where any are named so."""
+    """The files of the split (`train-00000.parquet`, `dev.csv`, `test/0.tar`); all if none is named after a split."""
     found = _by_split((file.relative_to(folder) for file in files), config.split.lower())
     if set(found) == {None}:
         return files

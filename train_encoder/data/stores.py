@@ -1,5 +1,5 @@
-"""Where the images of a data source are. No store keeps a file open, so all of them can be forked, pickled and read by
-threads."""
+"""Opens the images of a data source, wherever they are. No store keeps a file open, so all of them can be forked,
+pickled and read by threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FileStore:
 
     root: Path
     true_names: dict[str, str] = field(default_factory=dict)
-    """Names that no UTF-8 text can hold, by what is shown in their place."""
+    """Names of files that are not valid UTF-8, by the text that is shown in their place."""
 
     def open(self, row: int, name: str) -> BinaryIO:
         path = self.root / self.true_names.get(name, name)

@@ -45,7 +45,7 @@ class Columns:
 
 
 def find_columns(available: Sequence[str], config: DataConfig) -> Columns:
-    """Which columns are meant: those that `config` names, else those that are called so. Raises DataError."""
+    """The columns to read: those that `config` names, else those with a well-known name. Raises DataError."""
     by_lower = {name.lower(): name for name in reversed(available)}
 
     def first(names: Iterable[str]) -> str | None:
@@ -72,7 +72,7 @@ def find_columns(available: Sequence[str], config: DataConfig) -> Columns:
 
 
 def name_columns(columns: Sequence[str]) -> str:
-    """The columns of a table for a message."""
+    """The columns of a table as a message shows them."""
     shown = [name if len(name) <= 60 else name[:57] + "..." for name in columns[:30]]
     return ", ".join(shown + ["..."] * (len(columns) > 30))
 
@@ -113,7 +113,7 @@ def image_name(value: Any) -> Any:
 
 
 def visible(name: str) -> str:
-    """A file's name as text that can be stored and printed: bytes that are no UTF-8 as escapes ("caf\\udce9.png")."""
+    """A file's name as text that can be stored and printed; bytes that are not UTF-8 as escapes ("caf\\udce9.png")."""
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -144,7 +144,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # a caption may be as long as it likes
     with path.open("rb") as file:
         start = file.read(1 << 20)
-    # Where lines end in "\n", a "\r" alone in a cell ends none: csv then refuses it, and does not make two rows of it.
+    # Where lines end in "\n", a lone "\r" in a cell ends no line: csv then refuses it instead of making two rows of it.
     newline = "" if b"\r" in start and b"\n" not in start else "\n"
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
@@ -200,15 +200,15 @@ def _opens_a_quote(cell: str) -> bool:
 
 
 def _unquoted(cell: str) -> str:
-    """A TSV cell out of its quotes, where they are around all of it and those inside are doubled."""
+    """A TSV cell without its quotes, if they enclose all of it and quotes inside are doubled."""
     if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
         return cell[1:-1].replace('""', '"')
     return cell
 
 
 def _refuse_swallowed_rows(row: list[str], number: int, image: int, path: Path) -> None:
-    """A stray quote makes one cell of all the rows up to the next one, and the file is still good CSV. What gives it
-    away: lines in the cell look like rows, with a picture's name where the table has its pictures."""
+    """A stray quote makes one cell of all the rows up to the next quote, and the file is still valid CSV. It is
+    recognised because lines in the cell look like rows, with a picture's name where the table has its pictures."""
     for line in itertools.chain.from_iterable(re.split(r"\r\n|\r|\n", cell)[1:] for cell in row):
         cells = line.split(",")
         if len(cells) > max(image, 1) and is_image_name(cells[image].strip()):

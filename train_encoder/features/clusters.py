@@ -17,7 +17,7 @@ from ..config import ClusterConfig
 
 @dataclass
 class StageClusters:
-    """Clusters of one stage: `labels` [rows] = text_clusters-major combination y = k_image * y_text + y_image."""
+    """Clusters of one stage: `labels` [rows] are the combinations k_image * y_text + y_image."""
 
     labels: np.ndarray
     image_centroids: np.ndarray
@@ -42,7 +42,7 @@ def cluster_stage(image: np.ndarray, text: np.ndarray, config: ClusterConfig, se
 
 
 def _kmeans(x: np.ndarray, k: int, config: ClusterConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    # One thread: sums in another order give other labels, and a run must come out the same twice.
+    # One thread: sums in another order give other labels, and the same run must give the same labels again.
     with threadpool_limits(1):
         model = MiniBatchKMeans(k, random_state=seed, batch_size=config.batch_size, n_init=config.n_init)
         labels = model.fit_predict(np.asarray(x, dtype=np.float32))
@@ -65,7 +65,7 @@ def nested_clusters(
     if len(image) < clusters:
         raise ValueError(f"{len(image)} images cannot make {clusters} clusters: use more data, or fewer experts.")
     labels, _ = _kmeans(image, clusters, config, seed)
-    # Of many small clusters one start is as good as three (0.2% in distance), and a third of the time.
+    # For many small clusters one start is as good as three (0.2% in distance) and takes a third of the time.
     config = dataclasses.replace(config, n_init=1)
     sub_labels = np.zeros_like(labels)
     for cluster in range(clusters):

@@ -267,7 +267,7 @@ def encode_source(
         if progress is not None:
             progress.total, progress.done = sum(counts.values()), world * skipped
         with inference(bundle, device, precision), progress or contextlib.nullcontext() as bar:
-            # The bar of process 0 speaks for all: their shares are equal.
+            # Process 0 shows the progress of all processes: their shares are equal.
             report = (lambda items: bar.advance(world * items)) if bar is not None else (lambda items: None)
             _write(bundle, work, files, left, cache, device, batch_size, workers, report)
         wait()
@@ -278,7 +278,7 @@ def encode_source(
 
 
 def _left_to_do(files, counts, rank, world, chunk_rows) -> tuple[dict[str, list[tuple[int, int]]], int]:
-    """-> the chunks of this process's share that are not done, by kind, and how many rows of it are."""
+    """-> (the chunks of this process's share that are left, by kind; how many rows of it are done already)."""
     done, left, skipped = files.done_rows(), {}, 0
     for kind, count in counts.items():
         share = _chunks(count, rank, world, chunk_rows)
@@ -328,7 +328,7 @@ def _write_texts(bundle, work, files, chunks, device, batch_size, loader, report
 
 
 def _model_facts(bundle: ClipBundle, model_id: str | None) -> list[Any]:
-    """What the embeddings depend on beside the data."""
+    """What the embeddings depend on besides the data."""
     model = [model_id or model_fingerprint(bundle.model), _switches(bundle.model)]
     return [*model, bundle.image_size, bundle.image_mean, bundle.image_std, bundle.context_length]
 
@@ -343,7 +343,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def _switches(model: torch.nn.Module) -> list[Any]:
-    """What changes a model's answers beside its tensors: experts per token, the one expert selected, activations."""
+    """What changes embeddings besides the tensors: experts per token, the one expert selected, activations."""
     towers = (model.config.vision_config, model.config.text_config)
     experts = [module.only_expert for module in model.modules() if hasattr(module, "only_expert")]
     return [experts, [(tower.num_experts_per_tok, tower.hidden_act) for tower in towers], towers[1].eos_token_id]

@@ -38,7 +38,7 @@ class Embeddings:
 
 
 class FeatureFolder:
-    """The files of one encoding: created by process 0, written by all, each its own rows."""
+    """The files of one encoding: process 0 creates them, and every process writes its own rows."""
 
     def __init__(self, path: Path, key: str, shapes: dict[str, tuple[int, int]], dtype: str, rank: int) -> None:
         self.path, self.key, self.shapes, self.dtype, self.rank = path, key, shapes, np.dtype(dtype), rank
@@ -60,7 +60,7 @@ class FeatureFolder:
         return all(array_fits(self.array(kind), self.dtype, self.shapes[kind]) for kind in KINDS)
 
     def prepare(self, text_image: np.ndarray, rows: np.ndarray) -> None:
-        """Keep what an earlier run of the same work left; else start over. Process 0 only."""
+        """Keep what an earlier run of the same work finished, or start over. Process 0 only."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         progress = list(self.path.glob("progress-*.json"))
@@ -90,7 +90,7 @@ class FeatureFolder:
         return done
 
     def write(self, kind: str, start: int, embeddings: torch.Tensor) -> None:
-        """Rows from `start` on: to the disk first, then into the progress file."""
+        """Write the rows from `start` on: to the disk first, then into the progress file."""
         values = embeddings.numpy()
         try:
             write_rows(self.array(kind), start, values, durable=True)
@@ -100,7 +100,7 @@ class FeatureFolder:
         write_json(self.progress, {"key": self.key, **self.mine})
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """The mark that it is whole, then the progress files go. Process 0 only."""
+        """Mark the folder as whole, then remove the progress files. Process 0 only."""
         write_json(self.path / DONE, {"key": self.key, **facts})
         self.drop_progress()
 

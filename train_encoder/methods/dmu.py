@@ -38,7 +38,7 @@ class DMU(Mixture):
     def __init__(self, run: Run):
         super().__init__(run)
         self.stages: list[Tensors] = []
-        """FFN tensors of the stages that are made, the first stage's first."""
+        """FFN tensors of the stages made so far, in order."""
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> float:
@@ -57,7 +57,7 @@ class DMU(Mixture):
 
     @classmethod
     def lora(cls, config: TrainConfig) -> LoraConfig | None:
-        """How low-rank the stages are; None: they are not."""
+        """Settings of low-rank stages; None: the stages are full."""
         return None
 
     # ------------------------------------------------------------------------------------------------------ stages
@@ -131,7 +131,7 @@ class DMU(Mixture):
         return load_clusters(path)
 
     def stage_features(self, number: int) -> Embeddings:
-        """Embeddings of the training images and their first captions under stage `number`'s model."""
+        """Embeddings of the training images and of their first captions under stage `number`'s model."""
         folder = self.run.folder
         name = "base" if number == 0 else f"stage{number}"
         weights = folder.base / "model.safetensors" if number == 0 else folder.stage_weights(number)

@@ -44,7 +44,7 @@ class Mixture(Method):
 
     @classmethod
     def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
-        """The last one; what comes before it is the subclass's."""
+        """The last training; a subclass adds those before it."""
         return {"router": Training(result, cls.trainable_last(config), config.moe.optim)}
 
     def untrained_moe(self) -> ClipBundle:

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Alone:
-    """An Accelerator's face for a training that one process does by itself, while others do theirs."""
+    """Stands in for an Accelerator in a training that one process does by itself, while others do theirs."""
 
     num_processes, process_index, is_main_process = 1, 0, True
 

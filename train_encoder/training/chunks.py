@@ -26,22 +26,22 @@ from ..config import ChunkSize
 from ..progress import is_main_process
 
 USABLE = 0.9
-"""Of the memory that is free or ours: the rest is for holes between tensors and for what allocates outside of torch."""
+"""Share of the memory that is free or ours. The rest is for holes between tensors and for allocations outside torch."""
 FIRST = 8
 """Images of the first chunk that is measured; the second is twice as large."""
 MOST_TRIALS = 12
 SLACK, WHOLE_SLACK = 1.05, 1.25
-"""What is tried lies so far beyond the line, as a try costs seconds. One piece needs less than the line says (there are
-no gradients yet when it has its peak), and saves a forward pass."""
+"""A trial costs seconds, so sizes a little beyond the line are tried too. One piece is tried from further beyond it: it
+needs less than the line says (there are no gradients yet at its peak), and saves a forward pass."""
 WHOLE_WITHOUT_A_GPU, CHUNK_WITHOUT_A_GPU = 128, 10
-"""Where nothing is measured: shares of up to so many images in one piece, larger ones in chunks of the recipe's 10."""
+"""Where nothing is measured: shares of up to 128 images run in one piece, larger ones in the recipe's chunks of 10."""
 
 Trial = Callable[[int], int | None]
-"""Runs a step in chunks of so many images -> the most bytes in use meanwhile; None: they did not fit."""
+"""Runs a step in chunks of this many images -> the most bytes in use meanwhile; None: they did not fit."""
 
 
 class ChunkError(ValueError):
-    """The memory does not hold a step; says what to change."""
+    """The memory is too small for a step; the message says what to change."""
 
 
 class Gauge(Protocol):
@@ -102,7 +102,7 @@ def _wanted(sizes: list[int], peaks: dict[int, int], fits: int, fails: int, boun
     if fits < 0:
         return failed / 2
     if failed is not None and failed not in peaks:
-        # Memory ran out where the line did not say so: down to three quarters, and no way back up from near there.
+        # Memory ran out although the line said it would not: go down to three quarters, and stop near there.
         near = sizes[fits] >= 0.7 * failed
         return sizes[fits] if near else max(0.75 * failed, sizes[fits] + 1) if len(peaks) > 1 else 2 * sizes[fits]
     if len(peaks) < 2:
@@ -139,7 +139,7 @@ class Card:
             if not ran_out_of_memory(error):
                 raise
         finally:
-            # The error holds the frames of the work, and these its tensors: only now are they nobody's.
+            # The error holds the work's frames, and these hold its tensors: only now can they be freed.
             gc.collect()
             torch.cuda.empty_cache()
         return None

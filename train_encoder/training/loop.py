@@ -114,7 +114,7 @@ def train(
 
 
 def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
-    """Set the temperature, and let gradients flow to what the stage trains -> that, by its names."""
+    """Set the temperature, and let gradients flow to the stage's trainable tensors -> these, by name."""
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(1 / stage.optim.temperature))
     trained = {}
@@ -190,7 +190,7 @@ def step_trials(
     share: int,
     gauge: Gauge,
 ) -> Trial:
-    """What a step of this training takes in chunks of a given size, of a process's `share` of the batch.
+    """-> a trial, which measures a step of this training in chunks of a given size, of a process's `share` images.
 
     A trial is a real step on random pictures and captions of the full length: two chunks (the second one meets the
     gradients of the first), beside the share's other pictures and the moments that the optimiser has yet to make. It

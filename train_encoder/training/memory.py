@@ -1,4 +1,4 @@
-"""Memory of long work: how the CPU's is kept between steps, and the most that was in use."""
+"""Memory of long work: freed blocks are kept on the CPU, and the peak is measured."""
 
 from __future__ import annotations
 

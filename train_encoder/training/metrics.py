@@ -91,7 +91,7 @@ def _drop_torn_tail(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Began:
-    """When a piece of work began, by the clock and by this process's own time: that says more on a shared machine."""
+    """When a piece of work began, by the clock and by this process's own CPU time (says more on a shared machine)."""
 
     seconds: float = field(default_factory=time.time)
     cpu_seconds: float = field(default_factory=time.process_time)

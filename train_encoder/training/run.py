@@ -1,4 +1,4 @@
-"""A run's common ground: its data and its base, and what every method asks for: train, features, save.
+"""One run of the trainer: its data, its base, and what every method asks for: train, features, save.
 
     run = Run(config, accelerator)
     run.read_data()
@@ -46,9 +46,9 @@ from .precision import frozen_in
 from .scratch import scratch_bundle
 
 SEEDS = {"base": 0, "router": 1, "finetune": 2, "stage": 10, "expert": 110}
-"""Where the seeds of each kind of training start; its number is added (stage2: 12)."""
+"""Where the seeds of each kind of training start; a training's number is added (stage2: 12)."""
 OTHER_SEEDS = 500
-"""Where those of any other kind start."""
+"""Where the seeds of any other kind of training start."""
 
 
 def training_seed(seed: int, name: str) -> int:
@@ -175,8 +175,8 @@ class Run:
         bundle.model.cpu()
 
     def features(self, name: str, bundle: ClipBundle, weights: Path, captions: Captions = "first") -> Embeddings:
-        """Embeddings of all usable training images and of their `captions` under the model `name`, whose weights (or
-        what tells them from the base's) are in the file `weights`."""
+        """Embeddings of all usable training images and of their `captions` under the model `name`. `weights`: the file
+        of its weights, or of those that differ from the base's."""
         engine = self.config.engine
         with self.timed("features", name, captions=0 if captions == "none" else len(self.rows)):
             bundle.model.to(self.accelerator.device)
@@ -213,13 +213,14 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def discard(self, name: str, everywhere: bool = False) -> None:
-        """Drop the resume state of a training whose result is saved. everywhere: whatever process this is."""
+        """Drop the resume state of a training whose result is saved. everywhere: on this process even if it is not
+        process 0."""
         if everywhere or self.accelerator.is_main_process:
             discard_checkpoints(self.folder.checkpoints(name))
 
     @contextmanager
     def timed(self, work: str, stage: str, **counts: int) -> Iterator[None]:
-        """Log how long a piece of work took and the memory it needed. counts: of what it does, beside images."""
+        """Log how long a piece of work took and the memory it needed. counts: what was worked on besides images."""
         began, device = Began(), self.accelerator.device
         reset_peak_memory(device)
         yield

@@ -84,7 +84,7 @@ Chunk = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
 def _on_device(pixels: torch.Tensor, captions: list[torch.Tensor], eos_token_id: int, device: torch.device) -> Chunk:
-    """Lengths are looked at here, where the ids are on the CPU: to ask a GPU for them is to wait for it."""
+    """Lengths are computed here, where the ids are on the CPU: on a GPU, Python would have to wait for them."""
     captions = [trimmed(ids, eos_token_id) for ids in captions]
     kept = [kept_tokens(ids, eos_token_id) for ids in captions]
     pixels, *others = (part.to(device, non_blocking=True) for part in (pixels, *captions, *kept))
@@ -148,7 +148,7 @@ def _cached_step(towers, chunks: list[Chunk], objective, accelerator, seed) -> d
 
 
 def _over_processes(counts: RouterCounts, accelerator: Accelerator) -> RouterCounts:
-    """Summed over the processes that share this training (one alone does not wait for the others)."""
+    """Counts summed over the processes that share this training (`Alone` is one process)."""
     if accelerator.num_processes > 1:
         dist.all_reduce(counts.first_choices)
         dist.all_reduce(counts.tokens)

@@ -66,7 +66,7 @@ class HostedTracker:
 
 
 def _run_identity(run_dir: Path) -> str:
-    """A name that a resumed run finds again, so that it continues its own curve at a hosted tracker."""
+    """A name that is kept with the run: when it is resumed, it continues its own curve at a hosted tracker."""
     path = run_dir / "tracker.json"
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:8]})
