@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ from tiny_run import REPOSITORY, arguments, draw_data
 
 from llava_clipmoe.files import load_tensors, read_json
 from llava_clipmoe.load import load_bundle
+from llava_clipmoe.model_directory import read_config
 from llava_clipmoe.upcycling import is_ffn
+from train_encoder.command import main
+from train_encoder.methods import METHODS
 from train_encoder.recipes import RECIPES
+from train_encoder.training.run import training_seed
 
 
 def flags(method: str, data: Path, output: Path) -> list[str]:
@@ -49,8 +55,6 @@ def runs(data, tmp_path_factory):
 
     def run(method: str) -> Path:
         if method not in made:
-            from train_encoder.command import main
-
             made[method] = tmp_path_factory.mktemp(method) / "run"
             assert main(flags(method, data, made[method])) == 0
         return made[method]
@@ -169,8 +173,6 @@ def test_every_run_ends_with_results_and_a_page(runs, method):
 
 
 def test_a_method_stopped_between_its_trainings_goes_on_with_what_is_there(runs, data, tmp_path):
-    from train_encoder.command import main
-
     run = tmp_path / "run"
     assert main(flags("fmoe", data, run)) == 0
     times = {e: (run / f"expert{e}" / "model.safetensors").stat().st_mtime_ns for e in range(3)}
@@ -186,15 +188,40 @@ def test_a_method_stopped_between_its_trainings_goes_on_with_what_is_there(runs,
 def test_all_methods_of_one_scale_get_the_same_epochs():
     """Total passes over the data: what a fair comparison needs. Each FMoE expert passes over its own cluster only."""
     for scale in ("openmoji", "vitl14-336-sharegpt4v"):
-        dmu = RECIPES[f"dmu-{scale}"][1]
+        configs = {name: config for name, (_, config) in RECIPES.items() if name.endswith(f"-{scale}")}
+        spent = {name: METHODS[c.method].epochs(c) for name, c in configs.items() if c.method != "base"}
+        dmu = configs[f"dmu-{scale}"]
         total = (dmu.moe.num_experts - 1) * dmu.mcl.optim.epochs + dmu.moe.optim.epochs
-        configs = {name.removesuffix(f"-{scale}"): c for name, (_, c) in RECIPES.items() if name.endswith(f"-{scale}")}
-        spent = {
-            "dmu-lora": lambda c: (c.moe.num_experts - 1) * c.mcl.optim.epochs + c.moe.optim.epochs,
-            "fmoe": lambda c: c.fmoe.optim.epochs + c.moe.optim.epochs,
-            "vanilla-moe": lambda c: c.mcl.optim.epochs + c.moe.optim.epochs,
-            "sparse-upcycling": lambda c: c.moe.optim.epochs,
-        }
-        for name, config in configs.items():
-            if name not in ("dmu", "base"):
-                assert spent.get(name, lambda c: c.finetune.optim.epochs)(config) == total, f"{name}-{scale}"
+        assert len(spent) > 7 and set(spent.values()) == {total}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trainings"),
+    [
+        ("dmu", ["stage1", "stage2", "router"]),
+        ("dmu-lora", ["stage1", "stage2", "router"]),
+        ("fmoe", ["expert0", "expert1", "expert2", "router"]),
+        ("vanilla-moe", ["stage1", "router"]),
+        ("sparse-upcycling", ["router"]),
+        ("direct-ft", ["finetune"]),
+    ],
+)
+def test_a_method_says_what_each_of_its_trainings_changes(runs, recipe, trainings):
+    """The names are those of metrics.jsonl, and what is called trainable is what the run's files say has changed."""
+    run = runs(recipe)
+    settings = json.loads((run / "config.json").read_text(), object_hook=lambda values: SimpleNamespace(**values))
+    method, base = METHODS[settings.method], read_config(run / "base")
+    found = method.trainings(settings, base, read_config(run / method.output))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    done = [row["stage"] for row in lines if row.get("work") == "train" and row["stage"] != "base"]
+    assert list(found) == done == trainings and method.title
+    if "stage1" in found:
+        kept = load_tensors(run / "stage1" / "model.safetensors")
+        assert {name for name in load_tensors(run / "base") if found["stage1"].trainable(name)} == set(kept)
+
+
+def test_every_training_draws_its_own_batches_whatever_comes_before_it():
+    """By its name alone: runs of older versions go on with the seeds that they began with."""
+    seeds = {name: training_seed(3, name) for name in ("base", "router", "finetune", "stage1", "stage2", "expert0")}
+    assert list(seeds.values()) == [3000, 3001, 3002, 3011, 3012, 3110]
+    assert training_seed(3, "distilled4") not in seeds.values()

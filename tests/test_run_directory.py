@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from llava_clipmoe.files import read_json
+from llava_clipmoe.files import read_json, write_json
 from train_encoder.recipes import RECIPES
 from train_encoder.run_directory import RunDirectory, RunError
 
@@ -116,3 +116,15 @@ def test_leftovers_go_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("train_encoder.run_directory.write_json", lambda *_: seen.append(list(tmp_path.rglob("*.tmp"))))
     directory(tmp_path).claim(main_process=True)
     assert seen == [[]]
+
+
+def test_a_run_with_a_setting_that_there_is_no_more_goes_on(tmp_path):
+    directory(tmp_path).claim(main_process=True)
+    settings = read_json(tmp_path / "config.json")
+    settings["lora"]["keep"] = False
+    write_json(tmp_path / "config.json", settings)
+    directory(tmp_path).claim(main_process=True)
+    settings["lora"]["rank"] = 3
+    write_json(tmp_path / "config.json", settings)
+    with pytest.raises(RunError, match=r"lora\.rank: 3"):
+        directory(tmp_path).claim(main_process=True)
