@@ -452,7 +452,7 @@ def test_threads_share_graphs():
 
 
 def test_the_tower_that_llava_gets(tmp_path):
-    from tiny_llava import make_towers
+    from tiny.llavas import make_towers
 
     from llava_clipmoe.vision_tower import CLIPMoEVisionTower, CLIPMoEVisionTowerS2
 
