@@ -16,14 +16,14 @@ Shape suffixes:  B batch   T tokens   N = B*T   D width   E experts
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .common_clipmoe import working_dtype
+from .common_clipmoe import quick_gelu, working_dtype
 from .experts_delta_clipmoe import DeltaExperts
 from .gpu_clipmoe import say_once
 from .graphs_clipmoe import Graphs
@@ -119,11 +119,11 @@ class SharedDelta:
         with torch.inference_mode(False), torch.no_grad():  # or the parameters could never be trained again
             same = all(p.dtype == dtype for p in experts.parameters())
             self.packed = share_delta(experts) if same else pack_delta(experts, dtype)
-        self.layout = layout(experts)
+        self.layout = layout(experts.parameters())
 
     def in_place(self) -> bool:
         """False once a weight has moved or changed."""
-        return self.layout == layout(self.experts)
+        return self.layout == layout(self.experts.parameters())
 
 
 def _packed_delta(experts: DeltaExperts, dtype: torch.dtype) -> PackedDelta:
@@ -133,9 +133,9 @@ def _packed_delta(experts: DeltaExperts, dtype: torch.dtype) -> PackedDelta:
     return found.packed
 
 
-def layout(module: nn.Module) -> list[tuple[int, int]]:
+def layout(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
     """Where every parameter lies, and how often it was changed in place."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()]
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
 
 def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -143,8 +143,7 @@ def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     dtype, x_ND = working_dtype(x), x.flatten(0, -2)
     if torch.is_grad_enabled() and any(p.requires_grad for p in mlp.parameters()):
         weights = (t.to(dtype) for t in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
-        packed = pack_ffn(mlp, dtype)
-        y_ND = ffn(x_ND.to(dtype), *weights, packed.quick)
+        y_ND = ffn(x_ND.to(dtype), *weights, mlp.act is quick_gelu)
     else:
         y_ND = dense_ffn(pack_ffn(mlp, dtype), x_ND)
     return y_ND.view(*x.shape[:-1], y_ND.shape[-1])
@@ -255,9 +254,8 @@ class FastEncoder:
         self.graphs = Graphs() if x_BTD.is_cuda else None
 
     def _layout(self) -> list[tuple[int, int]]:
-        """As `layout`, without the walk over the modules: it is asked for at every picture."""
-        parameters = [own[name] for own, name in self.slots]
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters if p is not None]
+        """Without a walk over the modules: it is asked for at every picture."""
+        return layout(own[name] for own, name in self.slots if own[name] is not None)
 
     def in_place(self) -> bool:
         """False once a weight has moved or changed: then a new one must be made."""
