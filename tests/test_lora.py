@@ -304,20 +304,9 @@ def _counted(function, calls: list):
 
 def test_two_processes_train_as_one(finished, data, tmp_path):
     alone, folder = finished[0], tmp_path / "two"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "llava_clipmoe.cli",
-        "train-encoder",
-    ]
     more = ("--engine.chunk-size", "5", "--engine.activation-checkpointing")
     done = subprocess.run(
-        [*launcher, *lora_flags(data, folder, "--base.source", str(alone / "base"), *more)],
+        tiny_run.command_of_two(lora_flags(data, folder, "--base.source", str(alone / "base"), *more)),
         env=tiny_run.environment(),
         capture_output=True,
         text=True,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import REPOSITORY, arguments, draw_data
+from tiny_run import REPOSITORY, arguments, command_of_two, draw_data
 
 from llava_clipmoe.files import load_tensors, read_json
 from llava_clipmoe.load import load_bundle
@@ -140,18 +139,7 @@ def test_experts_of_fmoe_trained_by_two_processes_are_those_of_one(runs, data, t
     """They are independent: whoever trains them, and beside whom, the bits are the same."""
     alone = runs("fmoe")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "llava_clipmoe.cli",
-        "train-encoder",
-        *flags("fmoe", data, tmp_path / "run"),
-    ]
+    command = command_of_two(flags("fmoe", data, tmp_path / "run"))
     # The base is trained by both processes together and would differ in its last bits: take the one that is there.
     source = command.index("--base.scratch.optim.learning-rate")
     command[source:source] = ["--base.source", str(alone / "base")]

@@ -193,19 +193,8 @@ def test_a_run_killed_at_its_weakest_moments_leaves_exactly_what_an_undisturbed_
 
 def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, tmp_path):
     folder = tmp_path / "two"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "llava_clipmoe.cli",
-        "train-encoder",
-    ]
     done = subprocess.run(
-        [*launcher, *tiny_run.arguments(data, folder, "--evaluation.retrieval")],
+        tiny_run.command_of_two(tiny_run.arguments(data, folder, "--evaluation.retrieval")),
         env=tiny_run.environment(),
         capture_output=True,
         text=True,

@@ -113,6 +113,12 @@ def command(args: list[str]) -> list[str]:
     return [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", *args]
 
 
+def command_of_two(args: list[str]) -> list[str]:
+    """The command in two processes that train together."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, "-m", "llava_clipmoe.cli", "train-encoder", *args]
+
+
 def run(args: list[str], check: bool = True) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
     done = subprocess.run(command(args), env=environment(), capture_output=True, text=True, timeout=600)
