@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.upcycling import is_expert_or_gate, is_ffn, is_router_or_gate, moe_config
+from train_encoder.compare import cost
 from train_encoder.compare.cost import CaptionTokens, caption_tokens, pair_macs, run_flops, vision_macs
 from train_encoder.config import LoraConfig, OptimConfig
 from train_encoder.methods import METHODS
@@ -148,3 +151,21 @@ def test_captions_are_measured_as_they_are_padded(tmp_path):
     assert (found.padded, found.short, found.alone) == (5, 2, (3 * 5 + 2) / 4) and found.measured
     gone = caption_tokens({"source": str(tmp_path / "gone.csv")}, Words(), 20, batch=4)
     assert gone == CaptionTokens(20, 20, 20, measured=False)
+
+
+def test_two_threads_that_count_leave_attention_as_it_was():
+    """A comparison counts in as many threads as it has jobs; which attention runs is a setting of the process."""
+    entered = threading.Event()
+
+    def count(seconds: float) -> None:
+        with cost._counting():
+            entered.set()
+            time.sleep(seconds)
+
+    first, second = threading.Thread(target=count, args=(0.3,)), threading.Thread(target=count, args=(0.6,))
+    first.start()
+    entered.wait()
+    second.start()
+    first.join()
+    second.join()
+    assert torch.backends.cuda.flash_sdp_enabled()

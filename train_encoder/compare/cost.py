@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import functools
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ from ..data.pairs import first_sentence
 from ..features.encode import tokenise
 from ..methods.base import Training
 from ..training.losses import make_objective
+
+_ATTENTION = threading.Lock()
 
 Macs = tuple[float, float]
 """Multiply-accumulates: (forward, backward)."""
@@ -136,8 +139,12 @@ def _parameter_names(given: str) -> list[str]:
 
 @contextlib.contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    """Fake tensors and not the meta device, which the router's switch of autocast does not know."""
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Fake tensors and not the meta device, which the router's switch of autocast does not know.
+
+    One thread at a time: which attention is used is a setting of the whole process, and of two threads that change and
+    restore it the second would leave it changed.
+    """
+    with _ATTENTION, FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
