@@ -13,7 +13,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from llava_clipmoe.files import write_json
-from train_llava.judge import answers_right, pairs_right, same_answer
+from train_encoder.evaluate.judge import answers_right, pairs_right, same_answer
 
 from .llava.generate import Llava
 from .llava.turns import Stopped

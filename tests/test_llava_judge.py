@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from train_llava.judge import answers_right, is_answer, names_answer, pairs_right, same_answer, share
+from train_encoder.evaluate.judge import answers_right, is_answer, names_answer, pairs_right, same_answer, share
 
 
 def test_an_answer_must_be_the_answer_and_nothing_more():

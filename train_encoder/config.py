@@ -1,7 +1,7 @@
 """Every setting of the encoder trainer, as nested dataclasses that `tyro` turns into flags.
 
-The defaults are the paper's (CLIP-MoE, docs/reproduce.md); a named instance in `recipes.py`
-changes only what it must. `llava-clipmoe train-encoder RECIPE --help` prints this page as flags.
+The defaults are the paper's (CLIP-MoE, docs/reproduce.md); a recipe in `recipes.py` changes only what it must.
+`llava-clipmoe train-encoder RECIPE --help` prints this page as flags.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from pathlib import Path
 from typing import Literal
 
 ChunkSize = int | Literal["auto"] | None
+METHOD_TITLES = {
+    "base": "A dense CLIP as it is.",
+    "dmu": "A CLIP-MoE made by Diversified Multiplet Upcycling.",
+    "dmu-lora": "A CLIP-MoE made by Diversified Multiplet Upcycling, its stages of low rank (LoRA).",
+    "fmoe": "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate.",
+    "vanilla-moe": "A mixture of the base's FFNs and one set of directly fine-tuned ones.",
+    "sparse-upcycling": "A mixture made by sparse upcycling.",
+    "finetune": "A dense CLIP, fine-tuned.",
+}
+"""Method -> what a run of it makes. (The methods themselves are in methods/, which is slow to import.)"""
 
 
 @dataclass(frozen=True)
@@ -22,9 +32,8 @@ class DataConfig:
     """Where image-caption pairs come from."""
 
     source: str = "openmoji"
-    """`openmoji` (made on this machine, no download), or a CSV/TSV/JSON/JSONL file, a folder of images with
-    .txt captions, a parquet file or folder, webdataset tar shards (a folder or `shards-{000..012}.tar`), or a
-    hub dataset name."""
+    """`openmoji` (made on this machine, no download), or a CSV/TSV/JSON/JSONL file, a folder of images with .txt
+    captions, a parquet file or folder, webdataset tar shards (a folder or `shards-{000..012}.tar`), a hub data set."""
     split: str = "train"
     """Which split to read, where the source has several: hub and saved data sets, openmoji, and folders whose files or
     subfolders are named after splits (train-00000.parquet, val2017/, test/metadata.jsonl)."""
@@ -43,8 +52,8 @@ class DataConfig:
     max_pixels: int = 89_478_485
     """Images with more pixels than this in their header are skipped before decoding (Pillow's own limit)."""
     cache_images: bool = False
-    """Keep decoded, resized images as one memory-mapped file (H*W*3 bytes an image): for small data sets
-    that are read many times."""
+    """Keep decoded, resized images as one memory-mapped file (H*W*3 bytes an image): for small data sets that are read
+    many times."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,17 @@ class OptimConfig:
     """One training: optimiser, schedule, batch and loss. Defaults: a DMU stage of the paper."""
 
     learning_rate: float = 1e-5
+    """Peak of the schedule (linear warm-up, then a cosine to zero). Raise it for a small or untrained model."""
     weight_decay: float = 0.2
+    """AdamW's, on every tensor that is trained."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's mean and of its square."""
     epsilon: float = 1e-8
+    """AdamW's, against division by zero. A CLIP from nothing has 1e-6 (OpenAI's)."""
     warmup_steps: int = 200
     """Linear warm-up; never more than a tenth of the training."""
     epochs: float = 1
+    """Passes over the data; a fraction is allowed."""
     global_batch_size: int = 800
     """Images a step over ALL processes. All negatives of an image come from this batch."""
     label_smoothing: float = 0.1
@@ -72,7 +86,7 @@ class OptimConfig:
     """`clip`: one caption an image. `multi-positive` (CLIP-FMoE): the caption and its first sentence, both positives.
     `long-short` (Long-CLIP): the caption, and its first sentence against the image's principal components."""
     short_weight: float = 0.5
-    """gamma of the first sentence under multi-positive; the caption has the rest. The paper does not say: even."""
+    """Weight of the first sentence under multi-positive (gamma); the caption has the rest. The paper gives no value."""
     principal_components: int = 32
     """Kept of the image feature for the first sentence under long-short (Long-CLIP's value)."""
 
@@ -82,14 +96,17 @@ class ScratchConfig:
     """A small CLIP to start from where there is no pretrained one (`--base.source scratch`)."""
 
     image_size: int = 336
+    """Pixels of a side; LLaVA-1.5 gives its tower 336."""
     patch_size: int = 42
-    """Large patches make 336 pixels cheap: 8 x 8 tokens."""
+    """Pixels of a patch's side. Large patches make 336 pixels cheap: 8 x 8 tokens."""
     vision_width: int = 128
     vision_layers: int = 4
     text_width: int = 128
     text_layers: int = 3
     head_width: int = 32
+    """Width of an attention head; it divides both towers' widths."""
     projection_dim: int = 256
+    """Dimensions of an embedding, which both towers share."""
     hidden_act: str = "gelu"
     """`gelu` has a fused kernel; `quick_gelu` is what OpenAI's weights want, and there are none here."""
     caption_columns: tuple[str, ...] = ("short", "description")
@@ -131,10 +148,13 @@ class ClusterConfig:
     """k-means of a stage's embeddings. 3 x 3 combined clusters a stage, accumulated over the stages."""
 
     image_clusters: int = 3
+    """Clusters of the image embeddings; an image's combined cluster is the pair of both."""
     text_clusters: int = 3
+    """Clusters of the captions' embeddings."""
     batch_size: int = 16_384
     """Rows of one mini-batch of k-means."""
     n_init: int = 3
+    """Random starts of which the best is kept."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +168,8 @@ class MCLConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank stages (method `dmu-lora`): every matrix of an FFN becomes W + (alpha / rank) B A, of which
-    B A is trained."""
+    """Low-rank stages (method `dmu-lora`): every matrix of an FFN becomes W + (alpha / rank) B A, of which B A is
+    trained."""
 
     rank: int = 64
     """A sixteenth of ViT-L's width. Full stages of a CLIP of width 128 had 85% of the squared norm of their change in
@@ -171,11 +191,6 @@ class LoraConfig:
     def effective_alpha(self) -> float:
         return self.rank if self.alpha is None else self.alpha
 
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return self.effective_alpha / self.rank
-
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -184,16 +199,21 @@ class MoEConfig:
     num_experts: int = 4
     """Experts of a block: the base's FFN and those of num_experts - 1 stages."""
     num_experts_per_tok: int = 2
+    """Experts that each token passes through (K). Fewer are faster; 1 leaves the router nothing to weigh."""
     vision_layers: tuple[int, ...] | None = None
     """Blocks of the vision tower that get experts; all when absent."""
     text_layers: tuple[int, ...] | None = None
     """Blocks of the text tower that get experts; all when absent."""
     router_aux_loss_coef: float = 0.01
+    """Weight of the load-balance loss. Raise it where a few experts take most tokens (the report's Routing)."""
     router_z_loss_coef: float = 0.0
+    """Weight of the loss that keeps router logits small; ST-MoE has 1e-3. For a router training that is unstable."""
     router_jitter_noise: float = 0.0
+    """In training, router inputs are multiplied by random numbers within 1 ± this; Switch has 0.01, 0 is off."""
     router_initializer_range: float = 0.018
+    """Standard deviation of a fresh router's weights; a smaller one starts nearer to equal use of the experts."""
     expert_dropout: float = 0.0
-    """0.1 in the official code, not in the paper."""
+    """Dropout in the experts while the routers train: 0.1 in the official code, not in the paper."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-6, weight_decay=0.01))
     """Router training. At the paper's 1e-6 a router hardly moves; the report shows how far it did."""
 
@@ -215,7 +235,7 @@ class FinetuneConfig:
     """The baselines without stages: direct fine-tuning, Long-CLIP, sparse upcycling."""
 
     parts: Literal["ffn", "all"] = "ffn"
-    """What is trainable: the FFNs (or the experts and their routers), or every tensor."""
+    """What is trainable: the FFNs (sparse upcycling: experts and routers), or every tensor. `all` costs more memory."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Fine-tuning of a dense CLIP. Sparse upcycling trains by --moe.optim."""
 
@@ -234,6 +254,7 @@ class EvaluationConfig:
     routing_images: int = 256
     """Images over which the routing share is measured."""
     batch_size: int = 128
+    """Images, or captions, that pass through a model at once. Lower it where memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +262,7 @@ class EngineConfig:
     """How it runs: precision, memory, workers, checkpoints. Changes nothing of what is computed but rounding."""
 
     device: Literal["auto", "cpu"] = "auto"
+    """`auto`: the GPU where there is one (one a process under torchrun). `cpu`: never a GPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast over fp32 weights, or fp32 throughout."""
     chunk_size: ChunkSize = "auto"
@@ -250,12 +272,15 @@ class EngineConfig:
     folder; without a GPU one piece, or chunks of 10 where the share is more than 128 images. A resumed run keeps its
     chunk unless another one is given."""
     activation_checkpointing: bool = False
+    """Compute each block again in the backward pass: less memory, more time. For where small chunks do not fit."""
     workers: int = 4
     """Processes that decode images and make tokens; 0 does it in the trainer itself."""
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
     log_every: int = 10
+    """Steps between two that are logged, in metrics.jsonl and in the trackers."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the metrics there; the package must be installed."""
 
     def __post_init__(self) -> None:
         if isinstance(self.chunk_size, int) and self.chunk_size < 1:
@@ -283,6 +308,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
+    """Of all random draws (weights, batches, captions, clusters). Other seeds tell chance from effect."""
     output_dir: Path | None = None
     """Where the run is kept: runs/NAME. The same command again resumes it."""
 
@@ -295,19 +321,14 @@ class TrainConfig:
                 f"--moe.num-experts-per-tok is {k}, but there are {e} experts: a token cannot use more experts than "
                 "there are. Lower it, or raise --moe.num-experts."
             )
-        for name, optim in (
-            ("mcl.optim", self.mcl.optim),
-            ("moe.optim", self.moe.optim),
-            ("finetune.optim", self.finetune.optim),
-            ("fmoe.optim", self.fmoe.optim),
-        ):
+        for name in ("mcl", "moe", "finetune", "fmoe"):
+            optim = getattr(self, name).optim
             if optim.global_batch_size < 2:
-                raise ValueError(f"--{name}.global-batch-size must be at least 2: contrast needs a negative.")
+                raise ValueError(f"--{name}.optim.global-batch-size must be at least 2: contrast needs a negative.")
             if not 0 < optim.short_weight < 1:
-                raise ValueError(f"--{name}.short-weight must lie between 0 and 1, got {optim.short_weight}.")
+                raise ValueError(f"--{name}.optim.short-weight must lie between 0 and 1, got {optim.short_weight}.")
 
 
-# Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these.
 FREE_TO_CHANGE = (
     "output_dir",
     "evaluation",
@@ -320,6 +341,7 @@ FREE_TO_CHANGE = (
     "data.max_bad_fraction",
     "data.cache_images",
 )
+"""Settings that change neither the data nor a weight beyond rounding: a resumed run may differ in these."""
 GONE = ("lora.keep",)
 """Settings of older runs that there are no more; none of them changed a weight."""
 
@@ -338,10 +360,9 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     if not prefix:
         old = filled(old, to_dict(TrainConfig()))
     for key in sorted(set(old) | set(new)):
-        name = f"{prefix}{key}"
+        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
         if name in FREE_TO_CHANGE or name in GONE:
             continue
-        a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{name}.")
         elif a != b:
@@ -351,11 +372,11 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 def filled(given: dict, defaults: dict) -> dict:
     """`given` with what it lacks from `defaults`, at every level."""
-    both = {
-        k: filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
-        for k, v in given.items()
-    }
-    return {**defaults, **both}
+    both = {**defaults, **given}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(both[key], dict):
+            both[key] = filled(both[key], default)
+    return both
 
 
 def digest(*parts: object) -> str:

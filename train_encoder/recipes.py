@@ -30,25 +30,12 @@ _PAPER = TrainConfig(
     engine=EngineConfig(precision="bf16", workers=8),
 )
 
-DMU_SHAREGPT4V = TrainConfig(
-    data=DataConfig(
-        source="data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json", image_root=Path("data/sharegpt4v")
-    ),
-    base=_PAPER.base,
-    clusters=_PAPER.clusters,
-    mcl=_PAPER.mcl,
-    moe=_PAPER.moe,
-    engine=_PAPER.engine,
+_SHAREGPT4V = "data/sharegpt4v"
+DMU_SHAREGPT4V = replace(
+    _PAPER,
+    data=DataConfig(source=f"{_SHAREGPT4V}/share-captioner_coco_lcs_sam_1246k_1107.json", image_root=Path(_SHAREGPT4V)),
 )
-
-DMU_RECAP1M = TrainConfig(
-    data=DataConfig(source="data/recap-datacomp-1m", caption_columns=("re_caption",)),
-    base=_PAPER.base,
-    clusters=_PAPER.clusters,
-    mcl=_PAPER.mcl,
-    moe=_PAPER.moe,
-    engine=_PAPER.engine,
-)
+DMU_RECAP1M = replace(_PAPER, data=DataConfig(source="data/recap-datacomp-1m", caption_columns=("re_caption",)))
 
 # Everything is scaled to 2,000 drawings: batches of 64 against clusters of 40 to 400, learning rates for a CLIP of
 # width 128, the temperature that the small base finds by itself (the paper's 0.01 is OpenAI's), and fp32, which is

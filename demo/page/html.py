@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from train_llava.judge import names_answer, same_answer
+from train_encoder.evaluate.judge import names_answer, same_answer
 
 from ..llava.ask import Board, Cell
 from ..mining.pairs import Question

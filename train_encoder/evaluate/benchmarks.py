@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -15,15 +15,18 @@ from ..data.decode import decode_image
 
 CAPTIONS_PER_IMAGE = 5
 """A few COCO images have six or seven captions; the papers use the first five (Long-CLIP, eval/retrieval/coco.py)."""
+Captions = dict[Path, list[str]]
+"""Image -> its captions, in the benchmark's order."""
 
 
 class ImageList:
     """A benchmark's images with their captions, in its own order; reads like a `PairSource`."""
 
-    def __init__(self, name: str, rows: Sequence[tuple[Path, list[str]]]) -> None:
-        self.rows = list(rows)
-        self.max_pixels = DataConfig().max_pixels
-        self.fingerprint = digest(name, [(path.name, captions) for path, captions in self.rows])
+    max_pixels = DataConfig.max_pixels
+
+    def __init__(self, name: str, captions: Captions) -> None:
+        self.rows = [(path, texts[:CAPTIONS_PER_IMAGE]) for path, texts in captions.items()]
+        self.fingerprint = digest(name, [(path.name, texts) for path, texts in self.rows])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,13 +57,13 @@ def coco_5k(folder: str | Path) -> ImageList:
     official = first_existing(folder / "annotations" / "captions_val2017.json", folder / "captions_val2017.json")
     if official and (folder / "val2017").is_dir():
         content = read_json(official)
-        captions: dict[int, list[str]] = {row["id"]: [] for row in content["images"]}
+        files = {row["id"]: folder / "val2017" / row["file_name"] for row in content["images"]}
+        captions: Captions = {path: [] for path in files.values()}
         for row in content["annotations"]:  # in the file's order, as pycocotools gives them
-            captions[row["image_id"]].append(_caption(row["caption"]))
-        rows = [(folder / "val2017" / row["file_name"], captions[row["id"]]) for row in content["images"]]
-        return _benchmark("coco-5k", rows)
+            captions[files[row["image_id"]]].append(_caption(row["caption"]))
+        return _benchmark("coco-5k", captions)
     if (folder / "dataset_coco.json").exists():
-        return _benchmark("coco-5k-karpathy", _karpathy(folder / "dataset_coco.json", folder, {"test"}))
+        return _benchmark("coco-5k-karpathy", _karpathy(folder / "dataset_coco.json", folder, only="test"))
     raise BenchmarkNotFound(
         f"COCO is not in {folder}. Looked for annotations/captions_val2017.json beside val2017/ (both from "
         "cocodataset.org), and for dataset_coco.json (Karpathy's splits) beside val2014/."
@@ -77,10 +80,10 @@ def flickr30k(folder: str | Path) -> ImageList:
     folder = Path(folder).expanduser()
     folders = [folder / name for name in ("flickr30k-images", "flickr30k_images", "images")]
     images = first_existing(*folders)
-    readers: dict[str, Callable[[Path, Path], list[tuple[Path, list[str]]]]] = {
+    readers = {
         "results_20130124.token": _flickr_tokens,
         "results.csv": _flickr_csv,
-        "dataset_flickr30k.json": lambda file, images: _karpathy(file, images, None),
+        "dataset_flickr30k.json": _karpathy,
     }
     for name, read in readers.items():
         file = first_existing(folder / name, *(place / name for place in folders))
@@ -101,53 +104,55 @@ def first_existing(*paths: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _benchmark(name: str, rows: list[tuple[Path, list[str]]]) -> ImageList:
+def _benchmark(name: str, captions: Captions) -> ImageList:
     """Checks that every image is there, before anything is computed."""
-    missing = [path for path, _ in rows if not path.is_file()]
-    if missing or not rows:
+    if not captions:
+        raise BenchmarkNotFound(f"{name} lists no images.")
+    if missing := [path for path in captions if not path.is_file()]:
         raise BenchmarkNotFound(
-            f"{name}: {len(missing)} of {len(rows)} images are missing, the first is {missing[0]}. The benchmark is "
-            "only itself when it is whole: download the missing images."
-            if rows
-            else f"{name} lists no images."
+            f"{name}: {len(missing)} of {len(captions)} images are missing, the first is {missing[0]}. The benchmark "
+            "is only itself when it is whole: download the missing images."
         )
-    return ImageList(name, [(path, captions[:CAPTIONS_PER_IMAGE]) for path, captions in rows])
+    return ImageList(name, captions)
 
 
 def _caption(text: str) -> str:
     return replace_surrogates(text).strip()  # half an emoji: no tokenizer takes it
 
 
-def _karpathy(file: Path, images: Path, splits: set[str] | None) -> list[tuple[Path, list[str]]]:
-    """Rows of one of Karpathy's files: `images` of {"filepath"?, "filename", "split", "sentences": [{"raw"}]}."""
-    return [
-        (images / row.get("filepath", "") / row["filename"], [_caption(said["raw"]) for said in row["sentences"]])
-        for row in read_json(file)["images"]
-        if splits is None or row["split"] in splits
-    ]
+def _karpathy(file: Path, images: Path, only: str | None = None) -> Captions:
+    """One of Karpathy's files: `images` of {"filepath"?, "filename", "split", "sentences": [{"raw"}]}."""
+    rows = [row for row in read_json(file)["images"] if only in (None, row["split"])]
+    return {
+        images / row.get("filepath", "") / row["filename"]: [_caption(said["raw"]) for said in row["sentences"]]
+        for row in rows
+    }
 
 
-def _flickr_tokens(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
+def _flickr_tokens(file: Path, images: Path) -> Captions:
     """Lines `1000092795.jpg#0<tab>caption`."""
-    captions: dict[str, list[str]] = {}
-    for line in file.read_text(encoding="utf-8-sig").split("\n"):
-        if not line.strip():
-            continue
-        image, _, caption = line.partition("\t")
-        captions.setdefault(image.rpartition("#")[0], []).append(caption.strip())
-    return [(images / name, texts) for name, texts in captions.items()]
+    lines = [line.partition("\t") for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    return _grouped(images, ((image.rpartition("#")[0], caption) for image, _, caption in lines))
 
 
-def _flickr_csv(file: Path, images: Path) -> list[tuple[Path, list[str]]]:
+def _flickr_csv(file: Path, images: Path) -> Captions:
     """Lines `1000092795.jpg| 0| caption` under a header. One known line lacks its second bar."""
-    captions: dict[str, list[str]] = {}
+    found = []
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
         next(reader, None)
         for row in filter(None, reader):
             number, _, rest = row[1].strip().partition(" ") if len(row) > 1 else ("", "", "")
-            caption = (row[2] if len(row) > 2 else rest).strip()
-            if not number.isdigit() or not caption:
+            caption = row[2] if len(row) > 2 else rest
+            if not number.isdigit() or not caption.strip():
                 raise ValueError(f"{file}, line {reader.line_num}: not `image| number| caption`: {'|'.join(row)[:80]}")
-            captions.setdefault(row[0].strip(), []).append(caption)
-    return [(images / name, texts) for name, texts in captions.items()]
+            found.append((row[0].strip(), caption))
+    return _grouped(images, found)
+
+
+def _grouped(images: Path, pairs: Iterable[tuple[str, str]]) -> Captions:
+    """(file name, caption) of every caption -> the captions of each image."""
+    captions: Captions = {}
+    for name, caption in pairs:
+        captions.setdefault(images / name, []).append(caption.strip())
+    return captions

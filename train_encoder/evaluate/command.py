@@ -7,15 +7,11 @@ llava-clipmoe evaluate openai/clip-vit-large-patch14-336 my-clip-moe mmvp --data
 from __future__ import annotations
 
 import inspect
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
@@ -27,17 +23,16 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 
 from ..config import DataConfig
-from ..data.cache import check_images
 from ..data.decode import BadImage
-from ..data.formats import open_source
 from ..data.pairs import DataError, PairSource
-from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
 from . import benchmarks, mmvp, retrieval, routing, zero_shot
+from .judge import ACCURACIES
+from .options import EncodingOptions, SourceOptions
 
 
 @dataclass(frozen=True)
-class _Common:
+class _Task(EncodingOptions):
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
     """What is measured, side by side: directories of a CLIP-MoE or a CLIP, hub ids, or an open_clip name (with
     --checkpoint)."""
@@ -45,13 +40,6 @@ class _Common:
     """What to measure on; see above."""
     output: Path | None = None
     """Also write the results there, as JSON in the format of a run's results.json."""
-    device: str = "auto"
-    """auto (the GPU where there is one), cpu, cuda, cuda:1, ..."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """bf16 is faster on a GPU and may move a result by a tenth of a point."""
-    batch_size: int = 64
-    workers: int = 4
-    """Processes that decode images; 0 does it in this one."""
     checkpoint: Path | None = None
     """Weights for an open_clip model name (one model only)."""
     quick_gelu: bool | None = None
@@ -59,55 +47,50 @@ class _Common:
     num_experts_per_tok: int | None = None
     """Experts a token uses, in the place of the number that the model says (1 to its number of experts)."""
 
-    def settings(self) -> dict[str, Any]:
-        return {"device": self.device, "precision": self.precision, "batch_size": self.batch_size}
+    def named_models(self) -> Iterator[tuple[str, ClipBundle]]:
+        """(name, bundle) of every model, one in memory at a time."""
+        names = [Path(model).name for model in self.models]
+        for model, name in zip(self.models, names, strict=True):
+            bundle = load_bundle(
+                model,
+                checkpoint=self.checkpoint,
+                quick_gelu=self.quick_gelu,
+                num_experts_per_tok=self.num_experts_per_tok,
+            )
+            yield name if names.count(name) == 1 else model, bundle
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Scored(_Task):
+    experts: bool = False
+    """Also measure each expert of a CLIP-MoE alone."""
+
+    def each(self, measure: Callable[[str, ClipBundle], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What `measure` gives for every model and, before a CLIP-MoE, for each of its experts, by their names."""
+        found = {}
+        for name, bundle in self.named_models():
+            config = bundle.model.config
+            for expert in range(config.num_experts) if self.experts and not config.is_dense else ():
+                with only_expert(bundle.model, expert):
+                    found[f"{name} expert{expert}"] = measure(f"{name} expert{expert}", bundle)
+            found[name] = measure(name, bundle)
+        return found
+
+
+@dataclass(frozen=True)
+class _FromSource(SourceOptions):
     split: str | None = None
     """Split to read, where the source has several. Held-out images of openmoji when absent."""
-    image_root: Path | None = None
-    """Folder that relative image paths start from; the data file's own folder when absent."""
-    image_column: str | None = None
-    caption_columns: tuple[str, ...] = ()
     limit: int | None = None
     """Use only the first N images."""
-    max_bad_fraction: float = 0.01
-    """Stop with an error when more than this share of the images is missing or corrupt."""
 
-    def source(self, data: str) -> PairSource:
-        split = self.split or ("heldout" if data == "openmoji" else DataConfig().split)
-        return open_source(
-            DataConfig(
-                source=data,
-                split=split,
-                image_root=self.image_root,
-                image_column=self.image_column,
-                caption_columns=self.caption_columns,
-                limit=self.limit,
-                max_bad_fraction=self.max_bad_fraction,
-            )
-        )
-
-    def good_rows(self, source: PairSource, workers: int) -> np.ndarray:
-        """Rows whose image can be read; the list of the others is kept in a temporary folder that a warning names."""
-        skipped = Path(tempfile.mkdtemp(prefix="evaluate-")) / "skipped.jsonl"
-        with Bar("checking images", len(source)) as bar:
-            good = check_images(
-                source,
-                workers=workers,
-                max_bad_fraction=self.max_bad_fraction,
-                skipped_path=skipped,
-                progress=lambda done, _: bar.advance(done - bar.done),
-            )
-        if good.all():
-            shutil.rmtree(skipped.parent)
-        return np.flatnonzero(good)
+    def open(self, data: str) -> PairSource:
+        split = self.split or ("heldout" if data == "openmoji" else DataConfig.split)
+        return self.open_source(DataConfig(source=data, split=split, limit=self.limit))
 
 
 @dataclass(frozen=True)
-class Retrieval(_Rows, _Common):
+class Retrieval(_FromSource, _Scored):
     """Recall@1/5/10 from images to captions and from captions to images.
 
     --data is any image-caption source (a CSV/TSV/JSON/JSONL/parquet file, a folder, tar shards, a hub data set,
@@ -121,28 +104,24 @@ class Retrieval(_Rows, _Common):
     thousand images, results_20130124.token, results.csv or dataset_flickr30k.json, and flickr30k-images/."""
     captions: Literal["all", "first"] = "all"
     """Captions of an image that count."""
-    experts: bool = False
-    """Also measure each expert of a CLIP-MoE alone."""
 
     def run(self) -> dict[str, Any]:
-        source = self.source(self.data) if self.preset is None else benchmarks.PRESETS[self.preset](self.data)
-        rows = self.good_rows(source, self.workers) if self.preset is None else None
-        found = {}
-        for name, bundle in _variants(self, self.experts):
-            found[name] = retrieval.evaluate_retrieval(
-                bundle,
-                source,
-                rows=rows,
-                captions=self.captions,
-                workers=self.workers,
-                progress=Bar(name, None, unit="items"),
-                **self.settings(),
-            )
-        return {"retrieval": {self.preset or Path(self.data).name: found}}
+        if self.preset is None:
+            source = self.open(self.data)
+            rows = self.readable_rows(source, self.workers)
+        else:
+            source, rows = benchmarks.PRESETS[self.preset](self.data), None
+        settings = {"rows": rows, "captions": self.captions, "workers": self.workers, **self.encoding}
+
+        def measure(name: str, bundle: ClipBundle) -> dict[str, Any]:
+            bar = Bar(name, None, unit="items")
+            return retrieval.evaluate_retrieval(bundle, source, progress=bar, **settings)
+
+        return {"retrieval": {self.preset or Path(self.data).name: self.each(measure)}}
 
 
 @dataclass(frozen=True)
-class ZeroShot(_Common):
+class ZeroShot(_Scored):
     """Zero-shot classification: top-1, top-5 and the mean of the classes' top-1.
 
     --data is a folder with one subfolder of images per class (named after it, `_` for a space, or listed in
@@ -152,32 +131,28 @@ class ZeroShot(_Common):
     """
 
     preset: Literal["imagenet", "cifar10", "cifar100"] | None = None
+    """The data set whose files --data holds; a folder of classes when absent."""
     templates: Literal["openai", "simple"] = "openai"
     """openai: the mean over OpenAI's 80 ImageNet templates. simple: "a photo of a {}." alone."""
-    experts: bool = False
-    """Also measure each expert of a CLIP-MoE alone."""
 
     def run(self) -> dict[str, Any]:
         data = zero_shot.open_classes(self.preset, self.data)
         templates = None if self.templates == "openai" else ("a photo of a {}.",)
-        found = {}
-        for name, bundle in _variants(self, self.experts):
-            found[name] = zero_shot.evaluate_zero_shot(
-                bundle,
-                data,
-                templates=templates,
-                workers=self.workers,
-                progress=Bar(name, len(data.labels)),
-                **self.settings(),
-            )
-        return {"zero_shot": {self.preset or Path(self.data).name: found}}
+        settings = {"templates": templates, "workers": self.workers, **self.encoding}
+
+        def measure(name: str, bundle: ClipBundle) -> dict[str, Any]:
+            bar = Bar(name, len(data.labels))
+            return zero_shot.evaluate_zero_shot(bundle, data, progress=bar, **settings)
+
+        return {"zero_shot": {self.preset or Path(self.data).name: self.each(measure)}}
 
 
 @dataclass(frozen=True)
-class Mmvp(_Common):
-    """Pairs of images that differ in one attribute (MMVP-VLM): a pair counts when both images are matched right.
+class Mmvp(_Scored):
+    """Pairs of images that differ in one attribute (MMVP-VLM).
 
-    --data is a folder with Questions.csv and `MLLM_VLM Images` or `MMVP_VLM_Images`, or `openmoji`. Chance is 25%.
+    A pair counts when both of its images are matched right; chance is 25%. --data is a folder with Questions.csv and
+    `MLLM_VLM Images` or `MMVP_VLM_Images`, or `openmoji`.
 
     Example: llava-clipmoe evaluate my-clip-moe mmvp --data /data/MMVP_VLM
     """
@@ -190,21 +165,14 @@ class Mmvp(_Common):
     """Also measure each expert of a CLIP-MoE alone."""
 
     def run(self) -> dict[str, Any]:
-        folder = Path(self.data)
-        if self.data == "openmoji":
-            folder = build_openmoji() / "attribute_pairs"
-        found = {}
-        for name, bundle in _variants(self, experts=False):
-            if self.experts and not bundle.model.config.is_dense:
-                each = mmvp.evaluate_experts(bundle, folder, self.prompt, split=self.split, **self.settings())
-                found.update({_variant_name(name, variant): result for variant, result in each.items()})
-            else:
-                found[name] = mmvp.evaluate_mmvp(bundle, folder, self.prompt, split=self.split, **self.settings())
-        return {"attributes": found}
+        def measure(_: str, bundle: ClipBundle) -> dict[str, Any]:
+            return mmvp.evaluate_mmvp(bundle, self.data, self.prompt, split=self.split, **self.encoding)
+
+        return {"attributes": self.each(measure)}
 
 
 @dataclass(frozen=True)
-class Routing(_Rows, _Common):
+class Routing(_FromSource, _Task):
     """Which experts the tokens of a CLIP-MoE use, block by block; with --initial how far training moved its routers.
 
     --data is any image-caption source, as for retrieval. One model.
@@ -218,9 +186,8 @@ class Routing(_Rows, _Common):
     """The same model before its routers were trained."""
 
     def run(self) -> dict[str, Any]:
-        source = self.source(self.data)
-        ((_, bundle),) = _variants(self, experts=False)
-        sample = {"images": self.images, **self.settings()}
+        source, sample = self.open(self.data), {"images": self.images, **self.encoding}
+        ((_, bundle),) = self.named_models()
         found: dict[str, Any] = {"routing": routing.evaluate_routing(bundle, source, **sample)}
         if self.initial is not None:
             initial = load_bundle(self.initial).model.state_dict()
@@ -228,110 +195,75 @@ class Routing(_Rows, _Common):
         return found
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-def _variants(task: _Common, experts: bool) -> Iterator[tuple[str, ClipBundle]]:
-    """(name, bundle) of every model, one in memory at a time; a CLIP-MoE's experts, each alone, before itself."""
-    names = [Path(model).name for model in task.models]
-    for model, short in zip(task.models, names, strict=True):
-        bundle = load_bundle(
-            model, checkpoint=task.checkpoint, quick_gelu=task.quick_gelu, num_experts_per_tok=task.num_experts_per_tok
-        )
-        name = short if names.count(short) == 1 else model
-        if experts and not bundle.model.config.is_dense:
-            for expert in range(bundle.model.config.num_experts):
-                with only_expert(bundle.model, expert):
-                    yield _variant_name(name, f"expert{expert}"), bundle
-        yield name, bundle
-
-
-def _variant_name(name: str, part: str) -> str:
-    return name if part == "clip-moe" else f"{name} {part}"
-
-
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-RECALLS = {f"{way} R@{k}": f"{way.lower()}_r{k}" for way in ("I2T", "T2I") for k in retrieval.RANKS}
-ACCURACIES = {"top-1": "top1", "top-5": "top5", "mean per class": "mean_per_class"}
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def tables(results: dict[str, Any]) -> Iterator[tuple[str, Table]]:
+def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     """Results as titled rich tables, in percent."""
     for dataset, variants in results.get("retrieval", {}).items():
         sizes = next(iter(variants.values()))
         counted = f"{sizes['images']:,} images, {sizes['captions']:,} captions"
-        title = f"Recall on {dataset} in %: image to text, text to image ({counted})"
-        yield _scores(title, variants, RECALLS)
+        yield f"Recall on {dataset} in %: image to text, text to image ({counted})", _scores(variants, RECALLS)
     for dataset, variants in results.get("zero_shot", {}).items():
         sizes = next(iter(variants.values()))
-        title = f"Zero-shot on {dataset} in % ({sizes['images']:,} images, {sizes['classes']:,} classes)"
-        yield _scores(title, variants, ACCURACIES)
+        counted = f"{sizes['images']:,} images, {sizes['classes']:,} classes"
+        yield f"Zero-shot on {dataset} in % ({counted})", _scores(variants, ACCURACIES)
     if variants := results.get("attributes"):
-        yield _right_pairs(variants)
+        yield "Right pairs in % (number of pairs; chance 25)", _right_pairs(variants)
     if shares := results.get("routing"):
-        for tower in routing.TOWERS:
-            if shares[tower]:
-                title = f"First choices of {shares[f'{tower}_tokens']:,} {tower} tokens in %"
-                labels = [f"block {number}" for number in shares[f"{tower}_blocks"]]
-                experts = [f"expert {expert}" for expert in range(len(shares[tower][0]))]
-                yield _table(title, dict(zip(labels, shares[tower], strict=True)), experts)
+        for tower in filter(shares.get, routing.TOWERS):
+            rows = {f"block {n}": row for n, row in zip(shares[f"{tower}_blocks"], shares[tower], strict=True)}
+            experts = [f"expert {expert}" for expert in range(len(shares[tower][0]))]
+            yield f"First choices of {shares[f'{tower}_tokens']:,} {tower} tokens in %", _table(rows, experts)
     if moved := results.get("router_movement"):
         rows = {row["block"]: [row["relative_change"], row["changed_top1"]] for row in moved}
-        yield _table("Router training in %", rows, ["change of the weights", "tokens with another first choice"])
+        yield "Router training in %", _table(rows, ["change of the weights", "tokens with another first choice"])
 
 
-def _scores(title: str, variants: dict[str, dict], columns: dict[str, str]) -> tuple[str, Table]:
-    """A row for every variant. columns: title -> key of the score."""
-    rows = {name: [scores[key] for key in columns.values()] for name, scores in variants.items()}
-    return _table(title, rows, columns)
+RECALLS = {f"{way.lower()}_r{k}": f"{way} R@{k}" for way in ("I2T", "T2I") for k in retrieval.RANKS}
 
 
-def _right_pairs(variants: dict[str, dict]) -> tuple[str, Table]:
+def _scores(variants: Mapping[str, dict], columns: Mapping[str, str]) -> Table:
+    """A row for every variant. columns: key of a score -> title."""
+    rows = {name: [scores[key] for key in columns] for name, scores in variants.items()}
+    return _table(rows, columns.values())
+
+
+def _right_pairs(variants: Mapping[str, dict]) -> Table:
     """A row for every type of pairs, a column for every variant."""
     first, rows = next(iter(variants.values())), {}
     for kind, counted in first["by_type"].items():
         rows[f"{kind} ({counted['pairs']})"] = [each["by_type"][kind]["accuracy"] for each in variants.values()]
     rows[f"all ({first['pairs']})"] = [each["overall"] for each in variants.values()]
-    return _table("Right pairs in % (number of pairs; chance 25)", rows, variants)
+    return _table(rows, variants)
 
 
-def _table(title: str, rows: dict[str, list[float]], columns: Iterable[str]) -> tuple[str, Table]:
+def _table(rows: Mapping[str, list[float]], columns: Iterable[str]) -> Table:
     table = Table(box=box.SIMPLE)
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
-    for label, values in rows.items():
-        table.add_row(label, *map(_percent, values))
-    return title, table
+    for label, shares in rows.items():
+        table.add_row(label, *(f"{100 * share:.1f}" for share in shares))
+    return table
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
-TASKS: dict[str, tuple[Any, str]] = {
-    "retrieval": (Retrieval, "recall between images and captions"),
-    "zero-shot": (ZeroShot, "ImageNet, CIFAR or a folder of classes"),
-    "mmvp": (Mmvp, "pairs of images that differ in one attribute (MMVP-VLM)"),
-    "routing": (Routing, "which experts the tokens use, block by block"),
-}
+TASKS = {"retrieval": Retrieval, "zero-shot": ZeroShot, "mmvp": Mmvp, "routing": Routing}
+USAGE = """\
+usage: llava-clipmoe evaluate MODEL [MODEL ...] TASK --data DATA [--output FILE]
+
+Measures CLIP and CLIP-MoE models, several side by side. MODEL is a directory, a hub id, or the name of
+an open_clip model with --checkpoint. TASK is one of:
+"""
 
 
 def overview() -> str:
     """What `llava-clipmoe evaluate --help` says before a task is named."""
-    lines = [
-        "usage: llava-clipmoe evaluate MODEL [MODEL ...] TASK --data DATA [--output FILE]",
-        "",
-        "Measures CLIP and CLIP-MoE models, several side by side. MODEL is a directory, a hub id, or the name of",
-        "an open_clip model with --checkpoint. TASK is one of:",
-        "",
-    ]
-    lines += [f"  {name:<11}{about}" for name, (_, about) in TASKS.items()]
-    return "\n".join([*lines, "", "`llava-clipmoe evaluate TASK --help` explains a task, its data and its settings."])
+    tasks = [f"  {name:<11}{inspect.getdoc(task).splitlines()[0]}" for name, task in TASKS.items()]
+    more = "`llava-clipmoe evaluate TASK --help` explains a task, its data and its settings."
+    return "\n".join([USAGE, *tasks, "", more])
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -349,7 +281,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     )
 
 
-def _check(task: Any) -> None:
+def _check(task: _Task) -> None:
     if not task.models:
         raise ValueError("name at least one model: llava-clipmoe evaluate MODEL TASK --data DATA")
     if len(task.models) > 1 and (task.checkpoint is not None or isinstance(task, Routing)):
@@ -357,14 +289,14 @@ def _check(task: Any) -> None:
         raise ValueError(f"{what}, but {len(task.models)} were given: {', '.join(task.models)}. Evaluate them in turn.")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run one evaluation, print its tables and write its JSON; -> 0. Raises ValueError or OSError that a user can
     mend; SystemExit for --help and flags that do not exist."""
-    name, rest = _split(list(sys.argv[1:] if argv is None else argv))
+    name, rest = _split(argv)
     if name is None:
         print(overview())
         return 0
-    kind = TASKS[name][0]
+    kind = TASKS[name]
     task = tyro.cli(kind, args=rest, prog=f"llava-clipmoe evaluate {name}", description=inspect.getdoc(kind))
     _check(task)
     try:

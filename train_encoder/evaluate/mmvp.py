@@ -6,10 +6,10 @@ The layout (github.com/tsb0601/MMVP, scripts/evaluate_vlm.py): `Questions.csv` w
 two consecutive rows are a pair, one id odd and one even; the picture is `MLLM_VLM Images/TYPE/ID.jpg` (some copies
 call the folder `MMVP_VLM_Images`).
 
-What counts, as upstream: for each of the two STATEMENTS a softmax over the two images; the statement is right when its
-own image has more than one half. The pair is right when both statements are: chance is 25%. (Asking for the better
-statement of each image would be another measure.) Upstream compares in one direction only, so that images embedded as
-the same point get one statement of the two; here a tie is wrong, and such a pair has no right statement at all.
+What counts, as upstream: each of the two STATEMENTS chooses between the two images, and is right when its own image has
+the higher score. The pair is right when both statements are: chance is 25%. (Asking for the better statement of each
+image would be another measure.) Where both images have the same score, upstream counts one of the two statements as
+right; here both are wrong.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from llava_clipmoe.bundle import ClipBundle
-from llava_clipmoe.transformer_clipmoe import only_expert
 
 from ..data.decode import ImageTransform, open_image
-from ..features.encode import Precision, encode_images, encode_texts
+from ..features.encode import encode_images, encode_texts
+from ..openmoji.drawings import build_openmoji
 from .benchmarks import BenchmarkNotFound, first_existing
+from .judge import pairs_right, share
 from .retrieval import TIE
 
 PROMPT = "a photo of "
@@ -45,12 +46,47 @@ class Pair:
     statements: tuple[str, str]
 
 
-def read_pairs(folder: str | Path, split: str | None = None) -> list[Pair]:
-    """The pairs of a folder in MMVP-VLM's layout; with `split` those whose two rows have it in a column of that name.
+def evaluate_mmvp(
+    bundle: ClipBundle, folder: str | Path, prompt: str = PROMPT, *, split: str | None = None, **encoding: Any
+) -> dict[str, Any]:
+    """-> {"overall": share of right pairs, "pairs": n, "by_type": {type: {"accuracy": share, "pairs": n}}}.
 
-    Raises BenchmarkNotFound (files that are missing) and ValueError (rows that make no pair).
+    folder, split: as in `read_pairs`. encoding: device, precision and batch size, as `encode_images` takes them.
+    Raises BenchmarkNotFound, ValueError, BadImage, NotFinite.
     """
-    folder = Path(folder).expanduser()
+    pairs, transform = read_pairs(folder, split), ImageTransform(bundle.image_size)
+    pixels = torch.stack([transform(open_image(path)) for pair in pairs for path in pair.images])
+    prompts = [prompt + statement for pair in pairs for statement in pair.statements]
+    images = encode_images(bundle, pixels, **encoding).view(len(pairs), 2, -1)
+    statements = encode_texts(bundle, prompts, **encoding).view(len(pairs), 2, -1)
+    right = right_pairs(images, statements)
+    by_type: dict[str, list[bool]] = {}
+    for pair, answer in zip(pairs, right, strict=True):
+        by_type.setdefault(pair.type, []).append(answer)
+    return {
+        "overall": share(right),
+        "pairs": len(right),
+        "by_type": {kind: {"accuracy": share(own), "pairs": len(own)} for kind, own in by_type.items()},
+    }
+
+
+def right_pairs(images: torch.Tensor, statements: torch.Tensor) -> list[bool]:
+    """L2-normalised images [Q,2,P] and statements [Q,2,P] -> which of the Q pairs are right."""
+    scores = statements @ images.transpose(1, 2)  # [Q, statement, image]
+    own, other = scores.diagonal(dim1=1, dim2=2), scores.flip(2).diagonal(dim1=1, dim2=2)
+    return pairs_right((own - other > TIE).flatten().tolist())
+
+
+# --- the files ------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(folder: str | Path, split: str | None = None) -> list[Pair]:
+    """The pairs of a folder in MMVP-VLM's layout, or those of `openmoji`, which are made on this machine.
+
+    split: only the pairs whose two rows have it in a column of that name. Raises BenchmarkNotFound (files that are
+    missing) and ValueError (rows that make no pair).
+    """
+    folder = build_openmoji() / "attribute_pairs" if str(folder) == "openmoji" else Path(folder).expanduser()
     table = folder / "Questions.csv"
     pictures = first_existing(*(folder / name for name in IMAGE_FOLDERS))
     if not table.exists() or pictures is None:
@@ -67,38 +103,36 @@ def read_pairs(folder: str | Path, split: str | None = None) -> list[Pair]:
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         if split is not None and {first.get("split"), second.get("split")} != {split}:
             continue
-        first, second = sorted((first, second), key=lambda row: row["number"] % 2 == 0)
-        if first["number"] % 2 == 0 or second["number"] % 2 == 1 or first["type"] != second["type"]:
+        odd, even = sorted((first, second), key=lambda row: row["number"] % 2 == 0)
+        if odd["number"] % 2 == 0 or even["number"] % 2 == 1 or odd["type"] != even["type"]:
             raise ValueError(
-                f"{table}: rows {first['number']} and {second['number']} are no pair: a pair has one odd "
-                "and one even id, and one type."
+                f"{table}: rows {odd['number']} and {even['number']} are no pair: a pair has one odd and one even id, "
+                "and one type."
             )
-        images = tuple(_picture(pictures, row["type"], row["number"]) for row in (first, second))
-        pairs.append(Pair(first["type"], images, (first["statement"], second["statement"])))
+        images = tuple(_picture(pictures, row["type"], row["number"]) for row in (odd, even))
+        pairs.append(Pair(odd["type"], images, (odd["statement"], even["statement"])))
     if not pairs:
         raise ValueError(f"{table} has no pair whose two rows are of the split {split!r}.")
     return pairs
 
 
 def _rows(table: Path) -> Iterator[dict[str, Any]]:
+    """Rows by their column names in lower case, and the id as `number`."""
     with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
-        number = next((columns[name] for name in ID_COLUMNS if name in columns), None)
-        if number is None or "type" not in columns or "statement" not in columns:
+        reader = csv.DictReader(file, restval="")
+        names = list(reader.fieldnames or ())
+        reader.fieldnames = [name.strip().lower() for name in names]
+        number = next((name for name in ID_COLUMNS if name in reader.fieldnames), None)
+        if number is None or not {"type", "statement"} <= set(reader.fieldnames):
             raise ValueError(
                 f"{table} needs the columns id (or Question ID), type and statement; it has "
-                f"{', '.join(reader.fieldnames or ()) or 'none'}."
+                f"{', '.join(names) or 'none'}."
             )
         for row in reader:
-            if not (row[number] or "").strip().isdigit() or not row[columns["statement"]]:
+            row = {name: row[name].strip() for name in reader.fieldnames}
+            if not row[number].isdigit() or not row["statement"]:
                 raise ValueError(f"{table}, line {reader.line_num}: an id (a number) and a statement are needed.")
-            yield {
-                "number": int(row[number]),
-                "type": row[columns["type"]].strip(),
-                "statement": row[columns["statement"]].strip(),
-                "split": (row[columns["split"]] or "").strip() if "split" in columns else None,
-            }
+            yield {**row, "number": int(row[number])}
 
 
 def _picture(root: Path, kind: str, number: int) -> Path:
@@ -110,78 +144,3 @@ def _picture(root: Path, kind: str, number: int) -> Path:
         place = root / kind / f"{number}.jpg"
         raise BenchmarkNotFound(f"picture {number} is missing: looked for {place} (or .jpeg, .png).")
     return found
-
-
-def evaluate_mmvp(
-    bundle: ClipBundle,
-    folder: str | Path,
-    prompt: str = PROMPT,
-    *,
-    split: str | None = None,
-    batch_size: int = 64,
-    device: str | torch.device = "auto",
-    precision: Precision = "fp32",
-) -> dict[str, Any]:
-    """-> {"overall": share of right pairs, "pairs": n, "by_type": {type: {"accuracy": share, "pairs": n}}}.
-
-    Raises BenchmarkNotFound, ValueError, BadImage, NotFinite.
-    """
-    encoding: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
-    return _evaluate(bundle, *_load(bundle, folder, split), prompt, encoding)
-
-
-def evaluate_experts(
-    bundle: ClipBundle,
-    folder: str | Path,
-    prompt: str = PROMPT,
-    *,
-    split: str | None = None,
-    batch_size: int = 64,
-    device: str | torch.device = "auto",
-    precision: Precision = "fp32",
-) -> dict[str, dict[str, Any]]:
-    """The same for each expert alone ("expert0" is the base) and for the mixture ("clip-moe"), in this order.
-
-    A dense model gives {"clip": ...}.
-    """
-    encoding: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
-    pairs, pixels = _load(bundle, folder, split)
-    if bundle.model.config.is_dense:
-        return {"clip": _evaluate(bundle, pairs, pixels, prompt, encoding)}
-    found = {}
-    for expert in range(bundle.model.config.num_experts):
-        with only_expert(bundle.model, expert):
-            found[f"expert{expert}"] = _evaluate(bundle, pairs, pixels, prompt, encoding)
-    return {**found, "clip-moe": _evaluate(bundle, pairs, pixels, prompt, encoding)}
-
-
-def _load(bundle: ClipBundle, folder: str | Path, split: str | None) -> tuple[list[Pair], torch.Tensor]:
-    """Pairs, and their pixels uint8 [2 * pairs, 3, R, R]."""
-    pairs, transform = read_pairs(folder, split), ImageTransform(bundle.image_size)
-    return pairs, torch.stack([transform(open_image(path)) for pair in pairs for path in pair.images])
-
-
-def _evaluate(
-    bundle: ClipBundle, pairs: list[Pair], pixels: torch.Tensor, prompt: str, encoding: dict[str, Any]
-) -> dict[str, Any]:
-    images = encode_images(bundle, pixels, **encoding).view(len(pairs), 2, -1)
-    prompts = [prompt + statement for pair in pairs for statement in pair.statements]
-    right = right_pairs(images, encode_texts(bundle, prompts, **encoding).view(len(pairs), 2, -1)).tolist()
-    by_type: dict[str, list[bool]] = {}
-    for pair, answer in zip(pairs, right, strict=True):
-        by_type.setdefault(pair.type, []).append(answer)
-    return {
-        "overall": sum(right) / len(right),
-        "pairs": len(right),
-        "by_type": {kind: {"accuracy": sum(a) / len(a), "pairs": len(a)} for kind, a in by_type.items()},
-    }
-
-
-def right_pairs(images: torch.Tensor, statements: torch.Tensor) -> torch.Tensor:
-    """L2-normalised images [Q,2,P] and statements [Q,2,P] -> which of the Q pairs are right, bool [Q].
-
-    A softmax over two scores exceeds one half exactly when its score is the larger one, whatever the temperature.
-    """
-    scores = statements @ images.transpose(1, 2)  # [Q, statement, image]
-    margin_1, margin_2 = scores[:, 0, 0] - scores[:, 0, 1], scores[:, 1, 1] - scores[:, 1, 0]
-    return (margin_1 > TIE) & (margin_2 > TIE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from llava_clipmoe.bundle import ClipBundle
 
 from ..data.pairs import PairSource
 from ..features.encode import Captions, NotFinite, Precision, encode_source, pick_device
-from ..progress import Bar
 from .benchmarks import ImageList
 
 RANKS = (1, 5, 10)
@@ -26,10 +25,31 @@ TIE = 2e-6
 """Cosines closer than this are equal: fp32 products of the same vectors differ by less, from block to block."""
 
 
+def evaluate_retrieval(
+    bundle: ClipBundle,
+    source: PairSource | ImageList,
+    *,
+    captions: Captions = "all",
+    device: str | torch.device = "auto",
+    precision: Precision = "fp32",
+    **encoding: Any,
+) -> dict[str, float | int]:
+    """Encode `source` and measure recall: {"i2t_r1": share, ..., "t2i_r10": share, "images": n, "captions": m}.
+
+    encoding: what else `encode_source` takes (rows, batch_size, workers, progress). Raises what `encode_source` and
+    `recalls` raise.
+    """
+    settings = {"captions": captions, "device": device, "precision": precision, **encoding}
+    with tempfile.TemporaryDirectory(prefix="retrieval-") as folder:
+        found = encode_source(bundle, source, folder, dtype="float32", **settings)
+        measured = recalls(found.image, found.text, found.text_image, device=device)
+        return {**measured, "images": len(found.image), "captions": len(found.text)}
+
+
 def recalls(
-    image: np.ndarray | torch.Tensor,
-    text: np.ndarray | torch.Tensor,
-    text_image: np.ndarray | torch.Tensor,
+    image: np.ndarray,
+    text: np.ndarray,
+    text_image: np.ndarray,
     *,
     device: str | torch.device = "cpu",
     block: int = 2048,
@@ -42,52 +62,45 @@ def recalls(
     and not 100%. At no time is more than a [block, block] piece of the N x M similarities in memory.
     Raises NotFinite, ValueError (an image without a caption).
     """
-    device = pick_device(device)
-    owner = torch.as_tensor(np.array(text_image), device=device)
-    if len(torch.unique(owner)) != len(image):
-        raise ValueError(f"{len(image)} images, but {len(torch.unique(owner))} of them have a caption: all need one.")
+    with_caption = len(np.unique(text_image))
+    if with_caption != len(image):
+        raise ValueError(f"{len(image)} images, but {with_caption} of them have a caption: all need one.")
     with torch.inference_mode(), full_precision():
-        before_image, before_text = _wrong_before(_Rows(image, device), _Rows(text, device), owner, block)
+        before_image, before_text = _wrong_before(image, text, np.array(text_image), pick_device(device), block)
     found = {f"i2t_r{k}": (before_image < k).double().mean().item() for k in RANKS}
     return {**found, **{f"t2i_r{k}": (before_text < k).double().mean().item() for k in RANKS}}
 
 
-def _wrong_before(image: _Rows, text: _Rows, owner: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _wrong_before(
+    image: np.ndarray, text: np.ndarray, text_image: np.ndarray, device: torch.device, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """-> for every image [N] the wrong captions before its best own one; for every caption [M] the wrong images
     before its own."""
     n, m = len(image), len(text)
-    own = torch.cat([(text[b : b + block] * image[owner[b : b + block]]).sum(-1) for b in range(0, m, block)])
-    best = torch.full((n,), -torch.inf, device=own.device).scatter_reduce_(0, owner, own, "amax")
-    before_image = torch.zeros(n, dtype=torch.int64, device=own.device)
-    before_text = torch.zeros(m, dtype=torch.int64, device=own.device)
+    owner = torch.from_numpy(text_image).to(device)
+    own = torch.empty(m, device=device)  # the score of each caption with its own image
+    for j in range(0, m, block):
+        images_of = image[text_image[j : j + block]]
+        own[j : j + block] = (_on(device, text[j : j + block]) * _on(device, images_of)).sum(-1)
+    best = torch.full((n,), -torch.inf, device=device).scatter_reduce_(0, owner, own, "amax")
+    before_image = torch.zeros(n, dtype=torch.int64, device=device)
+    before_text = torch.zeros(m, dtype=torch.int64, device=device)
     for i in range(0, n, block):
-        rows, numbers = image[i : i + block], torch.arange(i, min(i + block, n), device=own.device)
+        rows, numbers = _on(device, image[i : i + block]), torch.arange(i, min(i + block, n), device=device)
         for j in range(0, m, block):
-            similarity = rows @ text[j : j + block].T
+            similarity = rows @ _on(device, text[j : j + block]).T
             wrong = owner[j : j + block] != numbers[:, None]
             before_image[i : i + block] += (wrong & (similarity >= best[i : i + block, None] - TIE)).sum(1)
             before_text[j : j + block] += (wrong & (similarity >= own[j : j + block] - TIE)).sum(0)
     return before_image, before_text
 
 
-class _Rows:
-    """Rows of an array (perhaps memory-mapped) as fp32 on a device, a block at a time. Raises NotFinite."""
-
-    def __init__(self, array: np.ndarray | torch.Tensor, device: torch.device) -> None:
-        self.array, self.device = array, device
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
-        if isinstance(self.array, np.ndarray):
-            part = torch.from_numpy(np.array(self.array[index if isinstance(index, slice) else index.cpu().numpy()]))
-        else:
-            part = self.array[index.cpu() if torch.is_tensor(index) else index]
-        part = part.to(self.device, torch.float32)
-        if not part.isfinite().all():  # NaN loses every comparison, so it would count as a hit
-            raise NotFinite("the embeddings hold NaN or infinite values, so there is no recall to measure.")
-        return part
+def _on(device: torch.device, rows: np.ndarray) -> torch.Tensor:
+    """Rows of an array, perhaps memory-mapped, as fp32 on a device. Raises NotFinite."""
+    part = torch.from_numpy(np.array(rows)).to(device, torch.float32)
+    if not part.isfinite().all():  # NaN loses every comparison, so it would count as a hit
+        raise NotFinite("the embeddings hold NaN or infinite values, so there is no recall to measure.")
+    return part
 
 
 @contextlib.contextmanager
@@ -99,41 +112,3 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def evaluate_retrieval(
-    bundle: ClipBundle,
-    source: PairSource | ImageList,
-    *,
-    folder: Path | None = None,
-    rows: np.ndarray | None = None,
-    captions: Captions = "all",
-    batch_size: int = 128,
-    device: str | torch.device = "auto",
-    precision: Precision = "fp32",
-    workers: int = 0,
-    progress: Bar | None = None,
-) -> dict[str, float | int]:
-    """Encode `source` and measure recall: {"i2t_r1": share, ..., "t2i_r10": share, "images": n, "captions": m}.
-
-    Embeddings are kept in `folder` when it is given (a killed evaluation then goes on there), else thrown away.
-    `rows`: the images to use, where some are bad. Raises what `encode_source` and `recalls` raise.
-    """
-    with contextlib.ExitStack() as stack:
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retrieval-")))
-        found = encode_source(
-            bundle,
-            source,
-            folder,
-            captions=captions,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            workers=workers,
-            progress=progress,
-            rows=rows,
-            dtype="float32",
-        )
-        measured = recalls(found.image, found.text, found.text_image, device=device)
-        return {**measured, "images": len(found.image), "captions": len(found.text)}

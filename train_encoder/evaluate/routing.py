@@ -8,11 +8,13 @@ Padding counts nowhere: a caption's tokens are those up to and with its end toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from llava_clipmoe.bundle import ClipBundle
@@ -25,42 +27,32 @@ from ..data.pairs import PairSource
 from ..features.encode import Precision, inference, pick_device, tokenise
 
 TOWERS = {"vision": "vision_model", "text": "text_model"}
-Sample = list[tuple[torch.Tensor, torch.Tensor]]  # batches of pixels uint8 [B,3,R,R] and ids [B,T]
+Blocks = dict[str, CLIPMoESparseMLP]
+See = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""see(block, x_ND, logits_NE, chosen_NK): a router's tokens, what it answered, and the experts that it chose."""
 
 
 class NoExperts(ValueError):
     """A dense model has no routing to look at."""
 
 
-def evaluate_routing(
-    bundle: ClipBundle,
-    source: PairSource,
-    *,
-    images: int | None = None,
-    rows: np.ndarray | None = None,
-    batch_size: int = 64,
-    device: str | torch.device = "auto",
-    precision: Precision = "fp32",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Routing over some images and their first captions: `rows`, or seeded random ones of them or of the whole source
-    (`images` of them; all of `rows` when absent, 256 of a whole source).
+def evaluate_routing(bundle: ClipBundle, source: PairSource, **sample: Any) -> dict[str, Any]:
+    """Routing over some images and their first captions; `sample`: which, and how they are run (see `_watch`).
 
     -> {"vision": [[share of first choices per expert] per MoE block] (each block sums to 1), "vision_any": the share of
     tokens that use an expert at all (sums to K), "vision_blocks": block numbers, "vision_tokens": tokens counted, and
-    the same for "text"}. A bad image is left out. Raises NoExperts.
+    the same for "text"}. Raises NoExperts.
     """
-    sample = _sample(bundle, source, images, rows, batch_size, seed)
     blocks = _moe_blocks(bundle.model)
     first = {name: torch.zeros(mlp.experts.num_experts, dtype=torch.int64) for name, mlp in blocks.items()}
     used = {name: torch.zeros_like(count) for name, count in first.items()}
 
-    def count(name: str, router: nn.Module, x_ND: torch.Tensor, logits_NE: torch.Tensor, chosen_NK: torch.Tensor):
+    def count(name: str, x_ND: torch.Tensor, logits_NE: torch.Tensor, chosen_NK: torch.Tensor) -> None:
         experts = logits_NE.shape[-1]
         first[name] += torch.bincount(logits_NE.argmax(-1), minlength=experts).cpu()
         used[name] += torch.bincount(chosen_NK.flatten(), minlength=experts).cpu()
 
-    _watch(bundle, blocks, sample, pick_device(device), precision, count)
+    _watch(bundle, blocks, source, count, **sample)
     found: dict[str, Any] = {}
     for tower, prefix in TOWERS.items():
         names = [name for name in blocks if name.startswith(prefix)]
@@ -73,16 +65,7 @@ def evaluate_routing(
 
 
 def router_movement(
-    initial: Mapping[str, torch.Tensor],
-    bundle: ClipBundle,
-    source: PairSource,
-    *,
-    images: int | None = None,
-    rows: np.ndarray | None = None,
-    batch_size: int = 64,
-    device: str | torch.device = "auto",
-    precision: Precision = "fp32",
-    seed: int = 0,
+    initial: Mapping[str, torch.Tensor], bundle: ClipBundle, source: PairSource, **sample: Any
 ) -> list[dict[str, Any]]:
     """How far training moved each router W from W0, its value in the state dict `initial`.
 
@@ -92,33 +75,28 @@ def router_movement(
     """
     blocks = _moe_blocks(bundle.model)
     before = {name: _initial_weight(initial, name, mlp.router.weight) for name, mlp in blocks.items()}
-    sample = _sample(bundle, source, images, rows, batch_size, seed)
     changed, tokens = dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0)
 
-    def compare(name: str, router: nn.Module, x_ND: torch.Tensor, logits_NE: torch.Tensor, chosen_NK: torch.Tensor):
-        old_NE = router_logits(x_ND, before[name])
+    def compare(name: str, x_ND: torch.Tensor, logits_NE: torch.Tensor, chosen_NK: torch.Tensor) -> None:
+        old_NE = _router_logits(x_ND, before[name])
         changed[name] += int((old_NE.argmax(-1) != logits_NE.argmax(-1)).sum())
         tokens[name] += len(x_ND)
 
-    _watch(bundle, blocks, sample, pick_device(device), precision, compare)
-    rows_out = []
+    _watch(bundle, blocks, source, compare, **sample)
+    found = []
     for name, mlp in blocks.items():
         old, new = before[name].double().flatten(), mlp.router.weight.detach().cpu().double().flatten()
-        rows_out.append(
-            {
-                "block": name,
-                "relative_change": ((new - old).norm() / old.norm()).item(),
-                "cosine": torch.nn.functional.cosine_similarity(new, old, dim=0).item(),
-                "changed_top1": changed[name] / tokens[name],
-            }
-        )
-    return rows_out
+        moved = ((new - old).norm() / old.norm()).item()
+        cosine = F.cosine_similarity(new, old, dim=0).item()
+        share = changed[name] / tokens[name]
+        found.append({"block": name, "relative_change": moved, "cosine": cosine, "changed_top1": share})
+    return found
 
 
-def router_logits(x_ND: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
-    """What a router with these weights would say to these tokens, in fp32 as the router itself: [N,E]."""
+def _router_logits(x_ND: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    """What a router with these weights would answer, in fp32 as the router itself: [N,E]."""
     with torch.autocast(x_ND.device.type, enabled=False):
-        return torch.nn.functional.linear(x_ND.float(), weight_ED.to(x_ND.device, torch.float32))
+        return F.linear(x_ND.float(), weight_ED.to(x_ND.device, torch.float32))
 
 
 def _initial_weight(initial: Mapping[str, torch.Tensor], name: str, now: torch.Tensor) -> torch.Tensor:
@@ -129,7 +107,7 @@ def _initial_weight(initial: Mapping[str, torch.Tensor], name: str, now: torch.T
     return initial[key].detach().cpu().clone()
 
 
-def _moe_blocks(model: nn.Module) -> dict[str, CLIPMoESparseMLP]:
+def _moe_blocks(model: nn.Module) -> Blocks:
     """ "vision_model.0" -> its MoE FFN, the vision tower first."""
     found = {
         f"{prefix}.{number}": layer.mlp
@@ -142,67 +120,57 @@ def _moe_blocks(model: nn.Module) -> dict[str, CLIPMoESparseMLP]:
     return found
 
 
-def _sample(
-    bundle: ClipBundle, source: PairSource, images: int | None, rows: np.ndarray | None, batch_size: int, seed: int
-) -> Sample:
-    """The rows to look at with their first captions; bad images are left out. Raises ValueError when none is left."""
-    if images is None:
-        images = 256 if rows is None else len(rows)
-    rows = np.arange(len(source)) if rows is None else np.asarray(rows)
-    chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:images])
-    image, pairs = RowImages(source, ImageTransform(bundle.image_size)), []
-    for row in chosen.tolist():
-        pixels, error = image(row)
-        if error is None:
-            pairs.append((pixels, source.captions(row)[0]))
-    if not pairs:
-        raise ValueError("there is no readable image to look at the routing of.")
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    return [
-        (
-            torch.stack([pixels for pixels, _ in batch]),
-            tokenise(bundle.tokenizer, [caption for _, caption in batch], bundle.context_length)[0],
-        )
-        for batch in batches
-    ]
-
-
 def _watch(
     bundle: ClipBundle,
-    blocks: Mapping[str, CLIPMoESparseMLP],
-    sample: Sample,
-    device: torch.device,
-    precision: Precision,
-    see: Callable[[str, nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None],
+    blocks: Blocks,
+    source: PairSource,
+    see: See,
+    *,
+    images: int | None = None,
+    rows: np.ndarray | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "auto",
+    precision: Precision = "fp32",
+    seed: int = 0,
 ) -> None:
-    """Run the sample; `see(block, router, x_ND, logits_NE, chosen_NK)` gets the tokens that count, of every batch."""
-    with inference(bundle, device, precision):
-        for pixels, ids in sample:
-            ids = ids.to(device)
-            pixels = normalise(pixels.to(device), bundle.image_mean, bundle.image_std)
-            with _hooks(blocks, text_token_mask(ids, bundle.model.config.text_config.eos_token_id), see):
-                bundle.model.vision_model(pixels)
-                bundle.model.text_model(ids)
+    """Run some images and their first captions, and let `see` look at the tokens that count, in every batch and block.
 
+    rows: the images; with `images` that many random ones of them. Without rows: random ones of the whole source, 256
+    where `images` does not say how many. Bad images are left out. Raises ValueError when none is left.
+    """
+    if rows is None:
+        rows, images = np.arange(len(source)), 256 if images is None else images
+    chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:images])
+    pairs = [(pixels, source.captions(row)[0]) for row, pixels in readable_images(source, chosen, bundle.image_size)]
+    if not pairs:
+        raise ValueError("there is no readable image to look at the routing of.")
+    text_mask = torch.empty(0)
 
-class _hooks:
-    """While entered, each block's router reports what it was asked and what it answered, without padding."""
-
-    def __init__(self, blocks: Mapping[str, CLIPMoESparseMLP], text_mask: torch.Tensor, see: Callable) -> None:
-        self.blocks, self.mask, self.see = blocks, text_mask.flatten(), see
-
-    def __enter__(self) -> None:
-        self.handles = [mlp.router.register_forward_hook(self._hook(name)) for name, mlp in self.blocks.items()]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable:
+    def hook_of(name: str) -> Callable:
         def hook(router: nn.Module, args: tuple, output: tuple) -> None:
             (x_ND,), (logits_NE, _, chosen_NK) = args, output
             if name.startswith(TOWERS["text"]):
-                x_ND, logits_NE, chosen_NK = (part[self.mask] for part in (x_ND, logits_NE, chosen_NK))
-            self.see(name, router, x_ND, logits_NE, chosen_NK)
+                x_ND, logits_NE, chosen_NK = (part[text_mask] for part in (x_ND, logits_NE, chosen_NK))
+            see(name, x_ND, logits_NE, chosen_NK)
 
         return hook
+
+    device = pick_device(device)
+    with contextlib.ExitStack() as stack, inference(bundle, device, precision):
+        for name, mlp in blocks.items():
+            stack.enter_context(mlp.router.register_forward_hook(hook_of(name)))
+        for start in range(0, len(pairs), batch_size):
+            pixels, captions = zip(*pairs[start : start + batch_size], strict=True)
+            ids = tokenise(bundle.tokenizer, captions, bundle.context_length)[0].to(device)
+            text_mask = text_token_mask(ids, bundle.model.config.text_config.eos_token_id).flatten()
+            bundle.model.vision_model(normalise(torch.stack(pixels).to(device), bundle.image_mean, bundle.image_std))
+            bundle.model.text_model(ids)
+
+
+def readable_images(source: PairSource, rows: np.ndarray, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(row, pixels uint8 [3,size,size]) of those rows whose image can be read."""
+    image = RowImages(source, ImageTransform(size))
+    for row in rows.tolist():
+        pixels, error = image(row)
+        if error is None:
+            yield row, pixels

@@ -1,4 +1,4 @@
-"""What is measured when everything is trained: base, every stage, every expert alone, CLIP-MoE before and after.
+"""What is measured when everything is trained: the variants that the method names (base, stages, experts, result).
 
 Results go to `results.json` variant by variant, so that a killed evaluation goes on where it was.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,12 @@ from ..config import digest
 from ..data.cache import check_images
 from ..data.formats import open_source, parse_source
 from ..data.pairs import PairSource
-from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
 from ..training.metrics import Began
 from ..training.run import Run
 from .mmvp import evaluate_mmvp
 from .retrieval import evaluate_retrieval
-from .zero_shot import Classes, Templates, evaluate_zero_shot, open_zero_shot
+from .zero_shot import evaluate_zero_shot, open_zero_shot
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,15 @@ def evaluate_run(
 
     final: the name of the result among the variants. describe: what is not a score (routing, clusters, ...).
     """
-    evaluation = _Evaluation(run, set(variants))
-    results, file, began = evaluation.results, run.folder.results, Began()
+    evaluation, began = _Evaluation(run, set(variants)), Began()
+    results = evaluation.results
     with Bar("evaluating", len(variants), unit="variants") as bar:
         for name, variant in variants.items():
             evaluation.measure(name, variant)
             bar.advance(1)
     if "parameters" not in results:
         results |= {"result": final, **describe()}
-        write_json(file, results)
+        write_json(run.folder.results, results)
         run.metrics.done("evaluate", "all", began, run.accelerator.device)
     return results
 
@@ -62,59 +60,53 @@ class _Evaluation:
     """The data of an evaluation, opened once for all variants, and the results so far."""
 
     def __init__(self, run: Run, variants: set[str]):
-        self.run, self.results = run, _previous(run)
-        evaluation, engine = run.config.evaluation, run.config.engine
-        self.settings = {
-            "device": run.accelerator.device,
-            "precision": engine.precision,
-            "batch_size": evaluation.batch_size,
-        }
-        self.classes: dict[str, tuple[Classes, Templates]] = dict(map(open_zero_shot, evaluation.zero_shot))
+        self.file, self.results = run.folder.results, _previous(run)
+        self.attributes, engine = run.config.evaluation.attributes, run.config.engine
+        batch_size = run.config.evaluation.batch_size
+        self.encoding = {"device": run.accelerator.device, "precision": engine.precision, "batch_size": batch_size}
+        self.loading = {**self.encoding, "workers": engine.workers}
+        self.classes = dict(map(open_zero_shot, run.config.evaluation.zero_shot))
         self.sources = _retrieval_sources(run) if variants - set(self.results["done"]) else {}
 
     def measure(self, name: str, variant: Variant) -> None:
         """Everything that results.json does not have of this variant yet."""
-        results, file = self.results, self.run.folder.results
+        results = self.results
         if name not in results["done"]:
-            self._call(variant, lambda bundle: self._retrieval_and_attributes(name, bundle))
+            self._apply(self._retrieval_and_attributes, name, variant)
             results["done"].append(name)
-            write_json(file, results)
-        for dataset, (classes, templates) in self.classes.items():
+            write_json(self.file, results)
+        for dataset in self.classes:
             if name not in results["zero_shot"].setdefault(dataset, {}):
-                found = self._call(variant, lambda bundle, c=classes, t=templates: self._zero_shot(bundle, c, t))
-                results["zero_shot"][dataset][name] = found
-                write_json(file, results)
+                self._apply(self._zero_shot, name, variant, dataset)
+                write_json(self.file, results)
 
-    def _call(self, variant: Variant, work: Callable[[ClipBundle], Any]) -> Any:
+    def _apply(self, work: Callable[..., None], name: str, variant: Variant, *more: str) -> None:
         bundle = variant.load()
         with nullcontext() if variant.expert is None else only_expert(bundle.model, variant.expert):
-            return work(bundle)
+            work(name, bundle, *more)
 
     def _retrieval_and_attributes(self, name: str, bundle: ClipBundle) -> None:
-        workers, attributes = self.run.config.engine.workers, self.run.config.evaluation.attributes
         for dataset, (source, rows) in self.sources.items():
-            found = evaluate_retrieval(bundle, source, rows=rows, workers=workers, **self.settings)
+            found = evaluate_retrieval(bundle, source, rows=rows, **self.loading)
             self.results["retrieval"].setdefault(dataset, {})[name] = found
-        if attributes:
-            self.results["attributes"][name] = evaluate_mmvp(bundle, attribute_folder(attributes), **self.settings)
+        if self.attributes:
+            self.results["attributes"][name] = evaluate_mmvp(bundle, self.attributes, **self.encoding)
 
-    def _zero_shot(self, bundle: ClipBundle, classes: Classes, templates: Templates) -> dict[str, Any]:
-        workers = self.run.config.engine.workers
-        return evaluate_zero_shot(bundle, classes, templates=templates, workers=workers, **self.settings)
+    def _zero_shot(self, name: str, bundle: ClipBundle, dataset: str) -> None:
+        classes, templates = self.classes[dataset]
+        found = evaluate_zero_shot(bundle, classes, templates=templates, **self.loading)
+        self.results["zero_shot"][dataset][name] = found
 
 
 def _previous(run: Run) -> dict[str, Any]:
     """Results of an earlier start with the same evaluation settings, or an empty page.
 
-    Classification is no part of the key: a data set more is measured beside what is there.
+    Classification is no part of the key: one more data set is measured beside what is there.
     """
     key = digest({name: value for name, value in run.folder.config["evaluation"].items() if name != "zero_shot"})
     fresh = {"key": key, "done": [], "retrieval": {}, "attributes": {}, "zero_shot": {}}
-    if run.folder.results.exists():
-        old = read_json(run.folder.results)
-        if old.get("key") == key:
-            return {**fresh, **old}
-    return fresh
+    old = read_json(run.folder.results) if run.folder.results.exists() else {}
+    return {**fresh, **old} if old.get("key") == key else fresh
 
 
 def _retrieval_sources(run: Run) -> dict[str, tuple[PairSource, np.ndarray]]:
@@ -131,8 +123,3 @@ def _retrieval_sources(run: Run) -> dict[str, tuple[PairSource, np.ndarray]]:
         )
         sources[name] = source, np.flatnonzero(good)
     return sources
-
-
-def attribute_folder(source: Path | str) -> Path:
-    """The folder of attribute pairs; `openmoji` is made on this machine."""
-    return build_openmoji() / "attribute_pairs" if str(source) == "openmoji" else Path(source)

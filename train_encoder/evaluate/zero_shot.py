@@ -22,16 +22,15 @@ from llava_clipmoe.bundle import ClipBundle
 
 from ..data.decode import ImageTransform, open_image
 from ..data.image_files import image_files
-from ..features.encode import Precision, encode_images, encode_texts
+from ..features.encode import encode_images, encode_texts
 from ..openmoji.classes import COLOUR_TEMPLATES, main_colours
 from ..openmoji.drawings import build_openmoji
 from ..progress import Bar
 from .benchmarks import BenchmarkNotFound, first_existing
 from .retrieval import TIE, full_precision
 
-Template = Callable[[str], str]
-Templates = tuple[str, ...] | None
-"""Prompts with `{}` for the class; None for OpenAI's 80."""
+Templates = Sequence[str | Callable[[str], str]] | None
+"""Prompts: a text with `{}` for the class, or a function of its name. None for OpenAI's 80."""
 
 
 @dataclass(frozen=True)
@@ -46,58 +45,25 @@ class Classes:
 # --- the classifier -------------------------------------------------------------------------------------------------
 
 
-def openai_templates() -> tuple[Template, ...]:
-    """OpenAI's 80 ImageNet templates ("a bad photo of a {}.", ...), as open_clip ships them."""
-    return _open_clip().OPENAI_IMAGENET_TEMPLATES
-
-
-def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'class names and templates come from open_clip_torch: pip install "llava-clipmoe[train]"'
-        ) from error
-    return open_clip
-
-
-def text_classifier(
-    bundle: ClipBundle, names: Sequence[str], templates: Sequence[str | Template] | None = None, **encoding: Any
-) -> torch.Tensor:
-    """[C,P] fp32: the L2-normalised mean of each class name's embeddings over the templates (CLIP paper, 3.1.4).
-
-    A template is a function of the name, or a text with `{}`; OpenAI's 80 when absent. `encoding` goes to
-    `encode_texts`.
-    """
-    templates = openai_templates() if templates is None else templates
-    prompts = [t.format(name) if isinstance(t, str) else t(name) for name in names for t in templates]
-    embeddings = encode_texts(bundle, prompts, **encoding).view(len(names), len(templates), -1)
-    return torch.nn.functional.normalize(embeddings.mean(1), dim=-1)
-
-
 def evaluate_zero_shot(
     bundle: ClipBundle,
     data: Classes,
     *,
-    templates: Sequence[str | Template] | None = None,
+    templates: Templates = None,
     batch_size: int = 128,
-    device: str | torch.device = "auto",
-    precision: Precision = "fp32",
     workers: int = 0,
     progress: Bar | None = None,
+    **encoding: Any,
 ) -> dict[str, Any]:
     """-> {"top1", "top5", "mean_per_class": shares, "classes": n, "images": n, "by_class": {name: share}}.
 
-    A wrong class that ties with the right one counts as before it. Raises BadImage, NotFinite.
+    A wrong class that ties with the right one counts as before it. encoding: device and precision, as `encode_images`
+    takes them. Raises BadImage, NotFinite.
     """
-    encoding: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
+    encoding["batch_size"] = batch_size
     classifier = text_classifier(bundle, data.names, templates, **encoding)
-    loader = DataLoader(
-        _Pictures(data, ImageTransform(bundle.image_size)),
-        batch_size=batch_size,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
+    pictures = _Pictures(data, ImageTransform(bundle.image_size))
+    loader = DataLoader(pictures, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
     before = []
     with progress or contextlib.nullcontext() as bar, full_precision():
         for pixels, labels in loader:
@@ -109,17 +75,28 @@ def evaluate_zero_shot(
     return _accuracies(torch.cat(before).numpy(), data)
 
 
+def text_classifier(
+    bundle: ClipBundle, names: Sequence[str], templates: Templates = None, **encoding: Any
+) -> torch.Tensor:
+    """[C,P] fp32: the L2-normalised mean of each class name's embeddings over the templates (CLIP paper, 3.1.4)."""
+    if templates is None:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES as templates
+    prompts = [t.format(name) if isinstance(t, str) else t(name) for name in names for t in templates]
+    embeddings = encode_texts(bundle, prompts, **encoding).view(len(names), len(templates), -1)
+    return torch.nn.functional.normalize(embeddings.mean(1), dim=-1)
+
+
 def _accuracies(before: np.ndarray, data: Classes) -> dict[str, Any]:
-    present = np.unique(data.labels)
-    by_class = {data.names[label]: float((before[data.labels == label] < 1).mean()) for label in present}
-    per_class = [(before[data.labels == label] < 1).mean() for label in present]  # two classes may share a name
+    """before [N]: how many wrong classes come before the right one of each image."""
+    first = before < 1
+    per_class = {label: float(first[data.labels == label].mean()) for label in np.unique(data.labels)}
     return {
-        "top1": float((before < 1).mean()),
+        "top1": float(first.mean()),
         "top5": float((before < 5).mean()),
-        "mean_per_class": float(np.mean(per_class)),
+        "mean_per_class": float(np.mean(list(per_class.values()))),
         "classes": len(data.names),
         "images": len(before),
-        "by_class": by_class,
+        "by_class": {data.names[label]: share for label, share in per_class.items()},
     }
 
 
@@ -137,9 +114,34 @@ class _Pictures(Dataset):
 # --- data sets ------------------------------------------------------------------------------------------------------
 
 
+def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
+    """What `--evaluation.zero-shot` names: `NAME=FOLDER` -> (NAME, (labelled images, prompts)).
+
+    NAME may be a preset's; `openmoji-colours` stands alone. Raises ValueError for an entry without a folder,
+    BenchmarkNotFound when the folder is not what its name says.
+    """
+    if entry == "openmoji-colours":
+        return entry, (openmoji_colours(build_openmoji()), COLOUR_TEMPLATES)
+    name, _, folder = entry.partition("=")
+    if not folder:
+        raise ValueError(
+            f"--evaluation.zero-shot {entry}: write NAME=FOLDER (imagenet=/data/imagenet, or any name for a folder "
+            "with one subfolder of images a class), or openmoji-colours."
+        )
+    return name, (open_classes(name if name in PRESETS else None, folder), None)
+
+
+def open_classes(preset: str | None, folder: str | Path) -> Classes:
+    """The labelled images in `folder`: a preset's (`PRESETS`), or one subfolder a class. Raises BenchmarkNotFound."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise BenchmarkNotFound(f"{folder} is not a folder on this machine.")
+    return (image_folder if preset is None else PRESETS[preset])(folder)
+
+
 @dataclass(frozen=True)
-class ImageFiles:
-    paths: list[Path]
+class _Files:
+    paths: Sequence[Path]
 
     def __call__(self, i: int) -> Image.Image:
         return open_image(self.paths[i])
@@ -153,14 +155,11 @@ class _Pixels:
         return Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0)))
 
 
-def open_classes(preset: str | None, folder: str | Path) -> Classes:
-    """The labelled images in `folder`: a preset's (`PRESETS`), or one subfolder a class. Raises BenchmarkNotFound."""
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"there is no zero-shot preset {preset!r}; there are {', '.join(PRESETS)}.")
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise BenchmarkNotFound(f"{folder} is not a folder on this machine.")
-    return (image_folder if preset is None else PRESETS[preset])(folder)
+def openmoji_colours(folder: Path) -> Classes:
+    """Held-out drawings into their main colours."""
+    paths, colours = zip(*main_colours(folder), strict=True)
+    names, labels = np.unique(colours, return_inverse=True)
+    return Classes(names.tolist(), labels, _Files(paths))
 
 
 def image_folder(folder: Path) -> Classes:
@@ -173,7 +172,7 @@ def image_folder(folder: Path) -> Classes:
         names = _lines(listed)
         if len(names) != len(folders):
             raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
-    return Classes(names, labels, ImageFiles(paths))
+    return Classes(names, labels, _Files(paths))
 
 
 def _lines(path: Path) -> list[str]:
@@ -186,6 +185,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
+    """-> the subfolders, one a class; all images; the class of each image."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     found = [sorted(image_files(place)) for place in folders]
     if not any(found):
@@ -206,6 +206,8 @@ def imagenet(folder: Path) -> Classes:
     The sorted ids are the classes 0 to 999, as in torchvision's ImageFolder and open_clip's list of names.
     Raises BenchmarkNotFound.
     """
+    from open_clip import IMAGENET_CLASSNAMES
+
     root = first_existing(folder / "val", folder / "ILSVRC2012_img_val") or folder
     ids = [path.name for path in root.iterdir() if path.is_dir() and re.fullmatch(r"n\d{8}", path.name)]
     if len(ids) != 1000:
@@ -217,7 +219,7 @@ def imagenet(folder: Path) -> Classes:
     if len(folders) != 1000:
         strange = sorted({place.name for place in folders} - set(ids))[:3]
         raise BenchmarkNotFound(f"{root} has subfolders that are no classes ({', '.join(strange)}): remove them.")
-    return Classes(list(_open_clip().IMAGENET_CLASSNAMES), labels, ImageFiles(paths))
+    return Classes(list(IMAGENET_CLASSNAMES), labels, _Files(paths))
 
 
 def cifar10(folder: Path) -> Classes:
@@ -251,29 +253,3 @@ def _cifar(folder: Path, archive: str, images: str, names: str, label_bytes: int
 
 
 PRESETS: dict[str, Callable[[Path], Classes]] = {"imagenet": imagenet, "cifar10": cifar10, "cifar100": cifar100}
-
-COLOURS = "openmoji-colours"
-
-
-def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
-    """What `--evaluation.zero-shot` names: `NAME=FOLDER` -> (NAME, (labelled images, prompts)).
-
-    NAME may be a preset's; `openmoji-colours` stands alone. Raises ValueError for an entry without a folder,
-    BenchmarkNotFound when the folder is not what its name says.
-    """
-    if entry == COLOURS:
-        return COLOURS, (openmoji_colours(build_openmoji()), COLOUR_TEMPLATES)
-    name, equals, folder = entry.partition("=")
-    if not equals or not folder:
-        raise ValueError(
-            f"--evaluation.zero-shot {entry}: write NAME=FOLDER (imagenet=/data/imagenet, or any name for a folder "
-            f"with one subfolder of images a class), or {COLOURS}."
-        )
-    return name, (open_classes(name if name in PRESETS else None, folder), None)
-
-
-def openmoji_colours(folder: Path) -> Classes:
-    """Held-out drawings into their main colours."""
-    paths, colours = zip(*main_colours(folder), strict=True)
-    names = sorted(set(colours))
-    return Classes(names, np.array([names.index(colour) for colour in colours]), ImageFiles(list(paths)))

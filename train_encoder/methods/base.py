@@ -34,12 +34,11 @@ class Training:
 class Method:
     """One way from a base CLIP to a better one, on the data and in the directory of a `Run`.
 
-    A new method is a subclass in a file of its own and a line in `METHODS`. What reports, comparisons and costs want to
-    know is asked of the class; `config` there is a run's settings, as TrainConfig or as config.json in namespaces.
+    A new method is a subclass in a file of its own, a line in `METHODS` and one in `METHOD_TITLES` (config.py). What
+    comparisons and costs want to know is asked of the class; `config` there is a run's settings, as TrainConfig or as
+    config.json in namespaces.
     """
 
-    title = ""
-    """One sentence: what a run makes."""
     recipe = ""
     """The method's name in the result's model card."""
     final = "clip-moe"
@@ -49,6 +48,15 @@ class Method:
 
     result: ClipBundle
     """What `make` gave."""
+
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config
+
+    # ------------------------------------------------------------------------------------------ asked of the class
+
+    @classmethod
+    def check_packages(cls) -> None:
+        """Raise ModuleNotFoundError now, before a directory is made, where a package is missing."""
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> float:
@@ -60,16 +68,7 @@ class Method:
         """The trainings after the base, by the names that metrics.jsonl gives them. base, result: of the models."""
         raise NotImplementedError
 
-    def __init__(self, run: Run):
-        self.run, self.config = run, run.config
-
-    @property
-    def output_folder(self) -> Path:
-        return self.run.folder.path / self.output
-
-    @classmethod
-    def check_packages(cls) -> None:
-        """Raise ModuleNotFoundError now, before a directory is made, where a package is missing."""
+    # ------------------------------------------------------------------------------------------------------- a run
 
     def check_settings(self) -> None:
         """Raise ValueError for settings that do not fit `run.start`, before anything is trained."""
@@ -77,6 +76,14 @@ class Method:
     def make(self) -> ClipBundle:
         """Everything from the base to the model that the run is for; it is in `output_folder` when this returns."""
         raise NotImplementedError
+
+    @property
+    def output_folder(self) -> Path:
+        return self.run.folder.path / self.output
+
+    def load_base(self) -> ClipBundle:
+        """A fresh copy of the base."""
+        return load_bundle(self.run.folder.base)
 
     def save_result(self, bundle: ClipBundle, recipe: str, training: str) -> None:
         """Keep the result, then drop the resume state of the training that made it."""
@@ -87,10 +94,6 @@ class Method:
     def variants(self) -> Mapping[str, Variant]:
         """What is measured, by its name in results.json, in the order of the table."""
         return {"base": Variant(self.load_base), self.final: Variant(lambda: self.result)}
-
-    def load_base(self) -> ClipBundle:
-        """A fresh copy of the base."""
-        return load_bundle(self.run.folder.base)
 
     def describe(self) -> dict[str, Any]:
         """What is not a score, for results.json: parameters, routing, clusters."""

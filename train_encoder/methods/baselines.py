@@ -19,9 +19,7 @@ from .mixture import Mixture
 class BaseOnly(Method):
     """The base: trained from nothing where asked, measured, left as it is. What every comparison starts from."""
 
-    title = "A dense CLIP as it is."
-    final = "base"
-    output = "base"
+    final = output = "base"
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> float:
@@ -44,7 +42,6 @@ class DirectFinetuning(Method):
     With CLIP's loss or with Long-CLIP's.
     """
 
-    title = "A dense CLIP, fine-tuned."
     final = "fine-tuned"
     output = "clip"
 
@@ -75,7 +72,6 @@ class SparseUpcycling(Mixture):
     One training, of experts and routers (`finetune.parts` ffn) or of everything (all), by `moe.optim`.
     """
 
-    title = "A mixture made by sparse upcycling."
     recipe = "sparse upcycling"
 
     @classmethod

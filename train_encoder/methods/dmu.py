@@ -6,7 +6,7 @@ base -> [ features -> clusters -> in-cluster FFN training ] x (E-1) -> upcycle -
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
 from ..config import LoraConfig, TrainConfig
 from ..evaluate.run import Variant
 from ..features.clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
-from ..features.store import Embeddings
 from ..training.run import Run
 from ..training.sampler import plan_epoch
 from .base import Training
@@ -32,7 +31,6 @@ Tensors = dict[str, torch.Tensor]
 class DMU(Mixture):
     """Multistage contrastive learning makes the experts, one stage after the other."""
 
-    title = "A CLIP-MoE made by Diversified Multiplet Upcycling."
     recipe = "Diversified Multiplet Upcycling"
 
     def __init__(self, run: Run):
@@ -47,11 +45,7 @@ class DMU(Mixture):
     @classmethod
     def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
         blocks = moe_blocks(result)
-
-        def trainable(name: str) -> bool:
-            return is_ffn(name) and _block_of(name) in blocks
-
-        one = Training(base, trainable, config.mcl.optim, cls.lora(config))
+        one = Training(base, lambda name: _is_own(name, blocks), config.mcl.optim, cls.lora(config))
         stages = {f"stage{number}": one for number in range(1, config.moe.num_experts)}
         return {**stages, **super().trainings(config, base, result)}
 
@@ -87,7 +81,7 @@ class DMU(Mixture):
     def stage_ffns(self, state: Tensors) -> Tensors:
         """The FFN tensors of a dense state dict that a stage has of its own: those of the MoE blocks."""
         blocks = moe_blocks(self.upcycled_config())
-        return {name: tensor for name, tensor in ffn_state(state).items() if _block_of(name) in blocks}
+        return {name: tensor for name, tensor in state.items() if _is_own(name, blocks)}
 
     def started_from(self, number: int) -> int:
         """The stage whose FFNs stage `number` starts from (0: the base)."""
@@ -95,9 +89,8 @@ class DMU(Mixture):
 
     def about_stage(self, number: int) -> dict[str, Any]:
         """What stage.json says."""
-        start = self.started_from(number)
         what = "the FFN tensors of one DMU stage; all else is the base's"
-        return {"what": what, "stage": number, "started_from": f"stage{start}" if start else "base"}
+        return {"what": what, "stage": number, "started_from": _name(self.started_from(number))}
 
     def _save_stage(self, number: int, ffns: Tensors) -> None:
         with atomic_directory(self.run.folder.stage_weights(number).parent) as temporary:
@@ -118,24 +111,18 @@ class DMU(Mixture):
         return accumulate([self.clusters(stage) for stage in range(number)])
 
     def clusters(self, number: int) -> StageClusters:
-        """Clusters of the embeddings that stage `number` gives (0: the base)."""
-        path, run = self.run.folder.clusters(number), self.run
+        """Clusters of the training images' embeddings, and their first captions', that stage `number` gives (0: the
+        base)."""
+        path, run, c = self.run.folder.clusters(number), self.run, self.config
         if not path.exists():
-            embeddings = self.stage_features(number)
+            weights = run.folder.stage_weights(number) if number else run.folder.base / "model.safetensors"
+            embeddings = run.features(_name(number), self.dense(number), weights)
             if run.accelerator.is_main_process:
                 with run.timed("clusters", f"stage{number}"):
-                    c = self.config
                     found = cluster_stage(embeddings.image, embeddings.text, c.clusters, c.seed + 2 * number)
                     save_clusters(path, found)
             run.accelerator.wait_for_everyone()
         return load_clusters(path)
-
-    def stage_features(self, number: int) -> Embeddings:
-        """Embeddings of the training images and of their first captions under stage `number`'s model."""
-        folder = self.run.folder
-        name = "base" if number == 0 else f"stage{number}"
-        weights = folder.base / "model.safetensors" if number == 0 else folder.stage_weights(number)
-        return self.run.features(name, self.dense(number), weights)
 
     # ------------------------------------------------------------------------------------------------- the mixture
 
@@ -147,21 +134,21 @@ class DMU(Mixture):
     def variants(self) -> Mapping[str, Variant]:
         """The dense CLIP of every stage beside what every mixture shows."""
         mixture = super().variants()
-        stages = {f"stage{s}": Variant(lambda s=s: self.dense(s)) for s in range(1, self.config.moe.num_experts)}
+        stages = {_name(s): Variant(lambda s=s: self.dense(s)) for s in range(1, self.config.moe.num_experts)}
         return {"base": mixture["base"], **stages, **mixture}
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "clusters": self.cluster_report(), "ffn_change": self.ffn_change()}
 
     def cluster_report(self) -> list[dict]:
-        """Sizes of the accumulated clusters before every stage, and how its batches backed off to parents."""
+        """Sizes of the accumulated clusters before every stage, and at which depth its batches were drawn."""
         report = []
         for number in range(1, self.config.moe.num_experts):
             cluster_ids = self.cluster_ids(number)
-            sizes = np.unique(cluster_ids, axis=0, return_counts=True)[1]
-            depth = plan_epoch(cluster_ids, self.config.mcl.optim.global_batch_size, 0, 0).depth
-            by_depth = {str(d): int((depth == d).sum()) for d in sorted(set(depth.tolist()))}
-            sizes = sorted(sizes.tolist(), reverse=True)
+            sizes = sorted(np.unique(cluster_ids, axis=0, return_counts=True)[1].tolist(), reverse=True)
+            plan = plan_epoch(cluster_ids, self.config.mcl.optim.global_batch_size, 0, 0)
+            depths, batches = np.unique(plan.depth, return_counts=True)
+            by_depth = dict(zip(map(str, depths.tolist()), batches.tolist(), strict=True))
             report.append({"stage": number, "sizes": sizes, "batches_by_depth": by_depth})
         return report
 
@@ -171,14 +158,13 @@ class DMU(Mixture):
         size = _norm(base.values())
         changes = {}
         for number, stage in enumerate(self.stages, start=1):
-            changes[f"stage{number}"] = float(_norm(t - base[name] for name, t in stage.items()) / size)
+            changes[_name(number)] = float(_norm(t - base[name] for name, t in stage.items()) / size)
         return changes
 
 
 class VanillaMoE(DMU):
     """The ablation of CLIP-MoE's Table 4: the base and a directly fine-tuned FFN are the experts; no clusters."""
 
-    title = "A mixture of the base's FFNs and one set of directly fine-tuned ones."
     recipe = "vanilla MoE (CLIP-MoE, Table 4)"
 
     def cluster_ids(self, number: int) -> None:
@@ -188,10 +174,17 @@ class VanillaMoE(DMU):
         return []
 
 
-def _norm(tensors: Any) -> torch.Tensor:
+def _name(stage: int) -> str:
+    return f"stage{stage}" if stage else "base"
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum(t.double().square().sum() for t in tensors) ** 0.5
 
 
-def _block_of(tensor_name: str) -> tuple[str, int]:
-    tower, _, _, block, *_ = tensor_name.split(".")
-    return tower, int(block)
+def _is_own(name: str, blocks: set[tuple[str, int]]) -> bool:
+    """Whether it is a tensor of an FFN in one of these (tower, number) blocks."""
+    if not is_ffn(name):
+        return False
+    tower, _, _, block, *_ = name.split(".")
+    return (tower, int(block)) in blocks

@@ -29,8 +29,8 @@ from .mixture import Mixture
 class FMoE(Mixture):
     """Cluster once, train the experts side by side, then routers and fusion gates together."""
 
-    title = "A CLIP-FMoE: experts trained on clusters, beside the base behind a fusion gate."
     recipe = "CLIP-FMoE"
+    default_layers = staticmethod(default_fusion_layers)
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> float:
@@ -45,28 +45,25 @@ class FMoE(Mixture):
         return {**experts, **super().trainings(config, base, result)}
 
     def make(self) -> ClipBundle:
-        found = self.clusters()
-        mine = range(
-            self.run.accelerator.process_index, self.config.moe.num_experts, self.run.accelerator.num_processes
-        )
-        for expert in mine:
+        found, experts = self.clusters(), range(self.config.moe.num_experts)
+        accelerator = self.run.accelerator
+        for expert in experts[accelerator.process_index :: accelerator.num_processes]:
             self.make_expert(expert, found)
-        self.run.accelerator.wait_for_everyone()
-        self.experts = [load_tensors(self.run.folder.expert_weights(e)) for e in range(self.config.moe.num_experts)]
+        accelerator.wait_for_everyone()
+        self.experts = [load_tensors(self.run.folder.expert_weights(expert)) for expert in experts]
         return self.train_routers()
 
     def clusters(self) -> NestedClusters:
         """N clusters of the base's image features, each with its sub-clusters."""
-        path = self.run.folder.path / "clusters" / "iccl.npz"
+        path, run, c = self.run.folder.path / "clusters" / "iccl.npz", self.run, self.config
         if not path.exists():
-            weights = self.run.folder.base / "model.safetensors"
-            embeddings = self.run.features("base", self.load_base(), weights, captions="none")
-            if self.run.accelerator.is_main_process:
-                c = self.config
-                with self.run.timed("clusters", "base"):
+            weights = run.folder.base / "model.safetensors"
+            embeddings = run.features("base", self.load_base(), weights, captions="none")
+            if run.accelerator.is_main_process:
+                with run.timed("clusters", "base"):
                     made = nested_clusters(embeddings.image, c.moe.num_experts, c.fmoe.sub_clusters, c.clusters, c.seed)
                     save_nested(path, made)
-            self.run.accelerator.wait_for_everyone()
+            run.accelerator.wait_for_everyone()
         return load_nested(path)
 
     def make_expert(self, number: int, found: NestedClusters) -> None:
@@ -81,8 +78,8 @@ class FMoE(Mixture):
                 f"cluster {number} has {len(mine)} images, fewer than a batch of {batch}: lower "
                 "--fmoe.optim.global-batch-size or --moe.num-experts, or use more data."
             )
-        base = self.load_base()
-        beside = fuse(base.model, [ffn_state(base.model.state_dict())], self.upcycled_config(1), seed=self.config.seed)
+        base, config = self.load_base(), self.upcycled_config(num_experts=1, num_experts_per_tok=1)
+        beside = fuse(base.model, [ffn_state(base.model.state_dict())], config, seed=self.config.seed)
         bundle = dataclasses.replace(base, model=beside)
         self.run.train(
             name,
@@ -101,21 +98,9 @@ class FMoE(Mixture):
 
     # ------------------------------------------------------------------------------------------------- the mixture
 
-    def upcycled_config(self, experts: int | None = None) -> CLIPMoEConfig:
+    def upcycled_config(self, **more: Any) -> CLIPMoEConfig:
         """With fusion gates, in the paper's blocks where the settings name none."""
-        dense, moe = self.run.start.model.config, self.config.moe
-        if moe.vision_layers is None:
-            moe = dataclasses.replace(
-                moe, vision_layers=tuple(default_fusion_layers(dense.vision_config.num_hidden_layers))
-            )
-        if moe.text_layers is None:
-            moe = dataclasses.replace(
-                moe, text_layers=tuple(default_fusion_layers(dense.text_config.num_hidden_layers))
-            )
-        gate = {"fusion_gate": True, "fusion_gate_init": self.config.fmoe.gate_init}
-        if experts is not None:
-            gate |= {"num_experts": experts, "num_experts_per_tok": 1}
-        return self.mixture_config(moe, **gate)
+        return super().upcycled_config(fusion_gate=True, fusion_gate_init=self.config.fmoe.gate_init, **more)
 
     def untrained_moe(self) -> ClipBundle:
         model = fuse(self.run.base.model.cpu(), self.experts, self.upcycled_config(), seed=self.config.seed)
@@ -123,6 +108,5 @@ class FMoE(Mixture):
 
     def describe(self) -> dict[str, Any]:
         """The common part, and the sizes of the clusters."""
-        found = self.clusters()
-        sizes = np.bincount(found.labels, minlength=self.config.moe.num_experts)
+        sizes = np.bincount(self.clusters().labels, minlength=self.config.moe.num_experts)
         return {**super().describe(), "iccl": {"sizes": sizes.tolist()}}

@@ -7,17 +7,15 @@ and under bf16 the fp32 copies of all that is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
-from llava_clipmoe.upcycling import ffn_state
 
 from ..config import LoraConfig, TrainConfig
 from ..training.precision import store_frozen_in
@@ -27,13 +25,10 @@ from .mixture import moe_blocks
 if TYPE_CHECKING:
     from peft import LoraModel
 
-MATRICES = ("fc1", "fc2")
-
 
 class LoraDMU(DMU):
     """DMU; a stage's training is of low rank, its files are those of a DMU stage."""
 
-    title = "A CLIP-MoE made by Diversified Multiplet Upcycling, its stages of low rank (LoRA)."
     recipe = "Diversified Multiplet Upcycling, stages of low rank"
 
     @classmethod
@@ -48,22 +43,15 @@ class LoraDMU(DMU):
         check_rank(self.config.lora.rank, self.run.start.model.config)
 
     def train_stage(self, number: int, bundle: ClipBundle, cluster_ids: np.ndarray | None) -> Tensors:
-        settings, model = self.config.lora, bundle.model
+        model = bundle.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 1000 + number)  # A starts random: the same in every process and resume
-            tuner = add_adapters(model, moe_blocks(self.upcycled_config()), settings)
+            adapters = add_adapters(model, moe_blocks(self.upcycled_config()), self.config.lora)
         if self.config.engine.precision == "bf16":
-            store_frozen_in(model, torch.bfloat16, is_adapter)  # the originals are in the base's files
+            store_frozen_in(model, torch.bfloat16, is_adapter)  # the originals are on the disk
         self.run.train(f"stage{number}", bundle, is_adapter, self.config.mcl.optim, cluster_ids=cluster_ids)
-
-        adapter = adapter_state(model)
-        dense = self.run.base.model.state_dict()
-        if start := self.started_from(number):
-            dense = {**dense, **self.stages[start - 1]}
-        stage = merge_adapter(dense, adapter, settings.scale)
-        tuner.unload()
-        model.float().load_state_dict({**dense, **stage})  # what was stored in bf16 is whole again
-        return self.stage_ffns(stage)
+        merge_adapters(model, adapters, self.dense(self.started_from(number)).model.state_dict())
+        return self.stage_ffns(model.state_dict())
 
     def about_stage(self, number: int) -> dict[str, Any]:
         lora = self.config.lora
@@ -88,39 +76,30 @@ def check_rank(rank: int, config: CLIPMoEConfig) -> None:
 def add_adapters(model: CLIPMoEModel, blocks: Collection[tuple[str, int]], settings: LoraConfig) -> LoraModel:
     """Put peft's LoRA layers around the FFN matrices of `blocks` ((tower, number) each) of a dense CLIP, in place.
 
-    -> peft's handle, whose `unload()` takes them out. B is zero: the model computes what it did. Only the adapters
-    require gradients afterwards. A is drawn from torch's global random state.
+    -> peft's handle of them. B is zero: the model computes what it did. Only the adapters require gradients afterwards.
+    A is drawn from torch's global random state.
     """
     import peft
 
-    targets = [f"{tower}.encoder.layers.{block}.mlp.{matrix}" for tower, block in sorted(blocks) for matrix in MATRICES]
+    ffns = [f"{tower}.encoder.layers.{block}.mlp" for tower, block in sorted(blocks)]
     config = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.effective_alpha, lora_dropout=settings.dropout, target_modules=targets
+        r=settings.rank,
+        lora_alpha=settings.effective_alpha,
+        lora_dropout=settings.dropout,
+        target_modules=[f"{ffn}.{matrix}" for ffn in ffns for matrix in ("fc1", "fc2")],
     )
     return peft.LoraModel(model, config, "default")
 
 
-def adapter_state(model: nn.Module) -> Tensors:
-    """A [r,in] and B [out,r] of every matrix, as `vision_model.encoder.layers.0.mlp.fc1.lora_A.weight`, on the CPU."""
-    return {
-        name.replace(".default.", "."): parameter.detach().cpu()
-        for name, parameter in model.named_parameters()
-        if is_adapter(name)
-    }
+@torch.no_grad()
+def merge_adapters(model: CLIPMoEModel, adapters: LoraModel, start: Tensors) -> None:
+    """Make a plain model of it again, in place: the tensors of `start`, in fp32, and in every matrix that had an
+    adapter its change on top, as peft's own merge adds it to weights that were never stored in bf16."""
+    from peft.tuners.lora import LoraLayer
 
-
-def merge_adapter(base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scale: float) -> Tensors:
-    """The FFNs of `base` (a dense state dict, or a stage's) with W + scale * B A for every matrix of the adapter.
-
-    scale: alpha / rank. Bit for bit what peft's own merge gives; biases, and matrices without an adapter, are the
-    base's. Raises ValueError when the adapter is of another base.
-    """
-    merged = dict(ffn_state(base))
-    for name, a in adapter.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        weight, b = name.replace(".lora_A.weight", ".weight"), adapter.get(name.replace(".lora_A.", ".lora_B."))
-        if weight not in merged or b is None or merged[weight].shape != (b.shape[0], a.shape[1]):
-            raise ValueError(f"the adapter's {name} does not fit the base: both must come from one run's stage.")
-        merged[weight] = merged[weight] + (b @ a) * scale
-    return merged
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    changes = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
+    adapters.unload()
+    model.float().load_state_dict(start)
+    for name, change in changes.items():
+        model.get_submodule(name).weight += change

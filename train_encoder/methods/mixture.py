@@ -10,7 +10,7 @@ from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
-from ..config import MoEConfig, TrainConfig
+from ..config import TrainConfig
 from ..evaluate.routing import evaluate_routing, router_movement
 from ..evaluate.run import Variant
 from .base import Method, Trainable, Training
@@ -31,8 +31,6 @@ MOE_FIELDS = (
 class Mixture(Method):
     """A method that puts experts together and then trains what chooses among them."""
 
-    recipe = "CLIP-MoE"
-
     @classmethod
     def trainable_last(cls, config: TrainConfig) -> Trainable:
         """What the last training changes."""
@@ -47,21 +45,27 @@ class Mixture(Method):
         """The last training; a subclass adds those before it."""
         return {"router": Training(result, cls.trainable_last(config), config.moe.optim)}
 
+    @staticmethod
+    def default_layers(num_hidden_layers: int) -> list[int]:
+        """The blocks of a tower that get experts where the settings name none: all."""
+        return list(range(num_hidden_layers))
+
     def untrained_moe(self) -> ClipBundle:
         """The experts put together, under fresh routers (the same ones every time: `seed` decides them)."""
         raise NotImplementedError
 
-    def upcycled_config(self) -> CLIPMoEConfig:
-        """The mixture's configuration, by the settings."""
-        return self.mixture_config(self.config.moe)
-
-    def mixture_config(self, moe: MoEConfig, **more: Any) -> CLIPMoEConfig:
-        """`moe` on the base's architecture; `more`: other expert fields (EXPERT_FIELDS)."""
-        dense = self.run.start.model.config
+    def upcycled_config(self, **more: Any) -> CLIPMoEConfig:
+        """The mixture's configuration, by the settings. more: other expert fields (EXPERT_FIELDS)."""
+        dense, moe = self.run.start.model.config, self.config.moe
         fields = {name: getattr(moe, name) for name in MOE_FIELDS}
-        vision = range(dense.vision_config.num_hidden_layers) if moe.vision_layers is None else moe.vision_layers
-        text = range(dense.text_config.num_hidden_layers) if moe.text_layers is None else moe.text_layers
-        return moe_config(dense, {"vision_model": list(vision), "text_model": list(text)}, **{**fields, **more})
+        towers = {
+            "vision_model": (dense.vision_config, moe.vision_layers),
+            "text_model": (dense.text_config, moe.text_layers),
+        }
+        blocks = {}
+        for name, (tower, chosen) in towers.items():
+            blocks[name] = self.default_layers(tower.num_hidden_layers) if chosen is None else list(chosen)
+        return moe_config(dense, blocks, **{**fields, **more})
 
     def train_routers(self) -> ClipBundle:
         """The result: the mixture after its last training, on shuffled global batches."""

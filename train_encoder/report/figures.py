@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
@@ -45,7 +44,6 @@ _STYLE = {
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
-    "path.simplify": True,
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -81,7 +79,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 def panel(
     width: float, height: float, title: str = "", xlabel: str = "", ylabel: str = ""
 ) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of inches and its axes, in the look of all figures; `to_svg` belongs inside the `with`."""
+    """A figure and its axes in the look of all figures (width and height in inches); call `to_svg` in the `with`."""
     with style():
         figure = Figure(figsize=(width, height))
         axes = figure.add_subplot()
@@ -91,9 +89,9 @@ def panel(
         yield figure, axes
 
 
-def name_rows(axes: Axes, names: Sequence[object], length: int = 18) -> None:
+def name_rows(axes: Axes, names: Sequence[object]) -> None:
     """A named row at every whole number of the y axis, the first one on top."""
-    axes.set_yticks(np.arange(len(names)), [_short(name, length) for name in names])
+    axes.set_yticks(np.arange(len(names)), [_short(name, 18) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
@@ -114,14 +112,10 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
-def thin(length: int, most: int = 500) -> np.ndarray:
-    """Indices of at most about `most` evenly spaced points, first and last included."""
-    return np.arange(length) if length <= most else np.unique(np.linspace(0, length - 1, most).round().astype(int))
-
-
 def curve(name: str, title: str, steps: Sequence[int], values: Sequence[float], ylabel: str, colour: int = 0) -> str:
-    """One quantity over training: every logged value thin, their moving average (a 20th of the curve) bold."""
-    keep = thin(len(values))
+    """One quantity over training: the logged values thin (500 of them at most), their moving average over a 20th of the
+    curve bold."""
+    keep = np.unique(np.linspace(0, len(values) - 1, min(len(values), 500)).round().astype(int))
     x, raw = np.asarray(steps)[keep], np.asarray(values, dtype=np.float64)[keep]
     even = smooth(values, max(3, len(values) // 20))[keep]
     with panel(4.0, 2.5, title, "step", ylabel) as (figure, axes):
@@ -143,26 +137,32 @@ def cluster_sizes(name: str, title: str, sizes: Sequence[int], batch: int | None
         axes.grid(visible=False, axis="x")
         if batch:
             axes.axhline(batch, color=COLOURS[1], linewidth=1.4, linestyle="--")
-            axes.annotate(
-                f"one batch: {batch:,}", (1, batch), (-2, 2), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", va="bottom",
-            )  # fmt: skip
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(f"one batch: {batch:,}", (1, batch), (-2, 2), va="bottom", **place)
         return to_svg(figure, name, f"cluster sizes of {title}")
 
 
 def heatmap(
-    name: str, title: str, values: Sequence[Sequence[float]], rows: Sequence[object], columns: Sequence[object],
-    low: float, high: float, text: Callable[[float], str], label: str,
-) -> str:  # fmt: skip
-    """Values by block (rows, the first one on top) and expert (columns); colours reach from `low` to `high`.
+    name: str,
+    title: str,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[object],
+    columns: Sequence[object],
+    limits: tuple[float, float],
+    text: Callable[[float], str],
+    label: str,
+) -> str:
+    """Values by block (rows, the first one on top) and expert (columns); colours reach over `limits`.
 
     text: what stands in a field. label: what a screen reader says.
     """
+    low, high = limits
+    colours = matplotlib.colormaps["viridis"]
     grid = np.asarray(values, dtype=np.float64)
     with panel(max(2.8, 0.65 * len(columns) + 1.4), 0.9 + 0.21 * len(rows), title, "expert", "block") as (figure, axes):
-        axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high, edgecolors="none", rasterized=False)
+        axes.pcolormesh(grid, cmap=colours, vmin=low, vmax=high, edgecolors="none", rasterized=False)
         for (row, column), value in np.ndenumerate(grid):
-            red, green, blue, _ = matplotlib.colormaps["viridis"]((value - low) / (high - low))
+            red, green, blue, _ = colours((value - low) / (high - low))
             ink = "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
             axes.text(column + 0.5, row + 0.5, text(value), ha="center", va="center", color=ink, fontsize=7.5)
         axes.set_xticks(np.arange(len(columns)) + 0.5, [str(column) for column in columns])
@@ -172,10 +172,6 @@ def heatmap(
         axes.grid(visible=False)
         axes.invert_yaxis()
         return to_svg(figure, name, label)
-
-
-def whole_percent(value: float) -> str:
-    return f"{100 * value:.0f}%" if math.isfinite(value) else "-"
 
 
 def lines_by_block(name: str, title: str, series: Mapping[str, tuple[Sequence, Sequence[float]]]) -> str:
@@ -190,9 +186,7 @@ def lines_by_block(name: str, title: str, series: Mapping[str, tuple[Sequence, S
         return to_svg(figure, name, title)
 
 
-def stacked_bars(
-    name: str, title: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str
-) -> str:  # fmt: skip
+def stacked_bars(name: str, title: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str) -> str:
     """A horizontal bar a row, made of `parts`: what it is -> its value in every row."""
     legend = len(parts) > 1
     with panel(4.4, 1.1 + 0.27 * len(rows) + 0.25 * legend, title, xlabel) as (figure, axes):

@@ -9,39 +9,44 @@ fractions of 1 and shown in percent.
 
 from __future__ import annotations
 
-import argparse
 import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from llava_clipmoe.files import write_text
 
-from ..config import to_dict
-from ..methods import METHODS
+from ..config import METHOD_TITLES, to_dict
 from ..recipes import RECIPES
 from . import sections
 from .document import Block, Code, Document, Section, Table, best_of, score
 from .sections import RECALLS, Run, load_run
 
 REPORT = "report.html"
+HELP = "The --output-dir of a train-encoder run, finished or not."
+
+
+def main(argv: list[str]) -> int:
+    """Write the page (report.html) of a run, and print its path; -> 0."""
+    folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
+    print(write_report(tyro.cli(folder, args=argv, prog="llava-clipmoe report", description=main.__doc__)))
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------- the settings
 
 
-def settings(run: Run) -> list[Block] | None:
-    if run.config is None:
-        return None
+def settings(run: Run) -> list[Block]:
     rows = [[name, "none" if value is None else str(value)] for name, value in flatten(run.config).items()]
-    return [Table(["setting", "value"], rows, folded=f"All {len(rows)} settings")]
+    return [Table(["setting", "value"], rows, folded=f"All {len(rows)} settings")] if rows else []
 
 
-def reproduce(run: Run) -> list[Block] | None:
-    if run.config is None:
-        return None
+def reproduce(run: Run) -> list[Block]:
+    if not run.config:
+        return []
     return [
         "The nearest recipe, and every setting in which this run differs from it:",
         Code(reproduce_command(run.config)),
@@ -60,12 +65,12 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def reproduce_command(config: dict[str, Any]) -> str:
     """The command line of a run's config: the recipe that differs least, and a flag for each difference."""
     mine = flatten(config)
-    options = []
+    changes = {}
     for name, (_, recipe) in RECIPES.items():
         theirs = flatten(to_dict(recipe))
-        options.append((name, {key: mine[key] for key in theirs if key in mine and mine[key] != theirs[key]}))
-    name, changed = min(options, key=lambda option: len(option[1]))
-    return " \\\n    ".join([f"llava-clipmoe train-encoder {name}", *(_flag(k, v) for k, v in changed.items())])
+        changes[name] = {key: mine[key] for key in theirs if key in mine and mine[key] != theirs[key]}
+    name = min(changes, key=lambda name: len(changes[name]))
+    return " \\\n    ".join([f"llava-clipmoe train-encoder {name}", *(_flag(k, v) for k, v in changes[name].items())])
 
 
 def _flag(name: str, value: Any) -> str:
@@ -82,38 +87,37 @@ def _flag(name: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A place on the page."""
+    """A place on the page, called as its function is."""
 
     title: str
-    build: Callable[[Run], list[Block] | None]
+    build: Callable[[Run], list[Block]]
     when: str
     """What has to happen before there is something to show."""
     setting: str = ""
     """Of the evaluation: without it nobody asked for this part."""
 
-    @property
-    def anchor(self) -> str:
-        return self.build.__name__
-
     def asked_for(self, run: Run) -> bool:
-        evaluation = (run.config or {}).get("evaluation") or {}
-        return not self.setting or bool(evaluation.get(self.setting, True))
+        return not self.setting or bool(run.config.get("evaluation", {}).get(self.setting, True))
+
+
+def _measured(title: str, build: Callable[[Run], list[Block]], setting: str) -> Part:
+    flag = setting.replace("_", "-")
+    return Part(title, build, f"written after the evaluation (--evaluation.{flag})", setting)
 
 
 PARTS = (
-    Part("Retrieval", sections.retrieval, "written after the evaluation (--evaluation.retrieval)", "retrieval"),
-    Part("Zero-shot classification", sections.classification,
-         "written after the evaluation (--evaluation.zero-shot)", "zero_shot"),
+    _measured("Retrieval", sections.retrieval, "retrieval"),
+    _measured("Zero-shot classification", sections.classification, "zero_shot"),
     Part("Loss", sections.loss, "drawn from the first logged training step on"),
     Part("Clusters", sections.clusters, "known when the first stage has been clustered"),
-    Part("Attributes", sections.attributes, "written after the evaluation (--evaluation.attributes)", "attributes"),
+    _measured("Attributes", sections.attributes, "attributes"),
     Part("Routing", sections.routing, "measured after the router training"),
     Part("How far the routers moved", sections.movement, "measured after the router training"),
     Part("Time and memory", sections.cost, "known when the first piece of work is done"),
     Part("Parameters", sections.parameters, "counted when the CLIP-MoE has been made"),
     Part("Settings", settings, "read from config.json"),
     Part("Reproduce", reproduce, "read from config.json"),
-)  # fmt: skip
+)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -122,16 +126,16 @@ def write_report(run_dir: str | Path) -> Path:
     Raises NotADirectoryError when there is no such directory.
     """
     run, shown = load_run(run_dir), []
-    for one in PARTS:
-        blocks = one.build(run)
-        if blocks is None and one.asked_for(run):
-            run.problems.append(f"{one.title}: {one.when}.")
-            blocks = [f"Missing: {one.when}."]
-        if blocks is not None:
-            shown.append(Section(one.anchor, one.title, blocks))
+    for part in PARTS:
+        blocks = part.build(run)
+        if not blocks and part.asked_for(run):
+            run.problems.append(f"{part.title}: {part.when}.")
+            blocks = [f"Missing: {part.when}."]
+        if blocks:
+            shown.append(Section(part.build.__name__, part.title, blocks))
     name = run.directory.resolve().name
-    method = METHODS.get((run.config or {}).get("method", "dmu"))  # runs older than the setting made a CLIP-MoE
-    lead = f"{method.title if method else ''} {_now(run)}".lstrip()
+    method = run.config.get("method", "dmu")  # runs older than the setting made a CLIP-MoE
+    lead = f"{METHOD_TITLES.get(method, '')} {_now(run)}".lstrip()
     page = Document(name, lead, shown, run.problems, "Not on this page:", f"{name}: CLIP-MoE run")
     write_text(run.directory / REPORT, page.html())
     return run.directory / REPORT
@@ -139,10 +143,9 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _now(run: Run) -> str:
     """One sentence on where the run stands."""
-    tables = [run.results.get(name) or {} for name in ("retrieval", "zero_shot")]
-    scored = [*(variants for one in tables for variants in one.values()), run.results.get("attributes") or {}]
-    if any(scored):  # results.json is written anew after every variant; the result comes last
-        return "The run is evaluated." if any(run.final in one for one in scored) else "Evaluation goes on."
+    tables = [*run.measured("retrieval").values(), *run.measured("zero_shot").values(), run.measured("attributes")]
+    if any(tables):  # results.json is written anew after every variant; the result comes last
+        return "The run is evaluated." if any(run.final in variants for variants in tables) else "Evaluation goes on."
     if not run.steps:
         return "No training step has been logged yet."
     stage, rows = list(run.steps.items())[-1]
@@ -159,19 +162,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     if attributes := results.get("attributes"):
         columns["attribute\npairs"] = {variant: scores.get("overall") for variant, scores in attributes.items()}
     best = {title: best_of(values.values()) for title, values in columns.items()}
-    variants = dict.fromkeys(name for values in columns.values() for name in values)
-    rows = [
-        [name, *(score(values.get(name), best[title]) for title, values in columns.items())] for name in variants
-    ]  # fmt: skip
+    rows = []
+    for name in dict.fromkeys(name for values in columns.values() for name in values):
+        rows.append([name, *(score(values.get(name), best[title]) for title, values in columns.items())])
     return Table(["variant", *columns], rows, "Results, in percent")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rebuild report.html of a run.")
-    parser.add_argument("run_dir", type=Path, help="the --output-dir of a train-encoder run")
-    try:
-        print(write_report(parser.parse_args(arguments).run_dir))
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

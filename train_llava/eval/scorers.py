@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train_llava.judge import pairs_right
+from train_encoder.evaluate.judge import pairs_right
 
 Metrics = dict[str, Any]
 

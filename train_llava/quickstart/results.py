@@ -10,8 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from train_encoder.evaluate.judge import is_answer, names_answer, pairs_right, share
 from train_llava.eval.answers import read_jsonl
-from train_llava.judge import is_answer, names_answer, pairs_right, share
 
 from .conversations import ANSWERS
 from .run import TowerRun

@@ -2,13 +2,16 @@
 
 A pair is one question about two pictures whose right answers differ. It counts when both answers are right: a model
 that cannot tell the pictures apart gives one answer twice and earns nothing. (MMVP: Tong et al. 2024, "Eyes Wide
-Shut?") Multiple-choice answers are read by eval/letters.py; everything that is counted in pairs is counted here.
+Shut?") Multiple-choice answers are read by train_llava/eval; everything that is counted in pairs is counted here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+ACCURACIES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+"""Scores of a classification, and their titles in tables."""
 
 
 def is_answer(text: str, answer: str) -> bool:
