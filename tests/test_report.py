@@ -17,10 +17,11 @@ from rich.console import Console
 
 pytest.importorskip("matplotlib")
 
+from llava_clipmoe.cli import main
 from train_encoder.config import to_dict
 from train_encoder.recipes import RECIPES
 from train_encoder.report import figures
-from train_encoder.report.run import main, reproduce_command, summary_table, write_report
+from train_encoder.report.run import reproduce_command, summary_table, write_report
 
 VARIANTS = ["base", "stage1", "stage2", "stage3", "expert0", "expert1", "expert2", "expert3",
            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip
@@ -473,8 +474,14 @@ def test_a_variant_without_some_scores_gets_dashes(run, no_drawing):
 def test_a_run_that_does_not_exist_is_an_error_with_the_next_step(tmp_path, capsys):
     with pytest.raises(NotADirectoryError, match="--output-dir"):
         write_report(tmp_path / "nowhere")
-    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run' / 'report.html'}\n"
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert "usage: llava-clipmoe report" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the terminal

@@ -35,8 +35,7 @@ class DataConfig:
     """`openmoji` (made on this machine, no download), or a CSV/TSV/JSON/JSONL file, a folder of images with .txt
     captions, a parquet file or folder, webdataset tar shards (a folder or `shards-{000..012}.tar`), a hub data set."""
     split: str = "train"
-    """Which split to read, where the source has several: hub and saved data sets, openmoji, and folders whose files or
-    subfolders are named after splits (train-00000.parquet, val2017/, test/metadata.jsonl)."""
+    """Which split to read of a source that has several: hub data sets, openmoji, files or folders named after splits."""
     image_root: Path | None = None
     """Folder that relative image paths start from; each data file's own folder when absent."""
     image_column: str | None = None
@@ -52,8 +51,7 @@ class DataConfig:
     max_pixels: int = 89_478_485
     """Images with more pixels than this in their header are skipped before decoding (Pillow's own limit)."""
     cache_images: bool = False
-    """Keep decoded, resized images as one memory-mapped file (H*W*3 bytes an image): for small data sets that are read
-    many times."""
+    """Keep decoded images in one file (H*W*3 bytes an image). For small data sets that are read many times."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,7 @@ class LoraConfig:
     trained."""
 
     rank: int = 64
-    """A sixteenth of ViT-L's width. Full stages of a CLIP of width 128 had 85% of the squared norm of their change in
-    rank 8 (a sixteenth), 93% in rank 16, 97% in rank 32, whichever stage and seed."""
+    """A sixteenth of ViT-L's width, which held 85% of a small CLIP's full change (squared norm); an eighth held 93%."""
     alpha: float | None = None
     """The change is scaled by alpha / rank; the rank itself when absent, so that another rank keeps the scale of 1."""
     dropout: float = 0.0
@@ -266,11 +263,10 @@ class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast over fp32 weights, or fp32 throughout."""
     chunk_size: ChunkSize = "auto"
-    """Images a process holds a graph for at once. Smaller than its share of the batch: gradient caching (features
-    first without a graph, then chunk by chunk), the same gradients at a fraction of the memory. `None`: its share in
-    one piece. `auto` on a GPU: the most that fits, measured before a training's first step and kept in the run's
-    folder; without a GPU one piece, or chunks of 10 where the share is more than 128 images. A resumed run keeps its
-    chunk unless another one is given."""
+    """Images a process holds a graph for at once. Smaller than its share of the batch: gradient caching, the same
+    gradients at a fraction of the memory. None: the share in one piece. auto: on a GPU the most that fits, measured
+    before a training's first step; without a GPU one piece, or 10 where the share is more than 128 images. A resumed
+    run keeps its chunk unless another one is given."""
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass: less memory, more time. For where small chunks do not fit."""
     workers: int = 4

@@ -38,6 +38,10 @@ class Cost:
     encoded_captions: int = 0
 
     @property
+    def features(self) -> float:
+        return self.other_seconds.get("features", 0.0)
+
+    @property
     def clusters(self) -> float:
         return self.other_seconds.get("clusters", 0.0)
 
@@ -122,13 +126,11 @@ def cost_of(rows: Sequence[Mapping[str, Any]], batches: Mapping[str, int], cpu: 
     training that was killed and resumed logs only its last part: its time is scaled up to the whole.
     """
     done = [row for row in rows if row.get("event") == "done" and row.get("work") != "evaluate"]
-    own = [row for row in done if not (row["work"] == "train" and row["stage"] == "base")]
+    own = [row for row in done if (row["work"], row["stage"]) != ("train", "base")]
     steps = steps_of(rows)
     longest: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in own:  # work that was begun again after a kill has two lines
-        key = row["work"], row["stage"]
-        if key not in longest or row.get("images", 0) >= longest[key].get("images", 0):
-            longest[key] = row
+    for row in sorted(own, key=lambda row: row.get("images", 0)):  # work begun again after a kill has two lines
+        longest[row["work"], row["stage"]] = row
     other: dict[str, float] = {}
     samples = seconds = encoded = captions = 0
     for (work, stage), row in longest.items():

@@ -20,11 +20,11 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -40,8 +40,7 @@ from .cells import Cell, read_cell
 from .llava import read_llavas
 from .tables import make_page
 
-BASE = "base"
-SCALES = ("openmoji", "vitl14-336-sharegpt4v")
+Scale = Literal["openmoji", "vitl14-336-sharegpt4v"]
 BASE_EPOCHS = 30
 """Of a base trained from nothing: twice the quick start's. A comparison needs one that has converged; else a recipe
 wins by going on with what the base had not finished. What follows `--` may say otherwise."""
@@ -52,9 +51,9 @@ LARGE = ("cache", "features", "checkpoints")
 @dataclass(frozen=True)
 class Settings:
     recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")] = ()
-    """Recipes of one scale, as `dmu` or in full as `dmu-openmoji` (`llava-clipmoe train-encoder --help` lists them);
-    `all` for every recipe of the scale."""
-    scale: Literal["openmoji", "vitl14-336-sharegpt4v"] = "openmoji"
+    """Recipes of one scale, as `dmu` or in full as `dmu-openmoji`, or `all` of them; `llava-clipmoe train-encoder
+    --help` lists them."""
+    scale: Scale = "openmoji"
     """Which model and data the recipes' short names stand for."""
     data: str | None = None
     """Train on this in the place of the scale's data: anything that --data.source of train-encoder takes."""
@@ -68,6 +67,7 @@ class Settings:
     seeds: int = 3
     """Every recipe is run with the seeds 0, 1, ..., this many."""
     output_dir: Path = Path("runs/compare")
+    """Where the cells and the page are kept; give another one for other settings."""
     jobs: int = 1
     """Cells that run at once, the cores shared among them. On a CPU, two of one thread do more than one of two."""
     llava: tuple[str, ...] = ()
@@ -105,31 +105,35 @@ def scale_of(s: Settings) -> str:
     full = next((name for name in s.recipes if name in RECIPES), None)
     if full is None:
         return s.scale
-    found = next((scale for scale in SCALES if full.endswith(f"-{scale}")), None)
-    if found is None:
-        raise ValueError(
-            f"{full} stands alone: there is nothing to compare it with. The scales are {', '.join(SCALES)}."
-        )
-    return found
+    for scale in get_args(Scale):
+        if full.endswith(f"-{scale}"):
+            return scale
+    scales = ", ".join(get_args(Scale))
+    raise ValueError(f"{full} stands alone: there is nothing to compare it with. The scales are {scales}.")
 
 
 def recipes_of(s: Settings) -> list[str]:
     """Full names of the recipes. Raises ValueError for names that do not exist."""
     scale = scale_of(s)
-    every = [name for name in RECIPES if name.endswith(f"-{scale}") and name != f"{BASE}-{scale}"]
+    every = [name for name in RECIPES if name.endswith(f"-{scale}") and name != base_recipe(s)]
     if s.recipes == ("all",):
         return every
     found = [name if name in RECIPES else f"{name}-{scale}" for name in s.recipes]
-    for given, name in zip(s.recipes, found, strict=True):
-        if name not in RECIPES:
-            listed = ", ".join(short(one, scale) for one in every)
-            raise ValueError(f"there is no recipe {given!r} of the scale {scale}. There are: {listed}; or all.")
+    if unknown := [name for name in found if name not in RECIPES]:
+        listed = ", ".join(short(s, name) for name in every)
+        wrong = short(s, unknown[0])
+        raise ValueError(f"there is no recipe {wrong!r} of the scale {scale}. There are: {listed}; or all.")
     return found
 
 
-def short(recipe: str, scale: str) -> str:
+def base_recipe(s: Settings) -> str:
+    """The recipe that only makes and measures the base."""
+    return f"base-{scale_of(s)}"
+
+
+def short(s: Settings, recipe: str) -> str:
     """A recipe's name on the page."""
-    return recipe.removesuffix(f"-{scale}")
+    return recipe.removesuffix(f"-{scale_of(s)}")
 
 
 def check(s: Settings, more: Sequence[str]) -> None:
@@ -147,9 +151,8 @@ def check(s: Settings, more: Sequence[str]) -> None:
         raise ValueError("a recipe is named twice.")
     if _given(more, "--output-dir", "--seed", "--base.source"):
         raise ValueError("--output-dir, --seed and --base.source of the runs are set by compare; leave them out.")
-    if s.data is not None and not (
-        s.retrieval or s.zero_shot or s.attributes or _given(more, "--evaluation.retrieval")
-    ):
+    measured = s.retrieval or s.zero_shot or s.attributes or _given(more, "--evaluation.retrieval")
+    if s.data is not None and not measured:
         raise ValueError(
             "with --data, say what to measure: --retrieval NAME=SOURCE (pictures that training never sees)."
         )
@@ -185,15 +188,17 @@ def run_flags(s: Settings, more: Sequence[str]) -> list[str]:
         flags += ["--evaluation.retrieval", *s.retrieval]
     if s.attributes or other:
         flags += ["--evaluation.attributes", s.attributes or "None"]
-    if zero_shot_of(s, more):
-        flags += ["--evaluation.zero-shot", *zero_shot_of(s, more)]
+    if zero_shot := zero_shot_of(s, more):
+        flags += ["--evaluation.zero-shot", *zero_shot]
     return [*flags, *more]
 
 
 def zero_shot_of(s: Settings, more: Sequence[str]) -> tuple[str, ...]:
     """What is classified: what was asked for, else emoji by colour where they are what a cell trains on."""
-    emoji = scale_of(s) == "openmoji" and s.data in (None, "openmoji") and not _given(more, "--data.source")
-    return s.zero_shot or (("openmoji-colours",) if emoji and not _given(more, "--evaluation.zero-shot") else ())
+    if s.zero_shot or _given(more, "--evaluation.zero-shot", "--data.source"):
+        return s.zero_shot
+    emoji = scale_of(s) == "openmoji" and s.data in (None, "openmoji")
+    return ("openmoji-colours",) if emoji else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -203,54 +208,43 @@ def folder_of(s: Settings, recipe: str, seed: int) -> Path:
     return s.output_dir / f"{recipe}-seed{seed}"
 
 
-def base_recipe(s: Settings) -> str:
-    """The recipe that only makes and measures the base."""
-    return f"{BASE}-{scale_of(s)}"
-
-
 def run_everything(s: Settings, more: Sequence[str], console: Console) -> None:
-    """All bases, then all cells; what is finished is kept. Ctrl-C and SIGTERM end the children too."""
+    """All bases, then all cells, `jobs` at once; what is finished is kept. Ctrl-C and SIGTERM end the children too."""
     bases = [(base_recipe(s), seed) for seed in range(s.seeds)]
     cells = [(recipe, seed) for seed in range(s.seeds) for recipe in recipes_of(s)]
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
     children = Children()
     with exit_on_sigterm(), Progress(*columns, console=console) as bars:
-        for kind, group in (("bases", bases), ("cells", cells)):
-            run_group(s, kind, group, more, children, bars)
+        run_group(s, "bases", bases, more, children, bars)
+        run_group(s, "cells", cells, more, children, bars)
 
 
 def run_group(
     s: Settings, kind: str, group: Sequence[tuple[str, int]], more: Sequence[str], children: Children, bars: Progress
 ) -> None:
-    """Those of the (recipe, seed) that are not finished, `jobs` at once, with the time that is left."""
-    missing = [cell for cell in group if not is_finished(folder_of(s, *cell), _classified(s, more))]
+    """Those of the (recipe, seed) that are not finished, with the time that is left."""
+    classified = [entry.partition("=")[0] for entry in zero_shot_of(s, more)]
+    missing = [cell for cell in group if not is_finished(folder_of(s, *cell), classified)]
     task = bars.add_task(kind, total=len(group), completed=len(group) - len(missing))
     took: list[float] = []
 
-    def run_one(cell: tuple[str, int]) -> None:
+    def run_one(recipe: str, seed: int) -> None:
         started = time.monotonic()
-        run_cell(s, *cell, more, children, bars.print)
+        run_cell(s, recipe, seed, more, children, bars)
         took.append(time.monotonic() - started)
         left = statistics.mean(took) * (len(missing) - len(took)) / s.jobs / 60
         bars.update(task, advance=1, description=f"{kind}, about {left:.0f} min left" if left else kind)
 
     if missing:
-        children.run_all([partial(run_one, cell) for cell in missing], at_once=s.jobs)
+        children.run_all([partial(run_one, *cell) for cell in missing], at_once=s.jobs)
 
 
-def _classified(s: Settings, more: Sequence[str]) -> list[str]:
-    """Names of what every cell classifies."""
-    return [entry.partition("=")[0] for entry in zero_shot_of(s, more)]
-
-
-def run_cell(
-    s: Settings, recipe: str, seed: int, more: Sequence[str], children: Children, say: Callable[[str], None]
-) -> None:
+def run_cell(s: Settings, recipe: str, seed: int, more: Sequence[str], children: Children, bars: Progress) -> None:
     """Run one cell, and drop what is large and needed no more. Raises ChildProcessError when it fails by itself."""
     folder, started = folder_of(s, recipe, seed), time.monotonic()
     log = Path(f"{folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{recipe}, seed {seed} (log: {log})")
+    bars.print(f"{recipe}, seed {seed} (log: {log})")
     threads = str(max(1, (os.cpu_count() or 1) // s.jobs))
     status = children.run(command(s, recipe, seed, more), log=log, env={"OMP_NUM_THREADS": threads, **os.environ})
     if status is None:  # everything is being stopped
@@ -264,7 +258,7 @@ def run_cell(
         shutil.rmtree(folder / name, ignore_errors=True)
     cost = read_cell(folder).cost
     spent = f": {cost.steps:,} steps, {cost.samples:,} samples" if cost.steps else ""
-    say(f"{recipe}, seed {seed}{spent}; {duration(time.monotonic() - started)} in all")
+    bars.print(f"{recipe}, seed {seed}{spent}; {duration(time.monotonic() - started)} in all")
 
 
 def command(s: Settings, recipe: str, seed: int, more: Sequence[str]) -> list[str]:
@@ -287,5 +281,5 @@ def is_finished(folder: Path, zero_shot: Sequence[str] = ()) -> bool:
 
 def read_cells(s: Settings) -> dict[str, list[Cell]]:
     """Recipe, by its short name -> its cells by seed, the base first."""
-    names, scale = [base_recipe(s), *recipes_of(s)], scale_of(s)
-    return {short(name, scale): [read_cell(folder_of(s, name, seed)) for seed in range(s.seeds)] for name in names}
+    names = [base_recipe(s), *recipes_of(s)]
+    return {short(s, name): [read_cell(folder_of(s, name, seed)) for seed in range(s.seeds)] for name in names}

@@ -175,9 +175,15 @@ def _without_routing(model: nn.Module) -> nn.Module:
 
 
 def run_flops(
-    trainings: Mapping[str, Training], engine: EngineConfig, base: CLIPMoEConfig, steps: Mapping[str, int],
-    encoded: int, encoded_captions: int, tokens: CaptionTokens, chunks: Mapping[str, int | None] | None = None,
-) -> float:  # fmt: skip
+    trainings: Mapping[str, Training],
+    engine: EngineConfig,
+    base: CLIPMoEConfig,
+    steps: Mapping[str, int],
+    encoded: int,
+    encoded_captions: int,
+    tokens: CaptionTokens,
+    chunks: Mapping[str, int | None] | None = None,
+) -> float:
     """Floating-point operations of everything after the base.
 
     steps: of each training, by its name. encoded: images whose features were computed; encoded_captions: captions.
@@ -201,7 +207,8 @@ def caption_tokens(data: Mapping[str, Any], tokenizer: Any, context: int, batch:
     """Lengths of the captions of a run's data, from `draws` random batches; the context's length where the data is not
     there any more. data: `config.json`'s part."""
     names = {field.name for field in dataclasses.fields(DataConfig)}
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in names}
+    known = {name: value for name, value in data.items() if name in names}
+    known["caption_columns"] = tuple(known.get("caption_columns", ()))
     if known.get("image_root"):
         known["image_root"] = Path(known["image_root"])
     try:
@@ -212,8 +219,8 @@ def caption_tokens(data: Mapping[str, Any], tokenizer: Any, context: int, batch:
     found = []
     for _ in range(draws):
         rows = rng.choice(len(source), min(batch, len(source)), replace=False)
-        texts = [rng.choice(source.captions(int(row))) for row in rows]
-        long, short = (tokenise(tokenizer, list(map(str, part)), context)[1].numpy() for part in
-                       (texts, map(first_sentence, map(str, texts))))  # fmt: skip
+        texts = [str(rng.choice(source.captions(int(row)))) for row in rows]
+        long = tokenise(tokenizer, texts, context)[1].numpy()
+        short = tokenise(tokenizer, [first_sentence(text) for text in texts], context)[1].numpy()
         found.append((long.max(), short.max(), long.mean()))
     return CaptionTokens(*np.mean(found, axis=0).tolist())

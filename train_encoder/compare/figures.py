@@ -36,10 +36,9 @@ def cost_against_score(name: str, xlabel: str, costs: Values, scores: Values) ->
     with panel(4.4, 3.0 + 0.14 * len(costs), "score against cost", xlabel) as (figure, axes):
         for number, (recipe, x) in enumerate(costs.items()):
             y, colour = scores[recipe], COLOURS[number % len(COLOURS)]
-            axes.errorbar(
-                statistics.mean(x), statistics.mean(y), xerr=_spread(x), yerr=_spread(y), markersize=6,
-                fmt=MARKS[number % len(MARKS)], color=colour, label=recipe, elinewidth=0.9,
-            )  # fmt: skip
+            look = {"fmt": MARKS[number % len(MARKS)], "markersize": 6, "elinewidth": 0.9, "color": colour}
+            spread = {"xerr": _spread(x), "yerr": _spread(y)}
+            axes.errorbar(statistics.mean(x), statistics.mean(y), **spread, **look, label=recipe)
         axes.yaxis.set_major_formatter(PERCENT)
         axes.set_xlim(left=min(0, axes.get_xlim()[0]))
         figure.legend(loc="outside lower center", ncols=3)

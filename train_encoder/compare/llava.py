@@ -17,8 +17,7 @@ from llava_clipmoe.files import read_json
 from ..report.document import MISSING, Section, Table, signed
 
 NEEDED = ("benchmark", "n", "headline", "metrics")
-ORDER = ("mme", "pope", "mmbench", "mmbench_cn", "mmvet", "vizwiz", "mmstar", "ocrbench", "vqav2", "textvqa",
-         "textvqa_no_ocr", "gqa", "mmvp")  # fmt: skip
+ORDER = "mme pope mmbench mmbench_cn mmvet vizwiz mmstar ocrbench vqav2 textvqa textvqa_no_ocr gqa mmvp".split()
 """Table 3's, then what it does not have; others come after them."""
 
 
@@ -45,28 +44,27 @@ def read_llavas(entries: Sequence[str], default: Path) -> list[Llava]:
 
 
 def _read(entry: str, default: Path) -> Llava:
-    name, equals, given = entry.partition("=")
-    folder = Path(given if equals and not Path(entry).exists() else entry)
-    if not equals or str(folder) == entry:
-        name = folder.resolve().name
-    model = folder.resolve().name
+    name, _, given = entry.partition("=")
+    if not given or Path(entry).exists():
+        name, given = Path(entry).resolve().name, entry
+    folder, model = Path(given), Path(given).resolve().name
     measured = _measured(folder.rglob("results.json")) or _measured(default.glob(f"*/{model}/results.json"))
-    results: dict[str, tuple[Path, dict[str, Any]]] = {}
+    files: dict[str, Path] = {}
     for file, result in measured:
         benchmark = result["benchmark"]
-        if benchmark in results:
+        if benchmark in files:
             raise ValueError(
-                f"{folder} holds two results of {benchmark}: {results[benchmark][0]} and {file}. Name the folder of "
-                "one LLaVA's results."
+                f"{folder} holds two results of {benchmark}: {files[benchmark]} and {file}. Name the folder of one "
+                "LLaVA's results."
             )
-        results[benchmark] = file, result
-    if not results:
+        files[benchmark] = file
+    if not measured:
         what = "is not a folder" if not folder.is_dir() else "holds no results of eval-llava"
         raise FileNotFoundError(
             f"{folder} {what}, and there are none in {default}/BENCHMARK/{model} either. Measure that LLaVA first: "
             f"llava-clipmoe eval-llava pope --model-path {folder} --data playground/data/eval/pope"
         )
-    return Llava(name, {benchmark: result for benchmark, (_, result) in results.items()})
+    return Llava(name, {result["benchmark"]: result for _, result in measured})
 
 
 def _measured(files: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -120,6 +118,6 @@ def _doubts(benchmark: str, llavas: Sequence[Llava], of: Sequence[dict[str, Any]
         notes.append(f"{benchmark}: not the same number of questions ({counts}).")
     unscored = [name for name, result in pairs if _headline(result) is None]
     if unscored:
-        notes.append(f"{benchmark}: not scored here for {', '.join(unscored)} (a server or judge scores it, see "
-                     "next_step in its results.json).")  # fmt: skip
+        why = "a server or judge scores it, see next_step in its results.json"
+        notes.append(f"{benchmark}: not scored here for {', '.join(unscored)} ({why}).")
     return notes

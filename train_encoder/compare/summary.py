@@ -12,15 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..report.document import MISSING, Section, Table, duration, signed
-from .cells import Cells, Cost
+from .cells import Cells
 
 CLEAR = 2.0
 """A difference of so many standard errors, and of one sign in every seed, is called clear."""
 PAPER_CLUSTERING, PAPER_TRAINING = 4.15, -0.725
 """CLIP-FMoE paper: ICCL's clustering is 4.15 times as fast as CLIP-MoE's, its training takes 72.5% less time."""
-
-
-Scores = dict[str, list[float]]
+Scores = Mapping[str, Sequence[float]]
 """Recipe (or another row) -> its values by seed."""
 
 
@@ -46,37 +44,26 @@ class Difference:
     def clear(self) -> bool:
         return self.seeds > 1 and abs(self.mean) > CLEAR * self.error and self.wins in (0, self.seeds)
 
-    def words(self) -> str:
-        """What the spread says of it, for points of percent."""
-        if self.seeds == 1:
-            return "one seed says nothing of the spread"
-        verdict = "more than the spread" if self.clear else "within the spread"
-        return f"± {100 * self.error:.1f} standard error, ahead in {self.wins} of {self.seeds} seeds: {verdict}"
-
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     """Compare two recipes' scores, seed by seed."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    many = len(differences) > 1
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if many else math.nan
-    return Difference(statistics.mean(differences), error, sum(d > 0 for d in differences), len(differences))
+    seeds = len(differences)
+    error = statistics.stdev(differences) / math.sqrt(seeds) if seeds > 1 else math.nan
+    return Difference(statistics.mean(differences), error, sum(d > 0 for d in differences), seeds)
 
 
-def best_and_next(scores: Mapping[str, Sequence[float]]) -> tuple[str, str]:
-    """The two names with the highest means. Raises ValueError for fewer than two names."""
-    if len(scores) < 2:
-        raise ValueError("there is nothing to compare: one name only.")
-    ordered = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
-    return ordered[0], ordered[1]
-
-
-def sentence(title: str, scores: Mapping[str, Sequence[float]], base: str | None = None) -> str:
+def sentence(title: str, scores: Scores, base: str | None = None) -> str:
     """Best, runner-up, difference and spread, in percent; and how far the best is from the base."""
-    first, second = best_and_next(scores)
-    difference = paired(scores[first], scores[second])
+    first, second, *_ = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
+    lead = paired(scores[first], scores[second])
+    spread = "one seed says nothing of the spread"
+    if lead.seeds > 1:
+        verdict = "more than the spread" if lead.clear else "within the spread"
+        spread = f"± {100 * lead.error:.1f} standard error, ahead in {lead.wins} of {lead.seeds} seeds: {verdict}"
     text = (
-        f"**{title}**: {first} is first with {100 * statistics.mean(scores[first]):.1f}, {100 * difference.mean:.1f} "
-        f"above {second} ({difference.words()})"
+        f"**{title}**: {first} is first with {100 * statistics.mean(scores[first]):.1f}, {100 * lead.mean:.1f} "
+        f"above {second} ({spread})"
     )
     if base in (None, first, second):
         return text + "."
@@ -93,21 +80,16 @@ def summary(cells: Cells, found: Sequence[Section]) -> list[str]:
             scores = {recipe: table.scores[recipe] for recipe in cells}  # experts alone left out
             if len(scores) > 1:
                 said.append(sentence(f"{section.title}, {table.title}".rstrip(", "), scores, base))
-    spent = cost_sentence(cells)
-    return [*said[:4], *([spent] if spent else [])]
-
-
-def cost_sentence(cells: Cells) -> str | None:
-    """The cheapest and the dearest recipe after the base; None for fewer than two."""
     spent = {recipe: statistics.mean(cell.cost.seconds for cell in run) for recipe, run in cells.items()}
     spent = {recipe: seconds for recipe, seconds in spent.items() if seconds}
     if len(spent) < 2:
-        return None
+        return said[:4]
     least, most = min(spent, key=spent.get), max(spent, key=spent.get)
-    return (
+    cost = (
         f"**Cost**: {least} takes least time ({duration(spent[least])} after the base, features and clusters "
         f"included), {most} most ({duration(spent[most])})."
     )
+    return [*said[:4], cost]
 
 
 # ---------------------------------------------------------------------------------------------- CLIP-FMoE's two claims
@@ -121,23 +103,22 @@ def fmoe_claims(cells: Cells) -> list[list[str]]:
     if not all(a.clusters and b.clusters and a.seconds for a, b in both):
         return []
     faster = [a.clusters / b.clusters for a, b in both]
-    seen = [_seeing(a) / _seeing(b) for a, b in both]
+    with_features = [(a.clusters + a.features) / (b.clusters + b.features) for a, b in both]
     total = [b.seconds / a.seconds - 1 for a, b in both]
     training = [b.train_seconds / a.train_seconds - 1 for a, b in both]
     return [
-        ["clustering time, dmu : fmoe", _mean(faster, 1, "x", sign=False), f"{PAPER_CLUSTERING:g}x as fast"],
-        ["the same with the features that are clustered", _mean(seen, 1, "x", sign=False), MISSING],
-        ["total training time, fmoe against dmu", _mean(total, 100, "%"), f"{signed(100 * PAPER_TRAINING)}%"],
-        ["of it gradient steps alone", _mean(training, 100, "%"), MISSING],
+        ["clustering time, dmu : fmoe", _times(faster), f"{PAPER_CLUSTERING:g}x as fast"],
+        ["the same with the features that are clustered", _times(with_features), MISSING],
+        ["total training time, fmoe against dmu", _change(total), f"{signed(100 * PAPER_TRAINING)}%"],
+        ["of it gradient steps alone", _change(training), MISSING],
     ]
 
 
-def _seeing(cost: Cost) -> float:
-    return cost.clusters + cost.other_seconds.get("features", 0.0)
+def _times(factors: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(factors):.2f}" if len(factors) > 1 else ""
+    return f"{statistics.mean(factors):.2f}{spread}x"
 
 
-def _mean(values: Sequence[float], scale: float, unit: str, sign: bool = True) -> str:
-    digits = 1 if scale > 1 else 2
-    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    mean = scale * statistics.mean(values)
-    return f"{signed(mean, digits) if sign else f'{mean:.{digits}f}'}{spread}{unit}"
+def _change(shares: Sequence[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{signed(100 * statistics.mean(shares))}{spread}%"

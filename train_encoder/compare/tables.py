@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..evaluate.judge import ACCURACIES
 from ..report.document import MISSING, Code, Document, Figure, Score, Section, Table, duration, millions
 from ..report.figures import stacked_bars
-from ..report.sections import CLASSES, RECALLS
+from ..report.sections import RECALLS
 from .cells import Cell, Cells
 from .figures import cost_against_score, scores_with_errors
 from .llava import Llava, llava_section
@@ -23,18 +24,18 @@ CLUSTERING_NOTE = (
 
 def make_page(cells: Cells, llavas: Sequence[Llava], command: Sequence[str]) -> Document:
     """cells: recipe -> its runs by seed, the base first (none: LLaVAs alone)."""
-    own = [make(cells) for make in (retrieval, classification, attributes, routing, cost)] if cells else []
-    found = [section for section in own if section is not None]
-    sections = [*found, *([llava_section(llavas)] if llavas else [])]
-    sections.append(Section("reproduce", "Reproduce", [Code(shlex.join(command))]))
+    makers = (retrieval, classification, attributes, routing, cost) if cells else ()
+    found = [section for make in makers if (section := make(cells)) is not None]
+    last = [llava_section(llavas)] if llavas else []
+    last.append(Section("reproduce", "Reproduce", [Code(shlex.join(command))]))
     if not cells:
-        return Document("Comparison of LLaVAs", "", sections)
+        return Document("Comparison of LLaVAs", "", last)
     seeds = len(next(iter(cells.values())))
     lead = (
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}, in percent. Every recipe starts from "
         "the same base of its seed and spends as many epochs on the same captions."
     )
-    return Document("Comparison of recipes", lead, sections, summary(cells, found))
+    return Document("Comparison of recipes", lead, [*found, *last], summary(cells, found))
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -61,8 +62,11 @@ def score_tables(
     cells: Cells, kind: str, titles: Mapping[str, str], counted: str, with_mean: bool = False
 ) -> list[ScoreTable]:
     """A table of every data set that all were measured on. titles: score -> column. counted: besides the pictures."""
+    every = [cell for run in cells.values() for cell in run]
     tables = []
-    for name in _in_all(cells, kind):
+    for name in every[0].results.get(kind) or {}:
+        if not all(cell.has(kind, name) for cell in every):
+            continue
         found = by_seed(cells, lambda cell, name=name: cell.scores(kind, name))
         columns = {
             title: {recipe: [scores[key] for scores in seeds] for recipe, seeds in found.items()}
@@ -88,22 +92,21 @@ def mean_of(columns: Sequence[Scores]) -> Scores:
     return {row: [statistics.mean(seed) for seed in zip(*(c[row] for c in columns), strict=True)] for row in rows}
 
 
-def _with_figure(section: Section, cells: Cells) -> Section:
-    panels = [
-        scores_with_errors(f"{section.anchor}{i}", table.title or section.title, {r: table.scores[r] for r in cells})
-        for i, table in enumerate(section.tables)
-    ]
+def _with_figure(
+    anchor: str, title: str, tables: Sequence[ScoreTable], cells: Cells, intro: Sequence[str] = ()
+) -> Section | None:
+    """The tables and a figure of each; None where there are none."""
+    if not tables:
+        return None
+    panels = []
+    for number, table in enumerate(tables):
+        scores = {recipe: table.scores[recipe] for recipe in cells}
+        panels.append(scores_with_errors(f"{anchor}{number}", table.title or title, scores))
     how = (
         "A dot is the mean over seeds, small dots are the seeds, the line is ± one standard deviation; the dashed "
         "line is the base."
     )
-    return Section(section.anchor, section.title, [*section.blocks, Figure(panels, how)])
-
-
-def _in_all(cells: Cells, kind: str) -> list[str]:
-    """Names of the data sets that every cell's result was measured on."""
-    every = [cell for run in cells.values() for cell in run]
-    return [name for name in every[0].results.get(kind) or {} if all(cell.has(kind, name) for cell in every)]
+    return Section(anchor, title, [*intro, *tables, Figure(panels, how)])
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -111,8 +114,7 @@ def _in_all(cells: Cells, kind: str) -> list[str]:
 
 def retrieval(cells: Cells) -> Section | None:
     """Every recipe's result (Tables 2, 4 and 6 of the CLIP-MoE paper), a table a data set."""
-    tables = retrieval_tables(cells)
-    return _with_figure(Section("retrieval", "Retrieval", tables), cells) if tables else None
+    return _with_figure("retrieval", "Retrieval", retrieval_tables(cells), cells)
 
 
 def retrieval_tables(cells: Cells) -> list[ScoreTable]:
@@ -121,8 +123,8 @@ def retrieval_tables(cells: Cells) -> list[ScoreTable]:
 
 def classification(cells: Cells) -> Section | None:
     """Zero-shot classification of every recipe's result (Table 5)."""
-    tables = score_tables(cells, "zero_shot", CLASSES, "classes")
-    return _with_figure(Section("classification", "Zero-shot classification", tables), cells) if tables else None
+    tables = score_tables(cells, "zero_shot", ACCURACIES, "classes")
+    return _with_figure("classification", "Zero-shot classification", tables, cells)
 
 
 def attributes(cells: Cells) -> Section | None:
@@ -136,12 +138,9 @@ def attributes(cells: Cells) -> Section | None:
             found[row] = [cell.results["attributes"][variant or cell.final] for cell in run]
     columns = {"all": {row: [scores["overall"] for scores in seeds] for row, seeds in found.items()}}
     for kind in next(iter(found.values()))[0]["by_type"]:
-        columns[kind] = {
-            row: [scores["by_type"][kind]["accuracy"] for scores in seeds] for row, seeds in found.items()
-        }  # fmt: skip
+        columns[kind] = {row: [one["by_type"][kind]["accuracy"] for one in seeds] for row, seeds in found.items()}
     intro = "A pair counts when both of its pictures are matched right: chance is 25."
-    section = Section("attributes", "Attribute pairs", [intro, score_table(columns, "all")])
-    return _with_figure(section, cells)
+    return _with_figure("attributes", "Attribute pairs", [score_table(columns, "all")], cells, [intro])
 
 
 def routing(cells: Cells) -> Section | None:
@@ -155,12 +154,10 @@ def routing(cells: Cells) -> Section | None:
         rows.append([recipe, *map(mean_and_spread, experts), *[MISSING] * (most - len(experts))])
         for expert, seeds in enumerate(experts):
             parts[f"expert {expert}"][number] = statistics.mean(seeds)
+    intro = "Share of the pictures' tokens whose first choice is an expert, over all blocks."
     bars = stacked_bars("routing", "first choices", list(shares), parts, "share of tokens")
-    return Section("routing", "Routing", [
-        "Share of the pictures' tokens whose first choice is an expert, over all blocks.",
-        Table(["recipe", *parts], rows),
-        Figure([bars], "Even routing gives every expert the same length."),
-    ])  # fmt: skip
+    figure = Figure([bars], "Even routing gives every expert the same length.")
+    return Section("routing", "Routing", [intro, Table(["recipe", *parts], rows), figure])
 
 
 def routing_shares(cells: Cells) -> dict[str, list[list[float]]]:
@@ -176,9 +173,9 @@ def routing_shares(cells: Cells) -> dict[str, list[list[float]]]:
 
 def cost(cells: Cells) -> Section:
     """Training cost, parameters and inference cost (as the CLIP-FMoE page counts them), and the score against them."""
-    head = ["recipe", "steps", "samples", "training", "features", "clusters", "all", "training TFLOPs", "peak memory",
-            "parameters", "active", "vision MACs an image"]  # fmt: skip
-    blocks = [_cost_intro(cells), Table(head, [_cost_row(recipe, run) for recipe, run in cells.items()])]
+    rows = {recipe: _cost_cells(run) for recipe, run in cells.items()}
+    head = ["recipe", *next(iter(rows.values()))]
+    blocks = [_cost_intro(cells), Table(head, [[recipe, *row.values()] for recipe, row in rows.items()])]
     if claims := fmoe_claims(cells):
         blocks += [Table(["", "here", "paper"], claims, "CLIP-FMoE against CLIP-MoE", "by seed"), CLUSTERING_NOTE]
     scores = mean_of([table.scores for table in retrieval_tables(cells)])
@@ -188,28 +185,30 @@ def cost(cells: Cells) -> Section:
             cost_against_score("cost-time", "minutes after the base", minutes, scores),
             cost_against_score("cost-flops", "TFLOPs after the base", operations, scores),
         ]
-        blocks.append(Figure(
-            panels,
+        how = (
             "Up and to the left is better: a higher mean of all retrieval scores, for less. Bars: ± one standard "
-            "deviation over seeds.",
-        ))  # fmt: skip
+            "deviation over seeds."
+        )
+        blocks.append(Figure(panels, how))
     return Section("cost", "Cost", blocks)
 
 
-def _cost_row(recipe: str, run: Sequence[Cell]) -> list[str]:
-    costs = [cell.cost for cell in run]
-    features, clusters = (
-        duration(statistics.mean(cost.other_seconds.get(kind, 0.0) for cost in costs))
-        for kind in ("features", "clusters")
-    )
-    parameters = run[0].results["parameters"]
-    return [
-        recipe, f"{costs[0].steps:,}", f"{costs[0].samples:,}", _time([cost.train_seconds for cost in costs]),
-        features, clusters, _time([cost.seconds for cost in costs]),
-        f"{statistics.mean(cell.flops for cell in run) / 1e12:,.1f}",
-        f"{max(cost.peak_memory for cost in costs) / 2**30:.2f} GiB",
-        millions(parameters["total"]), millions(parameters["active"]), f"{run[0].inference_macs / 1e9:.3f} G",
-    ]  # fmt: skip
+def _cost_cells(run: Sequence[Cell]) -> dict[str, str]:
+    """Column -> what stands there of one recipe."""
+    costs, parameters = [cell.cost for cell in run], run[0].results["parameters"]
+    return {
+        "steps": f"{costs[0].steps:,}",
+        "samples": f"{costs[0].samples:,}",
+        "training": _time([cost.train_seconds for cost in costs]),
+        "features": duration(statistics.mean(cost.features for cost in costs)),
+        "clusters": duration(statistics.mean(cost.clusters for cost in costs)),
+        "all": _time([cost.seconds for cost in costs]),
+        "training TFLOPs": f"{statistics.mean(cell.flops for cell in run) / 1e12:,.1f}",
+        "peak memory": f"{max(cost.peak_memory for cost in costs) / 2**30:.2f} GiB",
+        "parameters": millions(parameters["total"]),
+        "active": millions(parameters["active"]),
+        "vision MACs an image": f"{run[0].inference_macs / 1e9:.3f} G",
+    }
 
 
 def _time(seconds: Sequence[float]) -> str:

@@ -14,12 +14,10 @@ with `:SPLIT` (train when absent) where it has several.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -38,10 +36,10 @@ from llava_clipmoe.upcycling import moe_config
 
 from ..compare.cost import vision_macs
 from ..config import DataConfig
-from ..data.cache import check_images
-from ..data.decode import BadImage, ImageTransform, normalise
-from ..data.formats import open_source, parse_source
+from ..data.decode import BadImage, normalise
+from ..data.formats import parse_source
 from ..data.pairs import DataError, PairSource
+from ..evaluate.options import EncodingOptions, SourceOptions, readable_images
 from ..evaluate.retrieval import evaluate_retrieval
 from ..features.encode import inference, pick_device, tokenise
 from ..progress import Bar
@@ -49,7 +47,7 @@ from .report import Trial, best, make_page, verdict
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SourceOptions, EncodingOptions):
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A CLIP-MoE directory."""
     output: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
@@ -69,250 +67,18 @@ class Settings:
     images: int = 256
     """Pictures (with all their captions) of --calibration and of --check to use, drawn at random, seeded."""
     cosine: float = 0.999
-    """--find: good enough are features whose mean cosine with the full model's is at least this (each of the three)."""
+    """What --find asks of features: mean cosine (0 to 1) with the full model's, of images, captions and patches each.
+    Lower it for a smaller model."""
     points: float = 0.2
-    """--find: and whose retrieval (mean of R@1 and R@5, both ways) is within so many points."""
-    image_root: Path | None = None
-    """Folder that relative image paths of the sources start from; each data file's own folder when absent."""
-    image_column: str | None = None
-    caption_columns: tuple[str, ...] = ()
-    max_bad_fraction: float = 0.01
-    """Stop with an error when more than this share of a retrieval source's images is missing or corrupt."""
-    device: str = "auto"
-    """auto (the GPU where there is one), cpu, cuda, cuda:1, ..."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    batch_size: int = 64
-    workers: int = 0
-    """Processes that decode images for retrieval; 0 does it in this one."""
+    """What --find allows retrieval (mean of R@1 and R@5, both ways) to change, in points of percent. Raise it for a
+    smaller model."""
+    workers: int = field(default=0, kw_only=True)
+    """Processes that decode images for retrieval; 0 decodes them in this one."""
 
     def open(self, text: str) -> tuple[str, PairSource]:
         """`[NAME=]SOURCE[:SPLIT]` -> a name without any path, and the source. Raises DataError."""
         name, data = parse_source(text, DataConfig())
-        name = name if "=" in text else f"{public_name(data.source)}, {data.split}"
-        return name, open_source(dataclasses.replace(
-            data, image_root=self.image_root, image_column=self.image_column, caption_columns=self.caption_columns,
-            max_bad_fraction=self.max_bad_fraction,
-        ))  # fmt: skip
-
-
-def check_settings(s: Settings, config: CLIPMoEConfig) -> None:
-    """Refuse at once what would fail after minutes of work. Raises ValueError."""
-    if config.is_dense:
-        raise ValueError(f"{s.model} is dense: it has no experts to compress. Give a CLIP-MoE directory.")
-    if config.vision_config.delta_ranks or config.text_config.delta_ranks:
-        raise ValueError(f"the experts of {s.model} are compressed already: start from the model it was made from.")
-    if sum((s.rank is not None, s.energy is not None, s.find)) != 1:
-        raise ValueError("give one of --rank N, --energy SHARE and --find (which tries ranks).")
-    if s.rank is not None and s.rank < 1:
-        raise ValueError(f"--rank must be at least 1, got {s.rank}.")
-    if s.energy is not None and not 0 < s.energy <= 1:
-        raise ValueError(f"--energy lies between 0 and 1 (1: everything), got {s.energy}.")
-    if s.images < 1:
-        raise ValueError(f"--images must be at least 1, got {s.images}.")
-    if s.find and s.check is None and s.calibration is None:
-        raise ValueError(
-            "--find compares features: say on which pictures, with --check SOURCE or --calibration SOURCE."
-        )
-    if s.output is None and not s.find:
-        raise ValueError("where should the compressed model go? llava-clipmoe compress DIR OUT --rank 64")
-    if s.output is not None and s.output.resolve() == Path(s.model).resolve():
-        raise ValueError(f"{s.output} is the model itself; it would be replaced. Choose another OUT.")
-    if s.output is not None and s.output.exists() and not _replaceable(s.output):
-        raise ValueError(f"{s.output} exists and is not a CLIP model directory; it would be replaced as a whole. "
-                         "Choose another OUT.")  # fmt: skip
-
-
-def _replaceable(path: Path) -> bool:
-    """As save_bundle judges; a folder that passes here is looked at again there."""
-    return path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())
-
-
-# ------------------------------------------------------------------------------------------------------- a sample
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Pictures uint8 [N,3,R,R], and ids [m,T] of captions of one length a batch: there is no padding to count."""
-
-    name: str
-    pixels: torch.Tensor
-    ids: tuple[torch.Tensor, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.pixels) + sum(map(len, self.ids))
-
-    def facts(self) -> dict[str, Any]:
-        return {"source": self.name, "images": len(self.pixels), "captions": sum(map(len, self.ids))}
-
-
-def load_sample(s: Settings, text: str, bundle: ClipBundle) -> Sample:
-    """`s.images` random pictures of a source and all their captions; bad pictures are left out. Raises DataError."""
-    name, source = s.open(text)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[: s.images]).tolist()
-    transform, pixels, captions = ImageTransform(bundle.image_size), [], []
-    with Bar(f"reading {name}", len(chosen)) as bar:
-        for row in chosen:
-            bar.advance(1)
-            try:
-                pixels.append(transform(source.image(row)))
-            except BadImage:
-                continue
-            captions += source.captions(row)
-    if not pixels:
-        raise DataError(f"{text}: none of the {len(chosen)} pictures that were tried can be read. Check the source and "
-                        "--image-root.")  # fmt: skip
-    ids, lengths = tokenise(bundle.tokenizer, captions, bundle.context_length)
-    alike = [ids[lengths == length, :length] for length in lengths.unique().tolist()]
-    return Sample(name, torch.stack(pixels), tuple(part for one in alike for part in one.split(s.batch_size)))
-
-
-def features_of(
-    s: Settings, bundle: ClipBundle, sample: Sample, title: str = ""
-) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-    """(kind, features) batch by batch: "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it) and "text"
-    [B,P]. title: of a progress bar."""
-    device, model = pick_device(s.device), bundle.model
-    bar = Bar(title, sample.size, unit="items", main=None if title else False)
-    with inference(bundle, device, s.precision), bar:
-        for pixels in sample.pixels.split(s.batch_size):
-            pixels = normalise(pixels.to(device), bundle.image_mean, bundle.image_std)
-            out = model.vision_model(pixels, output_hidden_states=True)
-            yield "image", model.visual_projection(out.pooler_output).float().cpu()
-            yield "patches", out.hidden_states[-2][:, 1:].float().cpu()
-            bar.advance(len(pixels))
-        for ids in sample.ids:
-            yield "text", model.get_text_features(ids.to(device)).float().cpu()
-            bar.advance(len(ids))
-
-
-def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Tensor]) -> dict[str, dict[str, float]]:
-    """kind -> mean and minimum over images (captions) of the cosine with the full model's features, a batch each.
-
-    An image's patches count by their mean.
-    """
-    found: dict[str, list[torch.Tensor]] = {}
-    for (kind, features), expected in zip(features_of(s, bundle, sample), full, strict=True):
-        cosine = F.cosine_similarity(features.double(), expected.double(), dim=-1)
-        found.setdefault(kind, []).append(cosine.mean(-1) if kind == "patches" else cosine)
-    whole = {kind: torch.cat(parts) for kind, parts in found.items()}
-    return {kind: {"mean": cosine.mean().item(), "min": cosine.min().item()} for kind, cosine in whole.items()}
-
-
-# -------------------------------------------------------------------------------------------------------- the work
-
-
-class Study:
-    """The full model, what it is compared on, and what it scores there."""
-
-    def __init__(self, s: Settings, bundle: ClipBundle) -> None:
-        self.s, self.bundle = s, bundle
-        self.calibration = None if s.calibration is None else load_sample(s, s.calibration, bundle)
-        self.sample = self.calibration if s.check is None else load_sample(s, s.check, bundle)
-        self.sources = dict(map(s.open, s.retrieval))
-        self.rows = {name: good_rows(s, name, source) for name, source in self.sources.items()}
-        self.moments = self._moments()
-        self.full: list[torch.Tensor] = []
-        if self.sample is not None:
-            self.full = [found for _, found in features_of(s, bundle, self.sample, "features of the full model")]
-        self.before = self.recalls(bundle)
-
-    def _moments(self) -> dict[str, Moments] | None:
-        if self.calibration is None:
-            return None
-        with second_moments(self.bundle.model) as moments:
-            for _ in features_of(self.s, self.bundle, self.calibration, "calibrating"):
-                pass
-        return moments
-
-    def recalls(self, bundle: ClipBundle) -> dict[str, dict[str, float]]:
-        settings = {name: getattr(self.s, name) for name in ("batch_size", "device", "precision", "workers")}
-        return {
-            name: evaluate_retrieval(bundle, source, rows=self.rows[name], **settings)
-            for name, source in self.sources.items()
-        }
-
-    def make(
-        self, rank: int | None, energy: float | None, calibrated: bool, decomposed: Decomposed | None = None
-    ) -> tuple[ClipBundle, Trial]:
-        """A compressed model, and what it keeps and scores. decomposed: kept from trial to trial, under one bar."""
-        blocks, silent = sum(len(tower.moe_layers) for tower in _towers(self.bundle)), decomposed is not None
-        with Bar("compressing", blocks, unit="blocks", main=False if silent else None) as bar:
-            model, kept = compress(
-                self.bundle.model, rank=rank, energy=energy, moments=self.moments if calibrated else None,
-                decomposed=decomposed, progress=lambda done, _: bar.advance(done - bar.done),
-            )  # fmt: skip
-        made = dataclasses.replace(self.bundle, model=model)
-        cosine = None if self.sample is None else cosines(self.s, made, self.sample, self.full)
-        return made, Trial(
-            rank, energy, calibrated, [dataclasses.asdict(one) for one in kept], active_parameters(model.config),
-            vision_macs(model.config.vision_config), cosine, self.recalls(made),
-        )  # fmt: skip
-
-    def find(self) -> list[Trial]:
-        """Every rank, plain and (where there is a calibration) calibrated."""
-        towers = [t for t in _towers(self.bundle) if t.moe_layers]
-        full = max(min(t.hidden_size, t.intermediate_size) for t in towers)
-        ranks = [2**power for power in range(3, 20) if 2**power < full] + [full]
-        kinds = [False, True] if self.moments is not None else [False]
-        trials = []
-        with Bar("trying ranks", len(ranks) * len(kinds), unit="models") as bar:
-            for calibrated in kinds:
-                decomposed: Decomposed = {}  # once for all ranks
-                for rank in ranks:
-                    trials.append(self.make(rank, None, calibrated, decomposed=decomposed)[1])
-                    bar.advance(1, rank=rank)
-        return sorted(trials, key=lambda trial: (trial.rank, trial.calibrated))
-
-    def _size(self, config: CLIPMoEConfig) -> dict[str, Any]:
-        return {"parameters": active_parameters(config), "vision_macs": vision_macs(config.vision_config)}
-
-    def report(self, trial: Trial | None, trials: list[Trial]) -> dict[str, Any]:
-        """What compress.json holds; shares are fractions of 1."""
-        config = self.bundle.model.config
-        return {
-            "model": self.bundle.name,
-            "calibration": self.calibration and self.calibration.facts(),
-            "check": self.sample and self.sample.facts(),
-            "dense": self._size(moe_config(config, num_experts=1, fusion_gate=False)),
-            "full": {**self._size(config), "retrieval": self.before},
-            "compressed": trial and dataclasses.asdict(trial),
-            "find": [dataclasses.asdict(one) for one in trials],
-            "limits": {"cosine": self.s.cosine, "points": self.s.points},
-        }  # fmt: skip
-
-
-def _towers(bundle: ClipBundle) -> tuple[Any, Any]:
-    return bundle.model.config.vision_config, bundle.model.config.text_config
-
-
-def good_rows(s: Settings, name: str, source: PairSource) -> np.ndarray:
-    """Rows whose image can be read; a list of the others is kept in a temporary folder that a warning names."""
-    skipped = Path(tempfile.mkdtemp(prefix="compress-")) / "skipped.jsonl"
-    with Bar(f"checking {name}", len(source)) as bar:
-        good = check_images(
-            source, workers=s.workers, max_bad_fraction=s.max_bad_fraction, skipped_path=skipped,
-            progress=lambda done, _: bar.advance(done - bar.done),
-        )  # fmt: skip
-    if good.all():
-        shutil.rmtree(skipped.parent)
-    return np.flatnonzero(good)
-
-
-def write(output: Path, bundle: ClipBundle, study: Study, trial: Trial, report: dict[str, Any]) -> None:
-    """The model directory, its report beside the weights."""
-    kind = "input-weighted" if trial.calibrated else "plain"
-    card = {
-        "name": output.name, "base": study.bundle.name, "made from": f"{study.bundle.name}, nothing was trained",
-        "experts": f"one FFN a block, and differences to it of rank {trial.ranks} ({kind} truncated SVD)",
-        "energy kept of the differences":
-            f"{100 * trial.energy_mean:.2f}% on average, at least {100 * trial.energy_min:.2f}%",
-    }  # fmt: skip
-    if trial.calibrated:
-        card["calibration"] = "{source} ({images} images, {captions} captions)".format(**study.calibration.facts())
-    save_bundle(dataclasses.replace(bundle, name=output.name), output, card=card)
-    write_json(output / "compress.json", report)
-    write_text(output / "compress.html", make_page(report).html())
+        return name if "=" in text else f"{public_name(data.source)}, {data.split}", self.open_source(data)
 
 
 def main(argv: list[str]) -> int:
@@ -340,3 +106,211 @@ def main(argv: list[str]) -> int:
         write(s.output, made, study, trial, report)
         console.print(f"\nmodel:  {s.output}\nreport: {s.output / 'compress.html'}", markup=False, highlight=False)
     return 0 if made is not None or s.output is None else 1
+
+
+def check_settings(s: Settings, config: CLIPMoEConfig) -> None:
+    """Refuse at once what would fail after minutes of work. Raises ValueError."""
+    if config.is_dense:
+        raise ValueError(f"{s.model} is dense: it has no experts to compress. Give a CLIP-MoE directory.")
+    if config.vision_config.delta_ranks or config.text_config.delta_ranks:
+        raise ValueError(f"the experts of {s.model} are compressed already: start from the model it was made from.")
+    if sum((s.rank is not None, s.energy is not None, s.find)) != 1:
+        raise ValueError("give one of --rank N, --energy SHARE and --find (which tries ranks).")
+    if s.rank is not None and s.rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {s.rank}.")
+    if s.energy is not None and not 0 < s.energy <= 1:
+        raise ValueError(f"--energy lies between 0 and 1 (1: everything), got {s.energy}.")
+    if s.images < 1:
+        raise ValueError(f"--images must be at least 1, got {s.images}.")
+    if s.find and s.check is None and s.calibration is None:
+        raise ValueError(
+            "--find compares features: say on which pictures, with --check SOURCE or --calibration SOURCE."
+        )
+    out = s.output
+    if out is None:
+        if not s.find:
+            raise ValueError("where should the compressed model go? llava-clipmoe compress DIR OUT --rank 64")
+    elif out.resolve() == Path(s.model).resolve():
+        raise ValueError(f"{out} is the model itself; it would be replaced. Choose another OUT.")
+    elif out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(  # as save_bundle judges, which looks again
+            f"{out} exists and is not a CLIP model directory; it would be replaced as a whole. Choose another OUT."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- a sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures uint8 [N,3,R,R], and ids [m,T] of captions of one length a batch: there is no padding to count."""
+
+    name: str
+    pixels: torch.Tensor
+    ids: list[torch.Tensor]
+
+    def facts(self) -> dict[str, Any]:
+        return {"source": self.name, "images": len(self.pixels), "captions": sum(map(len, self.ids))}
+
+
+def load_sample(s: Settings, text: str, bundle: ClipBundle) -> Sample:
+    """`s.images` random pictures of a source and all their captions; bad pictures are left out. Raises DataError."""
+    name, source = s.open(text)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[: s.images])
+    pixels, captions = [], []
+    with Bar(f"reading {name}", len(chosen)) as bar:
+        for row, image in readable_images(source, chosen, bundle.image_size):
+            pixels.append(image)
+            captions += source.captions(row)
+            bar.advance(1)
+    if not pixels:
+        raise DataError(
+            f"{text}: none of the {len(chosen)} pictures that were tried can be read. Check the source and "
+            "--image-root."
+        )
+    ids, lengths = tokenise(bundle.tokenizer, captions, bundle.context_length)
+    batches: list[torch.Tensor] = []
+    for length in lengths.unique().tolist():
+        batches += ids[lengths == length, :length].split(s.batch_size)
+    return Sample(name, torch.stack(pixels), batches)
+
+
+def features_of(s: Settings, bundle: ClipBundle, sample: Sample, title: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(kind, features) batch by batch: "image" [B,P], "patches" [B,N,C] (hidden state -2 as LLaVA reads it) and "text"
+    [B,P]. title: of a progress bar."""
+    device, model = pick_device(s.device), bundle.model
+    size = len(sample.pixels) + sum(map(len, sample.ids))
+    bar = Bar(title, size, unit="items", main=None if title else False)
+    with inference(bundle, device, s.precision), bar:
+        for pixels in sample.pixels.split(s.batch_size):
+            pixels = normalise(pixels.to(device), bundle.image_mean, bundle.image_std)
+            out = model.vision_model(pixels, output_hidden_states=True)
+            yield "image", model.visual_projection(out.pooler_output).float().cpu()
+            yield "patches", out.hidden_states[-2][:, 1:].float().cpu()
+            bar.advance(len(pixels))
+        for ids in sample.ids:
+            yield "text", model.get_text_features(ids.to(device)).float().cpu()
+            bar.advance(len(ids))
+
+
+def cosines(s: Settings, bundle: ClipBundle, sample: Sample, full: list[torch.Tensor]) -> dict[str, dict[str, float]]:
+    """kind -> mean and minimum over images (captions) of the cosine with the full model's features, a batch each.
+
+    An image's patches count by their mean.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for (kind, features), expected in zip(features_of(s, bundle, sample), full, strict=True):
+        cosine = F.cosine_similarity(features.double(), expected.double(), dim=-1)
+        parts.setdefault(kind, []).append(cosine.mean(-1) if kind == "patches" else cosine)
+    found = {}
+    for kind, batches in parts.items():
+        cosine = torch.cat(batches)
+        found[kind] = {"mean": cosine.mean().item(), "min": cosine.min().item()}
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- the work
+
+
+class Study:
+    """The full model, what it is compared on, and what it scores there."""
+
+    def __init__(self, s: Settings, bundle: ClipBundle) -> None:
+        self.s, self.bundle, self.config = s, bundle, bundle.model.config
+        self.calibration = None if s.calibration is None else load_sample(s, s.calibration, bundle)
+        self.sample = self.calibration if s.check is None else load_sample(s, s.check, bundle)
+        self.sources = dict(map(s.open, s.retrieval))
+        self.rows = {
+            name: s.readable_rows(source, s.workers, f"checking {name}") for name, source in self.sources.items()
+        }
+        self.moments: dict[str, Moments] | None = None
+        if self.calibration is not None:
+            with second_moments(bundle.model) as self.moments:
+                for _ in features_of(s, bundle, self.calibration, "calibrating"):
+                    pass
+        self.full: list[torch.Tensor] = []
+        if self.sample is not None:
+            self.full = [found for _, found in features_of(s, bundle, self.sample, "features of the full model")]
+        self.before = self.recalls(bundle)
+
+    def recalls(self, bundle: ClipBundle) -> dict[str, dict[str, float]]:
+        settings = {"workers": self.s.workers, **self.s.encoding}
+        return {
+            name: evaluate_retrieval(bundle, source, rows=self.rows[name], **settings)
+            for name, source in self.sources.items()
+        }
+
+    def make(
+        self, rank: int | None, energy: float | None, calibrated: bool, decomposed: Decomposed | None = None
+    ) -> tuple[ClipBundle, Trial]:
+        """A compressed model, and what it keeps and scores. decomposed: kept from trial to trial, under one bar."""
+        blocks = len(self.config.vision_config.moe_layers) + len(self.config.text_config.moe_layers)
+        with Bar("compressing", blocks, unit="blocks", main=None if decomposed is None else False) as bar:
+            model, kept = compress(
+                self.bundle.model,
+                rank=rank,
+                energy=energy,
+                moments=self.moments if calibrated else None,
+                decomposed=decomposed,
+                progress=lambda done, _: bar.advance(done - bar.done),
+            )
+        made = dataclasses.replace(self.bundle, model=model)
+        return made, Trial(
+            rank=rank,
+            energy=energy,
+            calibrated=calibrated,
+            kept=[dataclasses.asdict(one) for one in kept],
+            cosine=None if self.sample is None else cosines(self.s, made, self.sample, self.full),
+            retrieval=self.recalls(made),
+            **_size(model.config),
+        )
+
+    def find(self) -> list[Trial]:
+        """Every rank, plain and (where there is a calibration) calibrated."""
+        towers = [tower for tower in (self.config.vision_config, self.config.text_config) if tower.moe_layers]
+        full = max(min(tower.hidden_size, tower.intermediate_size) for tower in towers)
+        ranks = [2**power for power in range(3, 20) if 2**power < full] + [full]
+        kinds = [False, True] if self.moments is not None else [False]
+        trials = []
+        with Bar("trying ranks", len(ranks) * len(kinds), unit="models") as bar:
+            for calibrated in kinds:
+                decomposed: Decomposed = {}  # once for all ranks
+                for rank in ranks:
+                    trials.append(self.make(rank, None, calibrated, decomposed=decomposed)[1])
+                    bar.advance(1, rank=rank)
+        return sorted(trials, key=lambda trial: (trial.rank, trial.calibrated))
+
+    def report(self, trial: Trial | None, trials: list[Trial]) -> dict[str, Any]:
+        """What compress.json holds; shares are fractions of 1."""
+        return {
+            "model": self.bundle.name,
+            "calibration": self.calibration and self.calibration.facts(),
+            "check": self.sample and self.sample.facts(),
+            "dense": _size(moe_config(self.config, num_experts=1, fusion_gate=False)),
+            "full": {**_size(self.config), "retrieval": self.before},
+            "compressed": trial and dataclasses.asdict(trial),
+            "find": [dataclasses.asdict(one) for one in trials],
+            "limits": {"cosine": self.s.cosine, "points": self.s.points},
+        }
+
+
+def _size(config: CLIPMoEConfig) -> dict[str, Any]:
+    return {"parameters": active_parameters(config), "vision_macs": vision_macs(config.vision_config)}
+
+
+def write(output: Path, bundle: ClipBundle, study: Study, trial: Trial, report: dict[str, Any]) -> None:
+    """The model directory, its report beside the weights."""
+    kind = "input-weighted" if trial.calibrated else "plain"
+    kept = f"{100 * trial.energy_mean:.2f}% on average, at least {100 * trial.energy_min:.2f}%"
+    card = {
+        "name": output.name,
+        "base": study.bundle.name,
+        "made from": f"{study.bundle.name}, nothing was trained",
+        "experts": f"one FFN a block, and differences to it of rank {trial.ranks} ({kind} truncated SVD)",
+        "energy kept of the differences": kept,
+    }
+    if trial.calibrated:
+        card["calibration"] = "{source} ({images} images, {captions} captions)".format(**study.calibration.facts())
+    save_bundle(dataclasses.replace(bundle, name=output.name), output, card=card)
+    write_json(output / "compress.json", report)
+    write_text(output / "compress.html", make_page(report).html())

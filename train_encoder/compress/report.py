@@ -34,6 +34,10 @@ class Trial:
     retrieval: dict[str, dict[str, float]]
 
     @property
+    def kind(self) -> str:
+        return "calibrated" if self.calibrated else "plain"
+
+    @property
     def _energies(self) -> list[float]:
         return [share for one in self.kept for share in differing(one)]
 
@@ -70,25 +74,29 @@ def gaps(before: Recalls, after: Recalls) -> list[float]:
 def best(trials: Sequence[Trial], before: Recalls, cosine: float, points: float) -> Trial | None:
     """The smallest rank whose features and retrieval are near enough to the full model's; of two alike, the one with
     the higher cosine. None where there is none."""
-    good = [
-        one for one in trials
-        if one.lowest_cosine >= cosine and (not before or abs(statistics.mean(gaps(before, one.retrieval))) <= points)
-    ]  # fmt: skip
-    return min(good, key=lambda one: (one.rank, -one.lowest_cosine), default=None)
+
+    def good(one: Trial) -> bool:
+        near = not before or abs(statistics.mean(gaps(before, one.retrieval))) <= points
+        return near and one.lowest_cosine >= cosine
+
+    return min(filter(good, trials), key=lambda one: (one.rank, -one.lowest_cosine), default=None)
 
 
 def verdict(report: Mapping[str, Any]) -> str:
     """One sentence: the smallest rank that is good enough."""
     limits, full = report["limits"], report["full"]
-    found = best([Trial(**one) for one in report["find"]], full["retrieval"], limits["cosine"], limits["points"])
+    found = best(_trials(report), full["retrieval"], limits["cosine"], limits["points"])
+    measured = f" and retrieval within {limits['points']:g} points"
     asked = f"feature cosine >= {limits['cosine']:g}"
-    asked += f" and retrieval within {limits['points']:g} points" * bool(full["retrieval"])
-    asked += " (retrieval was not measured)" * (not full["retrieval"])
+    asked += measured if full["retrieval"] else " (retrieval was not measured)"
     if found is None:
         return f"No rank keeps {asked}."
     small, whole = millions(found.parameters["total"], 1), millions(full["parameters"]["total"], 1)
-    kind = "calibrated" if found.calibrated else "plain"
-    return f"The smallest rank that keeps {asked}: {found.rank}, {kind} ({small} parameters instead of {whole})."
+    return f"The smallest rank that keeps {asked}: {found.rank}, {found.kind} ({small} parameters instead of {whole})."
+
+
+def _trials(report: Mapping[str, Any]) -> list[Trial]:
+    return [Trial(**one) for one in report["find"]]
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -97,12 +105,12 @@ def verdict(report: Mapping[str, Any]) -> str:
 def make_page(report: Mapping[str, Any]) -> Document:
     """The page of compress.json's content."""
     lead = "Experts as one FFN a block and low-rank differences to it. Nothing was trained."
+    trial = None if report["compressed"] is None else Trial(**report["compressed"])
     sections: list[Section] = []
     if report["find"]:
         lead += f" {verdict(report)}"
         sections.append(_find(report))
-    if report["compressed"] is not None:
-        trial = Trial(**report["compressed"])
+    if trial is not None:
         sections.append(_size(report, trial))
         if trial.cosine is not None:
             sections.append(_cosine(report, trial))
@@ -110,28 +118,28 @@ def make_page(report: Mapping[str, Any]) -> Document:
             sections.append(_retrieval(report["full"]["retrieval"], trial.retrieval))
     if report["find"]:
         sections.append(_by_rank(report))
-    if report["compressed"] is not None:
+    if trial is not None:
         sections.append(_energy_maps(trial))
     return Document(f"{report['model']}, compressed", lead, sections)
 
 
 def _find(report: Mapping[str, Any]) -> Section:
-    trials, full, checked = [Trial(**one) for one in report["find"]], report["full"], report["check"]
+    trials, full = _trials(report), report["full"]
     head = ["rank", "SVD", "energy kept (lowest)", *(f"1 - cosine: {name}" for name in KINDS), "largest single"]
     head += ["retrieval (largest)"] * bool(full["retrieval"]) + ["parameters", "vision GMACs"]
     last, rows = max(one.rank for one in trials), []
     for one in trials:
-        row = ["full" if one.rank == last else str(one.rank), "calibrated" if one.calibrated else "plain"]
-        row += [f"{percent(one.energy_mean)} ({percent(one.energy_min)})"]
+        row = ["full" if one.rank == last else str(one.rank), one.kind]
+        row.append(f"{percent(one.energy_mean)} ({percent(one.energy_min)})")
         row += [_away(one.cosine[kind]["mean"]) for kind in KINDS]
-        row += [_away(min(found["min"] for found in one.cosine.values()))]
+        row.append(_away(min(found["min"] for found in one.cosine.values())))
         if full["retrieval"]:
             moved = gaps(full["retrieval"], one.retrieval)
-            row += [f"{statistics.mean(moved):+.2f} ({max(moved, key=abs):+.2f})"]
+            row.append(f"{statistics.mean(moved):+.2f} ({max(moved, key=abs):+.2f})")
         rows.append([*row, *_size_of(dataclasses.asdict(one))])
     note = (
         "Energy: of the experts' differences to the base, calibrated as inputs weigh it (the two cannot be compared). "
-        f"Cosine with the full model's features, mean over {_counts(checked)}."
+        f"Cosine with the full model's features, mean over {_counts(report['check'])}."
     )
     if full["retrieval"]:
         note += f" Retrieval: mean change of R@1 and R@5, both ways, in points, on {'; '.join(full['retrieval'])}."
@@ -163,11 +171,11 @@ def _cosine(report: Mapping[str, Any], trial: Trial) -> Section:
 def _retrieval(before: Recalls, after: Recalls) -> Section:
     rows = []
     for name, was in before.items():
-        cells = [
-            f"{percent(was[score])} -> {percent(after[name][score])} ({100 * (after[name][score] - was[score]):+.1f})"
-            for score in RECALLS
-        ]
-        rows.append([name, *cells])
+        row = [name]
+        for score in RECALLS:
+            now = after[name][score]
+            row.append(f"{percent(was[score])} -> {percent(now)} ({100 * (now - was[score]):+.1f})")
+        rows.append(row)
     note = f"In percent, full -> compressed. Mean change {statistics.mean(gaps(before, after)):+.2f} points."
     return Section("retrieval", "Retrieval", [Table(["data", *RECALLS.values()], rows), note])
 
@@ -195,7 +203,7 @@ def _energy_maps(trial: Trial) -> Section:
         for layer in ("fc1", "fc2"):
             kept = [one for one in trial.kept if one["block"].startswith(tower) and one["layer"] == layer]
             if kept:
-                panels.append(energy_map(f"{name}{layer}", f"{name} tower, {layer}", kept))
+                panels.append(_energy_map(f"{name}{layer}", f"{name} tower, {layer}", kept))
     how = (
         "Share of each expert's squared difference to the base FFN that its rank keeps, in percent; the base itself "
         "(expert 0) has no difference. Beside each block its rank."
@@ -203,31 +211,30 @@ def _energy_maps(trial: Trial) -> Section:
     return Section("energy", "Energy kept, block by block", [Figure(panels, how)])
 
 
-def energy_map(name: str, title: str, kept: Sequence[Mapping[str, Any]]) -> str:
+def _energy_map(name: str, title: str, kept: Sequence[Mapping[str, Any]]) -> str:
     """A row a block, a column an expert; colours reach from the lowest share to 1."""
     shares, experts = list(map(differing, kept)), len(kept[0]["energy"])
     rows = [f"{one['block'].rpartition('.')[2]}  (rank {one['rank']})" for one in kept]
-    low = min(0.999, *map(min, shares))
+    limits = min(0.999, *map(min, shares)), 1.0
     columns = range(min(1, experts - 1), experts)
-    return figures.heatmap(name, title, shares, rows, columns, low, 1.0, percent, f"energy kept, {title}")
+    return figures.heatmap(name, title, shares, rows, columns, limits, percent, f"energy kept, {title}")
 
 
 def _by_rank(report: Mapping[str, Any]) -> Section:
-    trials = [Trial(**one) for one in report["find"]]
-    panels = [distance_by_rank(kind, title, trials, report["limits"]["cosine"]) for kind, title in KINDS.items()]
+    trials = _trials(report)
+    panels = [_distance_by_rank(kind, title, trials, report["limits"]["cosine"]) for kind, title in KINDS.items()]
     how = "Lower is nearer to the full model; the dashed line is what was asked for. The last rank is the full one."
     return Section("ranks", "By rank", [Figure(panels, how)])
 
 
-def distance_by_rank(kind: str, title: str, trials: Sequence[Trial], asked: float) -> str:
+def _distance_by_rank(kind: str, title: str, trials: Sequence[Trial], asked: float) -> str:
     """1 - mean cosine with the full model, by rank; a line for the plain SVD, one for the calibrated."""
     with figures.panel(4.0, 2.8, title, "rank", "1 - cosine") as (figure, axes):
-        for colour, calibrated in zip(figures.COLOURS, (False, True), strict=False):
-            mine = [one for one in trials if one.calibrated is calibrated]
+        for colour, label in zip(figures.COLOURS, ("plain", "calibrated"), strict=False):
+            mine = [one for one in trials if one.kind == label]
             if mine:
                 # What is equal but for rounding lies on the lower edge: a logarithmic axis has no zero.
                 away = [max(1 - one.cosine[kind]["mean"], 1e-7) for one in mine]
-                label = "calibrated" if calibrated else "plain"
                 axes.plot([one.rank for one in mine], away, color=colour, marker="o", markersize=4, label=label)
         axes.axhline(1 - asked, color=figures.COLOURS[5], linewidth=1, linestyle="--")
         axes.set_xscale("log", base=2)

@@ -138,7 +138,7 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
 def _picture(root: Path, kind: str, number: int) -> Path:
     """`root/TYPE/ID.jpg`. Folder names of the published copies differ from the types in spelling, and ids are unique
     over all types: so a picture that is not under its type is looked for in the other folders."""
-    places = [root / kind, root / kind.replace(" ", "_"), *sorted(path for path in root.iterdir() if path.is_dir())]
+    places = [root / kind, *sorted(path for path in root.iterdir() if path.is_dir())]
     found = first_existing(*(place / f"{number}{suffix}" for place in places for suffix in SUFFIXES))
     if found is None:
         place = root / kind / f"{number}.jpg"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ..config import DataConfig
-from ..data.cache import check_images
+from ..data.cache import RowImages, check_images
+from ..data.decode import ImageTransform
 from ..data.formats import open_source
 from ..data.pairs import PairSource
 from ..progress import Bar
@@ -65,3 +68,12 @@ class SourceOptions:
         if good.all():
             shutil.rmtree(skipped.parent)
         return np.flatnonzero(good)
+
+
+def readable_images(source: PairSource, rows: np.ndarray, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(row, pixels uint8 [3,size,size]) of those rows whose image can be read."""
+    image = RowImages(source, ImageTransform(size))
+    for row in rows.tolist():
+        pixels, error = image(row)
+        if error is None:
+            yield row, pixels

@@ -9,7 +9,7 @@ Padding counts nowhere: a caption's tokens are those up to and with its end toke
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.losses_clipmoe import text_token_mask
 from llava_clipmoe.transformer_clipmoe import CLIPMoESparseMLP
 
-from ..data.cache import RowImages
-from ..data.decode import ImageTransform, normalise
+from ..data.decode import normalise
 from ..data.pairs import PairSource
 from ..features.encode import Precision, inference, pick_device, tokenise
+from .options import readable_images
 
 TOWERS = {"vision": "vision_model", "text": "text_model"}
 Blocks = dict[str, CLIPMoESparseMLP]
@@ -165,12 +165,3 @@ def _watch(
             text_mask = text_token_mask(ids, bundle.model.config.text_config.eos_token_id).flatten()
             bundle.model.vision_model(normalise(torch.stack(pixels).to(device), bundle.image_mean, bundle.image_std))
             bundle.model.text_model(ids)
-
-
-def readable_images(source: PairSource, rows: np.ndarray, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(row, pixels uint8 [3,size,size]) of those rows whose image can be read."""
-    image = RowImages(source, ImageTransform(size))
-    for row in rows.tolist():
-        pixels, error = image(row)
-        if error is None:
-            yield row, pixels

@@ -7,6 +7,7 @@ evaluate_zero_shot(bundle, data)      # {"top1": share, "top5": share, "mean_per
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,27 +166,6 @@ def openmoji_colours(folder: Path) -> Classes:
 def image_folder(folder: Path) -> Classes:
     """One subfolder of images per class, in sorted order. Names come from `classes.txt` (one a line, in that order) or
     else from the subfolders, `_` read as a space. Raises BenchmarkNotFound."""
-    folders, paths, labels = _class_folders(folder)
-    names = [place.name.replace("_", " ") for place in folders]
-    listed = folder / "classes.txt"
-    if listed.exists():
-        names = _lines(listed)
-        if len(names) != len(folders):
-            raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
-    return Classes(names, labels, _Files(paths))
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises BenchmarkNotFound."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BenchmarkNotFound(f"{path} is not UTF-8 text ({error}). Save it in UTF-8.") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
-    """-> the subfolders, one a class; all images; the class of each image."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     found = [sorted(image_files(place)) for place in folders]
     if not any(found):
@@ -196,8 +176,23 @@ def _class_folders(folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
             f"subfolders, such as {empty[0]}: that class would not be measured. Add its images, or "
             "remove the subfolder."
         )
+    names = [place.name.replace("_", " ") for place in folders]
+    listed = folder / "classes.txt"
+    if listed.exists():
+        names = _lines(listed)
+        if len(names) != len(folders):
+            raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
     labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in found])
-    return folders, [path for paths in found for path in paths], labels
+    return Classes(names, labels, _Files([path for paths in found for path in paths]))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises BenchmarkNotFound."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BenchmarkNotFound(f"{path} is not UTF-8 text ({error}). Save it in UTF-8.") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def imagenet(folder: Path) -> Classes:
@@ -215,11 +210,10 @@ def imagenet(folder: Path) -> Classes:
             f"{root} has {len(ids)} subfolders named by WordNet id (such as n01440764); ImageNet's validation set has "
             "1,000. If its images lie in one folder, sort them into one folder per id first."
         )
-    folders, paths, labels = _class_folders(root)
-    if len(folders) != 1000:
-        strange = sorted({place.name for place in folders} - set(ids))[:3]
-        raise BenchmarkNotFound(f"{root} has subfolders that are no classes ({', '.join(strange)}): remove them.")
-    return Classes(list(IMAGENET_CLASSNAMES), labels, _Files(paths))
+    found = image_folder(root)
+    if strange := sorted(set(found.names) - set(ids)):
+        raise BenchmarkNotFound(f"{root} has subfolders that are no classes ({', '.join(strange[:3])}): remove them.")
+    return dataclasses.replace(found, names=list(IMAGENET_CLASSNAMES))
 
 
 def cifar10(folder: Path) -> Classes:

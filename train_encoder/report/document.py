@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -60,15 +60,14 @@ class Table:
     tiles: Sequence[tuple[str, str]] = ()
     """HTML: (what it is, the figure) of the few that are shown large above the table."""
 
-    def markdown(self) -> Iterator[str]:
-        if self.title:
-            yield from (f"**{self.title}**{f' ({self.note})' if self.note else ''}", "")
+    def markdown(self) -> str:
+        lines = [f"**{self.title}**{f' ({self.note})' if self.note else ''}\n"] if self.title else []
         for number, row in enumerate([self.head, *self.rows]):
             cells = [cell.markdown() if isinstance(cell, Score) else cell for cell in row]
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             if number == 0:
-                yield "|---" * len(row) + "|"
-        yield ""
+                lines.append("|---" * len(row) + "|")
+        return "\n".join(lines)
 
     def __rich__(self) -> RichTable:
         view = RichTable(title=Text(self.title, "table.title") if self.title else None)
@@ -88,8 +87,8 @@ class Figure:
     panels: Sequence[str]
     how_to_read: str
 
-    def markdown(self) -> Iterator[str]:
-        yield from ()
+    def markdown(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class Code:
     kind: ClassVar[str] = "code"
     text: str
 
-    def markdown(self) -> Iterator[str]:
-        yield from ("```", self.text, "```", "")
+    def markdown(self) -> str:
+        return f"```\n{self.text}\n```"
 
 
 Block = str | Table | Figure | Code
@@ -120,10 +119,8 @@ class Section:
         return [block for block in self.blocks if isinstance(block, Table)]
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", ""]
-        for block in self.blocks:
-            lines += [block, ""] if isinstance(block, str) else block.markdown()
-        return "\n".join(lines)
+        parts = [block if isinstance(block, str) else block.markdown() for block in self.blocks]
+        return "\n\n".join([f"## {self.title}", *filter(None, parts)])
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,9 @@ class Document:
     """What a browser's tab says; the title when absent."""
 
     def markdown(self) -> str:
-        parts = [f"# {self.title}", *filter(None, [self.lead, self.points_title])]
-        parts += ["\n".join(f"- {point}" for point in self.points)] if self.points else []
-        return "\n\n".join([*parts, *(section.markdown().rstrip() for section in self.sections)]) + "\n"
+        points = "\n".join(f"- {point}" for point in self.points)
+        parts = [f"# {self.title}", self.lead, self.points_title, points, *(one.markdown() for one in self.sections)]
+        return "\n\n".join(filter(None, parts)) + "\n"
 
     def html(self) -> str:
         """The whole file; the same document gives the same bytes."""
@@ -188,19 +185,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def standard_error(share: float, n: int) -> float:
-    """Binomial standard error of a share measured on n independent trials."""
-    return math.sqrt(max(share * (1 - share), 0) / n) if n else math.nan
-
-
 def best_of(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
 def score(value: float | None, best: float | None = None, base: float | None = None, n: int | None = None) -> Score:
-    """A share in percent, bold where it is the best; with its distance to `base`, and with its standard error where it
-    was measured on `n` trials."""
+    """A share in percent, bold where it is the best; with its distance to `base`, and with its binomial standard error
+    where it was measured on `n` independent trials."""
     if value is None:
         return Score(MISSING)
-    error = f"±{100 * standard_error(value, n):.1f}" if n else ""
+    error = f"±{100 * math.sqrt(value * (1 - value) / n):.1f}" if n else ""
     return Score(percent(value), value == best, error, "" if base is None else signed(100 * (value - base)))

@@ -32,7 +32,8 @@ HELP = "The --output-dir of a train-encoder run, finished or not."
 def main(argv: list[str]) -> int:
     """Write the page (report.html) of a run, and print its path; -> 0."""
     folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=HELP)]
-    print(write_report(tyro.cli(folder, args=argv, prog="llava-clipmoe report", description=main.__doc__)))
+    about = "Write the page of a run, RUN/report.html: scores, losses, clusters, routing, cost, settings."
+    print(write_report(tyro.cli(folder, args=argv, prog="llava-clipmoe report", description=about)))
     return 0
 
 

@@ -101,15 +101,14 @@ def _score_rows(variants: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) 
 def retrieval(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for name, variants in run.measured("retrieval").items():
-        first, base, result = next(iter(variants.values())), variants.get("base", {}), variants.get("clip-moe", {})
-        tiles = []
-        for key in ("i2t_r1", "t2i_r1"):
-            if key in base and key in result:
+        first, tiles = next(iter(variants.values())), []
+        if {"base", "clip-moe"} <= variants.keys():
+            base, result = variants["base"], variants["clip-moe"]
+            for key in ("i2t_r1", "t2i_r1"):
                 change = f"{percent(base[key])} → {percent(result[key])}"
                 tiles.append((f"{RETRIEVAL[key]}, base → CLIP-MoE", change))
-        images, note = first.get("images"), ""
-        if images:
-            note = f"{images:,} images, {first['captions']:,} captions; chance R@1 is {100 / images:.2g}%."
+        images, captions = first["images"], first["captions"]
+        note = f"{images:,} images, {captions:,} captions; chance R@1 is {100 / images:.2g}%."
         rows = _score_rows(variants, list(RETRIEVAL))
         blocks.append(Table(["variant", *RETRIEVAL.values()], rows, name, note, tiles=tiles))
     how = (
@@ -136,21 +135,19 @@ def attributes(run: Run) -> list[Block]:
     variants = run.measured("attributes")
     if not variants:
         return []
-    pairs = {name: one.get("pairs") for entry in variants.values() for name, one in entry.get("by_type", {}).items()}
-    rows = []
-    for name, n in pairs.items():
-        values = [entry.get("by_type", {}).get(name, {}).get("accuracy") for entry in variants.values()]
-        rows.append([name, _count(n), *(score(value, best_of(values)) for value in values)])
-    values, total = [entry.get("overall") for entry in variants.values()], next(iter(variants.values())).get("pairs")
+    first, rows = next(iter(variants.values())), []
+    for name, one in first["by_type"].items():
+        values = [entry["by_type"][name]["accuracy"] for entry in variants.values()]
+        rows.append([name, _count(one["pairs"]), *(score(value, best_of(values)) for value in values)])
+    values, total = [entry["overall"] for entry in variants.values()], first["pairs"]
     rows.append(["overall", _count(total), *(score(value, best_of(values), n=total) for value in values)])
-    fewest = min((n for n in pairs.values() if n), default=0)
-    noise = f" With {fewest} pairs an attribute's ± is up to {50 / math.sqrt(fewest):.0f} points." if fewest else ""
+    fewest = min(one["pairs"] for one in first["by_type"].values())
     return [
         "Pairs of images that a variant tells apart, in percent.",
         Table(["attribute", "pairs", *variants], rows),
         "Scored as MMVP-VLM is: a pair counts when both of its images are matched to their own statements; chance "
         "is 25%. Bold is the best of a row: experts that see different things are best in different rows. ± is one "
-        f"binomial standard error.{noise}",
+        f"binomial standard error. With {fewest} pairs an attribute's ± is up to {50 / math.sqrt(fewest):.0f} points.",
     ]
 
 
@@ -279,18 +276,15 @@ def movement(run: Run) -> list[Block]:
     panels, rows = [], []
     for key, title in titles.items():
         series: dict[str, tuple[list[int], list[float]]] = {}
-        for position, entry in enumerate(routers):
-            tower, _, number = str(entry["block"]).rpartition(".")
-            if entry.get(key) is not None:
-                blocks, values = series.setdefault(tower or "blocks", ([], []))
-                blocks.append(int(number) if number.isdigit() else position)
-                values.append(entry[key])
-        if series:
-            panels.append(figures.lines_by_block(f"moved{key.replace('_', '')}", title, series))
+        for entry in routers:
+            tower, _, number = entry["block"].rpartition(".")
+            blocks, values = series.setdefault(tower, ([], []))
+            blocks.append(int(number))
+            values.append(entry[key])
+        panels.append(figures.lines_by_block(f"moved{key.replace('_', '')}", title, series))
     for entry in routers:
-        cosine = MISSING if entry.get("cosine") is None else f"{entry['cosine']:.4f}"
-        change, changed = (f"{percent(entry.get(key))}%" for key in titles)
-        rows.append([entry["block"], change, cosine, changed])
+        change, changed = (f"{percent(entry[key])}%" for key in titles)
+        rows.append([entry["block"], change, f"{entry['cosine']:.4f}", changed])
     how = (
         "How far training moved each router W from its random start W₀, and how many tokens it sends to another "
         "expert for it. Lines near 0% mean that the routing is still the random one."
@@ -315,10 +309,8 @@ class _Work:
 
     def cells(self) -> list[str]:
         rate = f"{self.images / self.seconds:,.1f}" if self.images and self.seconds else MISSING
-        return [duration(self.seconds), _count(self.images), rate, self.peak()]
-
-    def peak(self) -> str:
-        return f"{self.memory / 2**30:.2f}" if self.memory else MISSING
+        memory = f"{self.memory / 2**30:.2f}" if self.memory else MISSING
+        return [duration(self.seconds), _count(self.images), rate, memory]
 
 
 def cost(run: Run) -> list[Block]:
@@ -332,7 +324,7 @@ def cost(run: Run) -> list[Block]:
         work.memory = max(work.memory, row.get("peak_memory_bytes") or 0)
     whole = _Work(sum(work.seconds for work in merged.values()), 0, max(work.memory for work in merged.values()))
     rows = [[stage, name, *work.cells()] for (stage, name), work in merged.items()]
-    rows.append(["total", "", duration(whole.seconds), "", "", whole.peak()])
+    rows.append(["total", "", duration(whole.seconds), "", "", whole.cells()[-1]])
     unit, unit_name = (1, "seconds")
     if whole.seconds > 120:
         unit, unit_name = (3600, "hours") if whole.seconds > 7200 else (60, "minutes")
@@ -358,9 +350,7 @@ def cost(run: Run) -> list[Block]:
 def parameters(run: Run) -> list[Block]:
     counts = run.measured("parameters")
     labels = {"dense": "base (dense)", "active": "CLIP-MoE, used for one token", "total": "CLIP-MoE, all"}
-    rows = []
-    for key, label in labels.items():
-        if counts.get(key) is not None:
-            ratio = f"{counts[key] / counts['dense']:.2f}×" if counts.get("dense") else MISSING
-            rows.append([label, millions(counts[key]), ratio])
-    return [Table(["parameters", "number", "to base"], rows)] if rows else []
+    if not counts:
+        return []
+    rows = [[label, millions(counts[key]), f"{counts[key] / counts['dense']:.2f}×"] for key, label in labels.items()]
+    return [Table(["parameters", "number", "to base"], rows)]
