@@ -35,7 +35,7 @@ class DataConfig:
     """`openmoji` (made on this machine, no download), or a CSV/TSV/JSON/JSONL file, a folder of images with .txt
     captions, a parquet file or folder, webdataset tar shards (a folder or `shards-{000..012}.tar`), a hub data set."""
     split: str = "train"
-    """Which split to read of a source that has several: hub data sets, openmoji, files or folders named after splits."""
+    """Which split to read of a source that has several: hub data sets, openmoji, files or folders named so."""
     image_root: Path | None = None
     """Folder that relative image paths start from; each data file's own folder when absent."""
     image_column: str | None = None

@@ -1,13 +1,14 @@
 """What is measured when everything is trained: the variants that the method names (base, stages, experts, result).
 
-Results go to `results.json` variant by variant, so that a killed evaluation goes on where it was.
+Results go to `results.json` one by one, so that a killed evaluation goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from llava_clipmoe.transformer_clipmoe import only_expert
 from ..config import digest
 from ..data.cache import check_images
 from ..data.formats import open_source, parse_source
-from ..data.pairs import PairSource
 from ..progress import Bar
 from ..training.metrics import Began
 from ..training.run import Run
@@ -36,6 +36,22 @@ class Variant:
     expert: int | None = None
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One data set: how a model is measured on it, and where in the results that goes."""
+
+    scores_of: Callable[[ClipBundle], dict[str, Any]]
+    part: dict[str, Any]
+    """Data set -> variant -> scores."""
+    data_set: str
+
+    def has(self, variant: str) -> bool:
+        return variant in self.part.get(self.data_set, {})
+
+    def add(self, variant: str, bundle: ClipBundle) -> None:
+        self.part.setdefault(self.data_set, {})[variant] = self.scores_of(bundle)
+
+
 def evaluate_run(
     run: Run, variants: Mapping[str, Variant], final: str, describe: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -43,59 +59,28 @@ def evaluate_run(
 
     final: the name of the result among the variants. describe: what is not a score (routing, clusters, ...).
     """
-    evaluation, began = _Evaluation(run, set(variants)), Began()
-    results = evaluation.results
+    results, file, began = _previous(run), run.folder.results, Began()
+    measures = list(_classifications(run, results))
+    if set(variants) - set(results["done"]):
+        measures = [*_retrieval_and_attributes(run, results), *measures]
     with Bar("evaluating", len(variants), unit="variants") as bar:
         for name, variant in variants.items():
-            evaluation.measure(name, variant)
+            missing = [measure for measure in measures if not measure.has(name)]
+            if missing:
+                bundle = variant.load()
+                with nullcontext() if variant.expert is None else only_expert(bundle.model, variant.expert):
+                    for measure in missing:
+                        measure.add(name, bundle)
+                        write_json(file, results)
+            if name not in results["done"]:
+                results["done"].append(name)
+                write_json(file, results)
             bar.advance(1)
     if "parameters" not in results:
         results |= {"result": final, **describe()}
-        write_json(run.folder.results, results)
+        write_json(file, results)
         run.metrics.done("evaluate", "all", began, run.accelerator.device)
     return results
-
-
-class _Evaluation:
-    """The data of an evaluation, opened once for all variants, and the results so far."""
-
-    def __init__(self, run: Run, variants: set[str]):
-        self.file, self.results = run.folder.results, _previous(run)
-        self.attributes, engine = run.config.evaluation.attributes, run.config.engine
-        batch_size = run.config.evaluation.batch_size
-        self.encoding = {"device": run.accelerator.device, "precision": engine.precision, "batch_size": batch_size}
-        self.loading = {**self.encoding, "workers": engine.workers}
-        self.classes = dict(map(open_zero_shot, run.config.evaluation.zero_shot))
-        self.sources = _retrieval_sources(run) if variants - set(self.results["done"]) else {}
-
-    def measure(self, name: str, variant: Variant) -> None:
-        """Everything that results.json does not have of this variant yet."""
-        results = self.results
-        if name not in results["done"]:
-            self._apply(self._retrieval_and_attributes, name, variant)
-            results["done"].append(name)
-            write_json(self.file, results)
-        for dataset in self.classes:
-            if name not in results["zero_shot"].setdefault(dataset, {}):
-                self._apply(self._zero_shot, name, variant, dataset)
-                write_json(self.file, results)
-
-    def _apply(self, work: Callable[..., None], name: str, variant: Variant, *more: str) -> None:
-        bundle = variant.load()
-        with nullcontext() if variant.expert is None else only_expert(bundle.model, variant.expert):
-            work(name, bundle, *more)
-
-    def _retrieval_and_attributes(self, name: str, bundle: ClipBundle) -> None:
-        for dataset, (source, rows) in self.sources.items():
-            found = evaluate_retrieval(bundle, source, rows=rows, **self.loading)
-            self.results["retrieval"].setdefault(dataset, {})[name] = found
-        if self.attributes:
-            self.results["attributes"][name] = evaluate_mmvp(bundle, self.attributes, **self.encoding)
-
-    def _zero_shot(self, name: str, bundle: ClipBundle, dataset: str) -> None:
-        classes, templates = self.classes[dataset]
-        found = evaluate_zero_shot(bundle, classes, templates=templates, **self.loading)
-        self.results["zero_shot"][dataset][name] = found
 
 
 def _previous(run: Run) -> dict[str, Any]:
@@ -109,17 +94,32 @@ def _previous(run: Run) -> dict[str, Any]:
     return {**fresh, **old} if old.get("key") == key else fresh
 
 
-def _retrieval_sources(run: Run) -> dict[str, tuple[PairSource, np.ndarray]]:
-    """name -> (source, its usable rows)."""
-    sources = {}
-    for number, entry in enumerate(run.config.evaluation.retrieval, start=1):
-        name, data = parse_source(entry, run.config.data)
-        source = open_source(data)
+def _encoding(run: Run) -> dict[str, Any]:
+    batch_size = run.config.evaluation.batch_size
+    return {"device": run.accelerator.device, "precision": run.config.engine.precision, "batch_size": batch_size}
+
+
+def _retrieval_and_attributes(run: Run, results: dict[str, Any]) -> Iterator[Measure]:
+    data, settings, workers = run.config.data, run.config.evaluation, run.config.engine.workers
+    for number, entry in enumerate(settings.retrieval, start=1):
+        name, chosen = parse_source(entry, data)
+        source = open_source(chosen)
         good = check_images(
             source,
-            workers=run.config.engine.workers,
-            max_bad_fraction=run.config.data.max_bad_fraction,
+            workers=workers,
+            max_bad_fraction=data.max_bad_fraction,
             skipped_path=run.folder.path / f"skipped-evaluation{number}.jsonl",
         )
-        sources[name] = source, np.flatnonzero(good)
-    return sources
+        encoding = {"rows": np.flatnonzero(good), "workers": workers, **_encoding(run)}
+        measure = partial(evaluate_retrieval, source=source, **encoding)
+        yield Measure(measure, results["retrieval"], name)
+    if settings.attributes:
+        yield Measure(partial(evaluate_mmvp, folder=settings.attributes, **_encoding(run)), results, "attributes")
+
+
+def _classifications(run: Run, results: dict[str, Any]) -> Iterator[Measure]:
+    for entry in run.config.evaluation.zero_shot:
+        name, (classes, templates) = open_zero_shot(entry)
+        loading = {"workers": run.config.engine.workers, **_encoding(run)}
+        measure = partial(evaluate_zero_shot, data=classes, templates=templates, **loading)
+        yield Measure(measure, results["zero_shot"], name)
