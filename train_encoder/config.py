@@ -208,7 +208,7 @@ class MoEConfig:
     router_jitter_noise: float = 0.0
     """In training, router inputs are multiplied by random numbers within 1 ± this; Switch has 0.01, 0 is off."""
     router_initializer_range: float = 0.018
-    """Standard deviation of a fresh router's weights; a smaller one starts nearer to equal use of the experts."""
+    """Standard deviation of a fresh router's weights; a smaller one weighs the experts more evenly at the start."""
     expert_dropout: float = 0.0
     """Dropout in the experts while the routers train: 0.1 in the official code, not in the paper."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-6, weight_decay=0.01))

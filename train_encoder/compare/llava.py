@@ -107,7 +107,7 @@ def _paper(result: dict[str, Any]) -> str:
 
 
 def _doubts(benchmark: str, llavas: Sequence[Llava], of: Sequence[dict[str, Any] | None]) -> list[str]:
-    """What makes a row less than it seems."""
+    """Notes on a row whose numbers are missing, or cannot be compared."""
     pairs = [(llava.name, result) for llava, result in zip(llavas, of, strict=True) if result is not None]
     notes = []
     if any(result.get("limited") for _, result in pairs):

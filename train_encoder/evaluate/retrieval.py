@@ -105,7 +105,7 @@ def _on(device: torch.device, rows: np.ndarray) -> torch.Tensor:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 products in fp32 and not in TF32, which a trainer may have switched on: ranks hang on small differences."""
+    """Products in fp32 and not in TF32, which a trainer may have switched on: ranks depend on small differences."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -157,7 +157,7 @@ class _Pixels:
 
 
 def openmoji_colours(folder: Path) -> Classes:
-    """Held-out drawings into their main colours."""
+    """Held-out drawings; their classes are their main colours."""
     paths, colours = zip(*main_colours(folder), strict=True)
     names, labels = np.unique(colours, return_inverse=True)
     return Classes(names.tolist(), labels, _Files(paths))

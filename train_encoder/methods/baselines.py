@@ -17,7 +17,7 @@ from .mixture import Mixture
 
 
 class BaseOnly(Method):
-    """The base: trained from nothing where asked, measured, left as it is. What every comparison starts from."""
+    """The base alone, measured as it is. What every comparison starts from."""
 
     final = output = "base"
 
@@ -37,10 +37,7 @@ class BaseOnly(Method):
 
 
 class DirectFinetuning(Method):
-    """One training of the dense base, of its FFNs or of everything, on shuffled batches; the result is a dense CLIP.
-
-    With CLIP's loss or with Long-CLIP's.
-    """
+    """One training of the dense base, of its FFNs or of everything, on shuffled batches; the result is a dense CLIP."""
 
     final = "fine-tuned"
     output = "clip"

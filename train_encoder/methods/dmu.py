@@ -79,7 +79,7 @@ class DMU(Mixture):
         return self.stage_ffns(bundle.model.state_dict())
 
     def stage_ffns(self, state: Tensors) -> Tensors:
-        """The FFN tensors of a dense state dict that a stage has of its own: those of the MoE blocks."""
+        """Those tensors of a dense state dict that a stage trains: the FFNs of the MoE blocks."""
         blocks = moe_blocks(self.upcycled_config())
         return {name: tensor for name, tensor in state.items() if _is_own(name, blocks)}
 
@@ -111,8 +111,7 @@ class DMU(Mixture):
         return accumulate([self.clusters(stage) for stage in range(number)])
 
     def clusters(self, number: int) -> StageClusters:
-        """Clusters of the training images' embeddings, and their first captions', that stage `number` gives (0: the
-        base)."""
+        """Clusters of the training data's embeddings (images and first captions) under stage `number` (0: the base)."""
         path, run, c = self.run.folder.clusters(number), self.run, self.config
         if not path.exists():
             weights = run.folder.stage_weights(number) if number else run.folder.base / "model.safetensors"
@@ -183,7 +182,7 @@ def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _is_own(name: str, blocks: set[tuple[str, int]]) -> bool:
-    """Whether it is a tensor of an FFN in one of these (tower, number) blocks."""
+    """Whether a tensor belongs to an FFN in one of these blocks, (tower, number) each."""
     if not is_ffn(name):
         return False
     tower, _, _, block, *_ = name.split(".")

@@ -93,8 +93,8 @@ def add_adapters(model: CLIPMoEModel, blocks: Collection[tuple[str, int]], setti
 
 @torch.no_grad()
 def merge_adapters(model: CLIPMoEModel, adapters: LoraModel, start: Tensors) -> None:
-    """Make a plain model of it again, in place: the tensors of `start`, in fp32, and in every matrix that had an
-    adapter its change on top, as peft's own merge adds it to weights that were never stored in bf16."""
+    """Take the adapters out again, in place: `model` gets the fp32 tensors of `start` (its state before
+    `add_adapters`), and every adapted matrix its change (alpha / r) B A on top. Bit for bit peft's own merge."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}

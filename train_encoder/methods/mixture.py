@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_clipmoe.bundle import ClipBundle
-from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig, active_parameters
+from llava_clipmoe.configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig, active_parameters
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
@@ -16,16 +16,6 @@ from ..evaluate.run import Variant
 from .base import Method, Trainable, Training
 
 UNTRAINED = "clip-moe (untrained router)"
-MOE_FIELDS = (
-    "num_experts",
-    "num_experts_per_tok",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "router_jitter_noise",
-    "router_initializer_range",
-    "expert_dropout",
-)
-"""Settings of a run that are fields of the model's configuration."""
 
 
 class Mixture(Method):
@@ -57,7 +47,7 @@ class Mixture(Method):
     def upcycled_config(self, **more: Any) -> CLIPMoEConfig:
         """The mixture's configuration, by the settings. more: other expert fields (EXPERT_FIELDS)."""
         dense, moe = self.run.start.model.config, self.config.moe
-        fields = {name: getattr(moe, name) for name in MOE_FIELDS}
+        fields = {name: value for name, value in vars(moe).items() if name in EXPERT_FIELDS}
         towers = {
             "vision_model": (dense.vision_config, moe.vision_layers),
             "text_model": (dense.text_config, moe.text_layers),

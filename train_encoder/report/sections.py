@@ -84,9 +84,6 @@ def load_run(directory: str | Path) -> Run:
     return run
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
-
-
 def _score_rows(variants: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> list[list[str | Score]]:
     """A row a variant, in the order in which the method evaluated them; the distance to the base below each score."""
     best = {key: best_of(scores.get(key) for scores in variants.values()) for key in keys}
@@ -153,9 +150,6 @@ def attributes(run: Run) -> list[Block]:
 
 def _count(number: float | None) -> str:
     return f"{number:,}" if number else MISSING
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 def loss(run: Run) -> list[Block]:
@@ -236,9 +230,6 @@ def clusters(run: Run) -> list[Block]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- routers
-
-
 def routing(run: Run) -> list[Block]:
     data = run.measured("routing")
     towers = {tower: data[tower] for tower in ("vision", "text") if data.get(tower)}
@@ -295,9 +286,6 @@ def movement(run: Run) -> list[Block]:
         shown.append(f"The experts themselves, all FFNs of a stage against the base's: {moved}.")
     head = ["block", "|W − W₀| / |W₀|", "cosine(W, W₀)", "tokens with a new first expert"]
     return [*shown, Table(head, rows, folded=f"All {len(rows)} routers")]
-
-
-# ---------------------------------------------------------------------------------------------------------------- cost
 
 
 @dataclass
