@@ -64,67 +64,71 @@ DMU_OPENMOJI = TrainConfig(
 # rates that a paper gives are the paper's; the others are DMU's, so that a comparison is one of methods.
 
 
-def other_methods(dmu: TrainConfig) -> dict[str, TrainConfig]:
-    """The baselines and CLIP-FMoE on the data, base and scale of a DMU recipe, by their names."""
-    stage, router = dmu.mcl.optim, dmu.moe.optim
+def other_methods(dmu: TrainConfig) -> dict[str, tuple[str, TrainConfig]]:
+    """The baselines and CLIP-FMoE on the data, base and scale of a DMU recipe: name -> (what it is, settings)."""
+    stage, router, scratch = dmu.mcl.optim, dmu.moe.optim, dmu.base.source == "scratch"
     stages = dmu.moe.num_experts - 1
     experts = replace(stage, epochs=stages * stage.epochs)
     whole = replace(stage, epochs=stages * stage.epochs + router.epochs)
     everything = replace(whole, learning_rate=stage.learning_rate / 10, weight_decay=0.01)  # Long-CLIP: 1e-6, 1e-2
-    two = {"loss": "multi-positive"}
-    # The paper's 64 sub-clusters of each cluster are for a million images; of 2,000, most would not fill a batch.
-    sub_clusters = 4 if dmu.base.source == "scratch" else 64
     # Four times the stages' rate: low-rank changes usually want more than full ones. Not measured.
     low_rank = replace(stage, learning_rate=4 * stage.learning_rate)
     # The small base is eight times narrower than ViT-L; at a sixteenth of its width 15% of a full stage would be lost.
-    lora = LoraConfig(rank=dmu.base.scratch.vision_width // 8) if dmu.base.source == "scratch" else LoraConfig()
+    lora = LoraConfig(rank=dmu.base.scratch.vision_width // 8) if scratch else LoraConfig()
+    # The paper's 64 sub-clusters of each cluster are for a million images; of 2,000, most would not fill a batch.
+    fmoe = FMoEConfig(sub_clusters=4 if scratch else 64, optim=replace(experts, loss="multi-positive"))
     return {
-        "base": replace(dmu, method="base"),
-        "dmu-lora": replace(dmu, method="dmu-lora", mcl=replace(dmu.mcl, optim=low_rank), lora=lora),
-        # CLIP-FMoE: the last training is DMU's router training, of the gates too.
-        "fmoe": replace(
-            dmu,
-            method="fmoe",
-            fmoe=FMoEConfig(sub_clusters=sub_clusters, optim=replace(experts, **two)),
-            moe=replace(dmu.moe, optim=replace(router, **two)),
+        "base": (
+            "the dense base alone, trained from nothing where there is none",
+            replace(dmu, method="base"),
         ),
-        "direct-ft": replace(dmu, method="finetune", finetune=FinetuneConfig("ffn", whole)),
-        "direct-ft-all": replace(dmu, method="finetune", finetune=FinetuneConfig("all", everything)),
-        "sparse-upcycling": replace(dmu, method="sparse-upcycling", moe=replace(dmu.moe, optim=whole)),
-        # Long-CLIP: everything is trained, at a tenth of the FFNs' rate (official code).
-        "long-clip": replace(
-            dmu, method="finetune", finetune=FinetuneConfig("all", replace(everything, loss="long-short"))
+        "dmu-lora": (
+            "DMU whose stages train low-rank changes of the FFNs (LoRA), at a fraction of the memory",
+            replace(dmu, method="dmu-lora", mcl=replace(dmu.mcl, optim=low_rank), lora=lora),
+        ),
+        # The last training is DMU's router training, of the gates too.
+        "fmoe": (
+            "CLIP-FMoE: independent experts on clusters, a fusion gate to the base",
+            replace(dmu, method="fmoe", fmoe=fmoe, moe=replace(dmu.moe, optim=replace(router, loss="multi-positive"))),
+        ),
+        "direct-ft": (
+            "baseline: the base's FFNs fine-tuned",
+            replace(dmu, method="finetune", finetune=FinetuneConfig("ffn", whole)),
+        ),
+        "direct-ft-all": (
+            "baseline: the whole base fine-tuned",
+            replace(dmu, method="finetune", finetune=FinetuneConfig("all", everything)),
+        ),
+        "sparse-upcycling": (
+            "baseline: copies of the base's FFN as experts, trained together",
+            replace(dmu, method="sparse-upcycling", moe=replace(dmu.moe, optim=whole)),
+        ),
+        # Everything is trained, at a tenth of the FFNs' rate (official code).
+        "long-clip": (
+            "baseline: Long-CLIP's objective, the whole base",
+            replace(dmu, method="finetune", finetune=FinetuneConfig("all", replace(everything, loss="long-short"))),
         ),
         # Table 4 of CLIP-MoE: the base and one FFN that was fine-tuned without clusters.
-        "vanilla-moe": replace(
-            dmu,
-            method="vanilla-moe",
-            mcl=replace(dmu.mcl, optim=experts),
-            moe=replace(dmu.moe, num_experts=2, num_experts_per_tok=2),
+        "vanilla-moe": (
+            "ablation: the base and one directly fine-tuned FFN as two experts",
+            replace(
+                dmu,
+                method="vanilla-moe",
+                mcl=replace(dmu.mcl, optim=experts),
+                moe=replace(dmu.moe, num_experts=2, num_experts_per_tok=2),
+            ),
         ),
     }
 
-
-_WHAT = {
-    "base": "the dense base alone, trained from nothing where there is none",
-    "dmu-lora": "DMU whose stages train low-rank changes of the FFNs (LoRA), at a fraction of the memory",
-    "fmoe": "CLIP-FMoE: independent experts on clusters, a fusion gate to the base",
-    "direct-ft": "baseline: the base's FFNs fine-tuned",
-    "direct-ft-all": "baseline: the whole base fine-tuned",
-    "sparse-upcycling": "baseline: copies of the base's FFN as experts, trained together",
-    "long-clip": "baseline: Long-CLIP's objective, the whole base",
-    "vanilla-moe": "ablation: the base and one directly fine-tuned FFN as two experts",
-}
 
 RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "dmu-openmoji": ("a small CLIP-MoE from nothing, on emoji drawn on this machine; minutes on 2 cores", DMU_OPENMOJI),
     "dmu-vitl14-336-sharegpt4v": ("the paper's: OpenAI ViT-L/14@336 on ShareGPT4V's 1.2M captions", DMU_SHAREGPT4V),
     "dmu-vitl14-336-recap1m": ("the paper's: OpenAI ViT-L/14@336 on Recap-DataComp-1M", DMU_RECAP1M),
-} | {
-    f"{method}-{scale}": (f"{_WHAT[method]}; {where}", config)
-    for scale, where, dmu in (
-        ("openmoji", "on emoji", DMU_OPENMOJI),
-        ("vitl14-336-sharegpt4v", "ViT-L/14@336 on ShareGPT4V", DMU_SHAREGPT4V),
-    )
-    for method, config in other_methods(dmu).items()
 }
+for _scale, _where, _dmu in (
+    ("openmoji", "on emoji", DMU_OPENMOJI),
+    ("vitl14-336-sharegpt4v", "ViT-L/14@336 on ShareGPT4V", DMU_SHAREGPT4V),
+):
+    for _method, (_what, _config) in other_methods(_dmu).items():
+        RECIPES[f"{_method}-{_scale}"] = f"{_what}; {_where}", _config

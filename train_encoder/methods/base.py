@@ -39,8 +39,6 @@ class Method:
     config.json in namespaces.
     """
 
-    recipe = ""
-    """The method's name in the result's model card."""
     final = "clip-moe"
     """Name of the result among the variants that are measured."""
     output = "clip-moe"
@@ -85,11 +83,24 @@ class Method:
         """A fresh copy of the base."""
         return load_bundle(self.run.folder.base)
 
-    def save_result(self, bundle: ClipBundle, recipe: str, training: str) -> None:
-        """Keep the result, then drop the resume state of the training that made it."""
-        card = self.run.trained_card(recipe)
-        self.run.save(lambda: save_bundle(bundle, self.output_folder, card=card))
-        self.run.discard(training)
+    def train(self, name: str, bundle: ClipBundle, **more: Any) -> None:
+        """One of the `trainings`, of `bundle.model` in place. more: what else `Run.train` takes."""
+        training = self.trainings(self.config, self.run.base.model.config, self.result_config())[name]
+        self.run.train(name, bundle, training.trainable, training.optim, **more)
+
+    def result_config(self) -> CLIPMoEConfig:
+        """The configuration of the result's model."""
+        return self.run.base.model.config
+
+    def train_last(self, name: str, start: Callable[[], ClipBundle], recipe: str) -> ClipBundle:
+        """The result: what `start` gives, after its training; kept in `output_folder`. recipe: for the model card."""
+        if not self.output_folder.exists():
+            bundle = start()
+            self.train(name, bundle)
+            card = self.run.trained_card(recipe)
+            self.run.save(lambda: save_bundle(bundle, self.output_folder, card=card))
+            self.run.discard(name)
+        return load_bundle(self.output_folder)
 
     def variants(self) -> Mapping[str, Variant]:
         """What is measured, by its name in results.json, in the order of the table."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_ffn, sparse_upcycle
 
 from ..config import TrainConfig
@@ -48,19 +47,11 @@ class DirectFinetuning(Method):
 
     @classmethod
     def trainings(cls, config: TrainConfig, base: CLIPMoEConfig, result: CLIPMoEConfig) -> dict[str, Training]:
-        return {"finetune": Training(base, cls.trainable(config), config.finetune.optim)}
-
-    @staticmethod
-    def trainable(config: TrainConfig) -> Trainable:
-        return is_ffn if config.finetune.parts == "ffn" else lambda name: True
+        trainable = is_ffn if config.finetune.parts == "ffn" else lambda name: True
+        return {"finetune": Training(base, trainable, config.finetune.optim)}
 
     def make(self) -> ClipBundle:
-        settings = self.config.finetune
-        if not self.output_folder.exists():
-            bundle = self.load_base()
-            self.run.train("finetune", bundle, self.trainable(self.config), settings.optim)
-            self.save_result(bundle, f"fine-tuned ({settings.parts})", "finetune")
-        return load_bundle(self.output_folder)
+        return self.train_last("finetune", self.load_base, f"fine-tuned ({self.config.finetune.parts})")
 
 
 class SparseUpcycling(Mixture):
@@ -81,5 +72,5 @@ class SparseUpcycling(Mixture):
 
     def untrained_moe(self) -> ClipBundle:
         base = self.run.base
-        model = sparse_upcycle(base.model.cpu(), self.upcycled_config(), seed=self.config.seed)
+        model = sparse_upcycle(base.model.cpu(), self.result_config(), seed=self.config.seed)
         return dataclasses.replace(base, model=model)

@@ -74,13 +74,12 @@ class DMU(Mixture):
 
     def train_stage(self, number: int, bundle: ClipBundle, cluster_ids: np.ndarray | None) -> Tensors:
         """Train `bundle.model` in place -> its FFN tensors."""
-        trainable = set(self.stage_ffns(bundle.model.state_dict())).__contains__
-        self.run.train(f"stage{number}", bundle, trainable, self.config.mcl.optim, cluster_ids=cluster_ids)
+        self.train(_name(number), bundle, cluster_ids=cluster_ids)
         return self.stage_ffns(bundle.model.state_dict())
 
     def stage_ffns(self, state: Tensors) -> Tensors:
         """Those tensors of a dense state dict that a stage trains: the FFNs of the MoE blocks."""
-        blocks = moe_blocks(self.upcycled_config())
+        blocks = moe_blocks(self.result_config())
         return {name: tensor for name, tensor in state.items() if _is_own(name, blocks)}
 
     def started_from(self, number: int) -> int:
@@ -127,7 +126,7 @@ class DMU(Mixture):
 
     def untrained_moe(self) -> ClipBundle:
         base = self.run.base
-        model = upcycle(base.model.cpu(), self.stages, self.upcycled_config(), seed=self.config.seed)
+        model = upcycle(base.model.cpu(), self.stages, self.result_config(), seed=self.config.seed)
         return dataclasses.replace(base, model=model)
 
     def variants(self) -> Mapping[str, Variant]:

@@ -78,18 +78,11 @@ class FMoE(Mixture):
                 f"cluster {number} has {len(mine)} images, fewer than a batch of {batch}: lower "
                 "--fmoe.optim.global-batch-size or --moe.num-experts, or use more data."
             )
-        base, config = self.load_base(), self.upcycled_config(num_experts=1, num_experts_per_tok=1)
+        base, config = self.load_base(), self.result_config(num_experts=1, num_experts_per_tok=1)
         beside = fuse(base.model, [ffn_state(base.model.state_dict())], config, seed=self.config.seed)
         bundle = dataclasses.replace(base, model=beside)
-        self.run.train(
-            name,
-            bundle,
-            is_expert_or_gate,
-            self.config.fmoe.optim,
-            cluster_ids=found.sub_labels[mine][:, None],
-            rows=self.run.rows[mine],
-            accelerator=Alone(self.run.accelerator),
-        )
+        sub_clusters, alone = found.sub_labels[mine][:, None], Alone(self.run.accelerator)
+        self.train(name, bundle, cluster_ids=sub_clusters, rows=self.run.rows[mine], accelerator=alone)
         with atomic_directory(weights.parent) as temporary:
             save_tensors(temporary / "model.safetensors", expert_state(bundle.model.state_dict()))
             about = {"what": "the FFN tensors of one expert of a CLIP-FMoE; all else is the base's", "expert": number}
@@ -98,12 +91,12 @@ class FMoE(Mixture):
 
     # ------------------------------------------------------------------------------------------------- the mixture
 
-    def upcycled_config(self, **more: Any) -> CLIPMoEConfig:
+    def result_config(self, **more: Any) -> CLIPMoEConfig:
         """With fusion gates, in the paper's blocks where the settings name none."""
-        return super().upcycled_config(fusion_gate=True, fusion_gate_init=self.config.fmoe.gate_init, **more)
+        return super().result_config(fusion_gate=True, fusion_gate_init=self.config.fmoe.gate_init, **more)
 
     def untrained_moe(self) -> ClipBundle:
-        model = fuse(self.run.base.model.cpu(), self.experts, self.upcycled_config(), seed=self.config.seed)
+        model = fuse(self.run.base.model.cpu(), self.experts, self.result_config(), seed=self.config.seed)
         return dataclasses.replace(self.run.base, model=model)
 
     def describe(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class LoraDMU(DMU):
         model = bundle.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 1000 + number)  # A starts random: the same in every process and resume
-            adapters = add_adapters(model, moe_blocks(self.upcycled_config()), self.config.lora)
+            adapters = add_adapters(model, moe_blocks(self.result_config()), self.config.lora)
         if self.config.engine.precision == "bf16":
             store_frozen_in(model, torch.bfloat16, is_adapter)  # the originals are on the disk
         self.run.train(f"stage{number}", bundle, is_adapter, self.config.mcl.optim, cluster_ids=cluster_ids)

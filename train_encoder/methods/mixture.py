@@ -7,7 +7,6 @@ from typing import Any
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig, active_parameters
-from llava_clipmoe.load import load_bundle
 from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
 from ..config import TrainConfig
@@ -20,6 +19,9 @@ UNTRAINED = "clip-moe (untrained router)"
 
 class Mixture(Method):
     """A method that puts experts together and then trains what chooses among them."""
+
+    recipe = ""
+    """The method's name in the result's model card."""
 
     @classmethod
     def trainable_last(cls, config: TrainConfig) -> Trainable:
@@ -44,7 +46,7 @@ class Mixture(Method):
         """The experts put together, under fresh routers (the same ones every time: `seed` decides them)."""
         raise NotImplementedError
 
-    def upcycled_config(self, **more: Any) -> CLIPMoEConfig:
+    def result_config(self, **more: Any) -> CLIPMoEConfig:
         """The mixture's configuration, by the settings. more: other expert fields (EXPERT_FIELDS)."""
         dense, moe = self.run.start.model.config, self.config.moe
         fields = {name: value for name, value in vars(moe).items() if name in EXPERT_FIELDS}
@@ -59,11 +61,7 @@ class Mixture(Method):
 
     def train_routers(self) -> ClipBundle:
         """The result: the mixture after its last training, on shuffled global batches."""
-        if not self.output_folder.exists():
-            bundle = self.untrained_moe()
-            self.run.train("router", bundle, self.trainable_last(self.config), self.config.moe.optim)
-            self.save_result(bundle, self.recipe, "router")
-        return load_bundle(self.output_folder)
+        return self.train_last("router", self.untrained_moe, self.recipe)
 
     def variants(self) -> Mapping[str, Variant]:
         """The base, every expert alone, the mixture before its last training and after it."""
