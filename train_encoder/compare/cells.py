@@ -18,9 +18,6 @@ from ..methods import METHODS
 from ..training.metrics import METRICS, read_metrics
 from .cost import CaptionTokens, caption_tokens, run_flops, vision_macs
 
-RESULTS = ("clip-moe", "clip", "base")
-"""Folders that may hold a run's result; the first that is there does."""
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -86,9 +83,9 @@ def read_cell(folder: Path) -> Cell:
     settings = filled(read_json(folder / "config.json"), to_dict(TrainConfig()))
     config = json.loads(json.dumps(settings), object_hook=lambda values: SimpleNamespace(**values))
     rows, _ = read_metrics(folder / METRICS)
-    base = read_config(folder / "base")
-    result = read_config(next(folder / name for name in RESULTS if (folder / name).exists()))
-    trainings = METHODS[config.method].trainings(config, base, result)
+    method, base = METHODS[config.method], read_config(folder / "base")
+    result = read_config(folder / method.output)
+    trainings = method.trainings(config, base, result)
     cpu = config.engine.device == "cpu" and config.engine.workers == 0
     batches = {name: training.optim.global_batch_size for name, training in trainings.items()}
     cost, flops, tokens = cost_of(rows, batches, cpu), 0.0, None
