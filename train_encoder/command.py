@@ -11,10 +11,8 @@ Every piece is kept in the run's directory as soon as it is whole; the same comm
 from __future__ import annotations
 
 import tyro
-from accelerate import Accelerator
 from rich.console import Console
 
-from .config import TrainConfig
 from .evaluate.run import evaluate_run
 from .methods import METHODS
 from .recipes import RECIPES
@@ -24,7 +22,7 @@ from .training.run import Run, make_accelerator
 
 
 def main(argv: list[str]) -> int:
-    """Train, measure and report one run; -> 0."""
+    """Train, measure and report one run, by the method of its settings; -> 0."""
     config = tyro.extras.overridable_config_cli(
         RECIPES, args=argv, prog="llava-clipmoe train-encoder", description=__doc__, use_underscores=False
     )
@@ -36,12 +34,6 @@ def main(argv: list[str]) -> int:
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    train_and_evaluate(config, accelerator)
-    return 0
-
-
-def train_and_evaluate(config: TrainConfig, accelerator: Accelerator) -> None:
-    """One run from its data to its report, by the method of its settings."""
     run = Run(config, accelerator)
     method = METHODS[config.method](run)
     run.read_data()
@@ -60,3 +52,4 @@ def train_and_evaluate(config: TrainConfig, accelerator: Accelerator) -> None:
         console.print(f"report: {page}\nmodel:  {method.output_folder}", highlight=False, soft_wrap=True)
     accelerator.wait_for_everyone()
     run.metrics.close()
+    return 0
