@@ -45,8 +45,8 @@ def cells() -> dict[str, list[Cell]]:
 @pytest.fixture
 def no_drawing(monkeypatch) -> None:
     """For tests of what is on the page, not of how figures look: drawing is nearly all of the time."""
-    for module in ("train_encoder.report.figures", "train_encoder.compare.figures"):
-        monkeypatch.setattr(f"{module}.to_svg", lambda figure, name, label: f'<svg id="{name}"></svg>')
+    svg = "train_encoder.report.figures.to_svg"
+    monkeypatch.setattr(svg, lambda figure, name, label: f'<svg id="{name}"></svg>')
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences

@@ -9,10 +9,9 @@ from typing import Any
 
 from ..evaluate.judge import ACCURACIES
 from ..report.document import MISSING, Code, Document, Figure, Score, Section, Table, duration, millions
-from ..report.figures import stacked_bars
+from ..report.figures import cost_against_score, scores_with_errors, stacked_bars
 from ..report.sections import RECALLS
 from .cells import Cell, Cells
-from .figures import cost_against_score, scores_with_errors
 from .llava import Llava, llava_section
 from .summary import Scores, ScoreTable, fmoe_claims, summary
 

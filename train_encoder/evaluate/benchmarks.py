@@ -22,8 +22,6 @@ Captions = dict[Path, list[str]]
 class ImageList:
     """A benchmark's images with their captions, in its own order; reads like a `PairSource`."""
 
-    max_pixels = DataConfig.max_pixels
-
     def __init__(self, name: str, captions: Captions) -> None:
         self.rows = [(path, texts[:CAPTIONS_PER_IMAGE]) for path, texts in captions.items()]
         self.fingerprint = digest(name, [(path.name, texts) for path, texts in self.rows])
@@ -40,7 +38,7 @@ class ImageList:
     def image(self, i: int) -> Image.Image:
         """Image i in RGB. Raises BadImage when it is damaged, FileNotFoundError when it is missing."""
         with self.rows[i][0].open("rb") as file:
-            return decode_image(file, self.max_pixels)
+            return decode_image(file, DataConfig.max_pixels)
 
 
 class BenchmarkNotFound(FileNotFoundError):

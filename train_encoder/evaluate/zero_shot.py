@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,27 +141,20 @@ def open_classes(preset: str | None, folder: str | Path) -> Classes:
     return (image_folder if preset is None else PRESETS[preset])(folder)
 
 
-@dataclass(frozen=True)
-class _Files:
-    paths: Sequence[Path]
-
-    def __call__(self, i: int) -> Image.Image:
-        return open_image(self.paths[i])
+def _read_file(paths: Sequence[Path], i: int) -> Image.Image:
+    return open_image(paths[i])
 
 
-@dataclass(frozen=True)
-class _Pixels:
-    images: np.ndarray  # uint8 [N,3,32,32]
-
-    def __call__(self, i: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0)))
+def _read_pixels(images: np.ndarray, i: int) -> Image.Image:
+    """images: uint8 [N,3,32,32]."""
+    return Image.fromarray(np.ascontiguousarray(images[i].transpose(1, 2, 0)))
 
 
 def openmoji_colours(folder: Path) -> Classes:
     """Held-out drawings; their classes are their main colours."""
     paths, colours = zip(*main_colours(folder), strict=True)
     names, labels = np.unique(colours, return_inverse=True)
-    return Classes(names.tolist(), labels, _Files(paths))
+    return Classes(names.tolist(), labels, partial(_read_file, paths))
 
 
 def image_folder(folder: Path) -> Classes:
@@ -183,7 +177,7 @@ def image_folder(folder: Path) -> Classes:
         if len(names) != len(folders):
             raise BenchmarkNotFound(f"{listed} names {len(names)} classes, but {folder} has {len(folders)} subfolders.")
     labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in found])
-    return Classes(names, labels, _Files([path for paths in found for path in paths]))
+    return Classes(names, labels, partial(_read_file, [path for paths in found for path in paths]))
 
 
 def _lines(path: Path) -> list[str]:
@@ -243,7 +237,7 @@ def _cifar(folder: Path, archive: str, images: str, names: str, label_bytes: int
     labels = records[:, label_bytes - 1].astype(np.int64)
     if labels.max() >= len(classes):
         raise BenchmarkNotFound(f"{root / names} names {len(classes)} classes, but there is a label {labels.max()}.")
-    return Classes(classes, labels, _Pixels(records[:, label_bytes:].reshape(-1, 3, 32, 32)))
+    return Classes(classes, labels, partial(_read_pixels, records[:, label_bytes:].reshape(-1, 3, 32, 32)))
 
 
 PRESETS: dict[str, Callable[[Path], Classes]] = {"imagenet": imagenet, "cifar10": cifar10, "cifar100": cifar100}
