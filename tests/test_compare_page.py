@@ -80,7 +80,7 @@ def test_the_base_may_be_first():
 
 
 def test_the_page_opens_with_three_to_five_sentences(cells, no_drawing):
-    said = make_page(cells, [], ["x"]).points
+    said = make_page(cells, {}, ["x"]).points
     assert 3 <= len(said) <= 5
     assert said[0].startswith("**Retrieval, held|out**: dmu is first with 32.0, 1.0 above fmoe")
     assert "21.0 above the base, clearly" in said[0]
@@ -101,19 +101,19 @@ def test_claims_of_clip_fmoe_stand_beside_the_papers_figures(cells):
 
 def test_a_data_set_that_a_cell_was_not_measured_on_is_left_out(cells, no_drawing):
     del cells["fmoe"][1].results["zero_shot"]["shapes"]
-    page = make_page(cells, [], ["x"]).markdown()
+    page = make_page(cells, {}, ["x"]).markdown()
     assert "shapes" not in page and "Zero-shot" not in page and "held\\|out" not in page.split("##")[0]
 
 
 def test_experts_are_rows_of_the_attributes_and_columns_of_the_routing(cells, no_drawing):
-    page = make_page(cells, [], ["x"]).markdown()
+    page = make_page(cells, {}, ["x"]).markdown()
     assert "| dmu: expert3 | **32.0 ± 2.0** |" in page
     assert "| fmoe | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | – |" in page and "\n| base | 0" not in page
 
 
 def test_nothing_of_a_name_becomes_markup(cells):
     cells["<script>"] = cells.pop("fmoe")
-    page = make_page(cells, [], ["<b>"]).html()
+    page = make_page(cells, {}, ["<b>"]).html()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>'" not in page
 
 

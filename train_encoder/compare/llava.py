@@ -7,8 +7,7 @@ where eval-llava puts them: RESULTS/BENCHMARK/MODEL.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +18,47 @@ from ..report.document import MISSING, Section, Table, signed
 NEEDED = ("benchmark", "n", "headline", "metrics")
 ORDER = "mme pope mmbench mmbench_cn mmvet vizwiz mmstar ocrbench vqav2 textvqa textvqa_no_ocr gqa mmvp".split()
 """Table 3's, then what it does not have; others come after them."""
+Results = dict[str, dict[str, Any]]
+"""Of one LLaVA: benchmark -> its results.json."""
 
 
-@dataclass(frozen=True)
-class Llava:
-    """One column: benchmark -> its results.json."""
-
-    name: str
-    results: dict[str, dict[str, Any]]
-
-
-def read_llavas(entries: Sequence[str], default: Path) -> list[Llava]:
-    """`[NAME=]DIR` each. default: where eval-llava keeps results (BENCHMARK/MODEL/results.json).
+def read_llavas(entries: Sequence[str], default: Path) -> dict[str, Results]:
+    """`[NAME=]DIR` each -> results by name. default: where eval-llava keeps them (BENCHMARK/MODEL/results.json).
 
     Raises FileNotFoundError for a LLaVA without results, ValueError for two of one name, or two results of one
     benchmark in one folder.
     """
-    found = [_read(entry, default) for entry in entries]
-    names = [llava.name for llava in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"two LLaVAs are called {twice!r}: give them names of their own, --llava NAME=DIR NAME=DIR.")
-    return found
+    llavas: dict[str, Results] = {}
+    for entry in entries:
+        name, _, given = entry.partition("=")
+        if not given or Path(entry).exists():
+            name, given = Path(entry).resolve().name, entry
+        if name in llavas:
+            raise ValueError(
+                f"two LLaVAs are called {name!r}: give them names of their own, --llava NAME=DIR NAME=DIR."
+            )
+        llavas[name] = _read(Path(given), default)
+    return llavas
 
 
-def _read(entry: str, default: Path) -> Llava:
-    name, _, given = entry.partition("=")
-    if not given or Path(entry).exists():
-        name, given = Path(entry).resolve().name, entry
-    folder, model = Path(given), Path(given).resolve().name
+def _read(folder: Path, default: Path) -> Results:
+    model, files, results = folder.resolve().name, {}, {}
     measured = _measured(folder.rglob("results.json")) or _measured(default.glob(f"*/{model}/results.json"))
-    files: dict[str, Path] = {}
     for file, result in measured:
         benchmark = result["benchmark"]
-        if benchmark in files:
+        if benchmark in results:
             raise ValueError(
                 f"{folder} holds two results of {benchmark}: {files[benchmark]} and {file}. Name the folder of one "
                 "LLaVA's results."
             )
-        files[benchmark] = file
-    if not measured:
+        files[benchmark], results[benchmark] = file, result
+    if not results:
         what = "is not a folder" if not folder.is_dir() else "holds no results of eval-llava"
         raise FileNotFoundError(
             f"{folder} {what}, and there are none in {default}/BENCHMARK/{model} either. Measure that LLaVA first: "
             f"llava-clipmoe eval-llava pope --model-path {folder} --data playground/data/eval/pope"
         )
-    return Llava(name, {result["benchmark"]: result for _, result in measured})
+    return results
 
 
 def _measured(files: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -73,26 +67,26 @@ def _measured(files: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
     return [(file, result) for file, result in found if isinstance(result, dict) and all(k in result for k in NEEDED)]
 
 
-def llava_section(llavas: Sequence[Llava]) -> Section:
+def llava_section(llavas: Mapping[str, Results]) -> Section:
     """A row a benchmark, a column a LLaVA with its delta against the first, the paper's figures last."""
-    known = {benchmark for llava in llavas for benchmark in llava.results}
-    ordered = [b for b in ORDER if b in known] + sorted(known - set(ORDER))
-    first, notes, rows = llavas[0], [], []
-    for benchmark in ordered:
-        of = [llava.results.get(benchmark) for llava in llavas]
-        values = [_headline(result) for result in of]
-        cells = [_cell(value, values[0] if number else None) for number, value in enumerate(values)]
-        some = next(result for result in of if result is not None)
-        rows.append([benchmark, str(some["headline"]).replace("_", " "), *cells, _paper(some)])
-        notes += _doubts(benchmark, llavas, of)
-    head = ["benchmark", "metric", *(llava.name for llava in llavas), "paper: 7B, with CLIP-MoE"]
-    intro = f"In brackets: the difference to {first.name}." if len(llavas) > 1 else ""
-    blocks = [intro, Table(head, rows), " ".join(notes)]
-    return Section("llava", "LLaVA", [block for block in blocks if block])
+    known = {benchmark for results in llavas.values() for benchmark in results}
+    first, notes, rows = next(iter(llavas)), [], []
+    for benchmark in [*(b for b in ORDER if b in known), *sorted(known - set(ORDER))]:
+        found = {name: results[benchmark] for name, results in llavas.items() if benchmark in results}
+        values = {name: _headline(result) for name, result in found.items()}
+        base = values.get(first)
+        cells = [_cell(values.get(name), None if name == first else base) for name in llavas]
+        some = next(iter(found.values()))
+        paper = " → ".join(f"{value:,.1f}" for value in (some.get("paper") or {}).values())
+        rows.append([benchmark, str(some["headline"]).replace("_", " "), *cells, paper or MISSING])
+        notes += _doubts(benchmark, found)
+    intro = f"In brackets: the difference to {first}." if len(llavas) > 1 else ""
+    table = Table(["benchmark", "metric", *llavas, "paper: 7B, with CLIP-MoE"], rows)
+    return Section("llava", "LLaVA", [block for block in (intro, table, " ".join(notes)) if block])
 
 
-def _headline(result: dict[str, Any] | None) -> float | None:
-    value = None if result is None else result["metrics"].get(result["headline"])
+def _headline(result: Mapping[str, Any]) -> float | None:
+    value = result["metrics"].get(result["headline"])
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -102,21 +96,16 @@ def _cell(value: float | None, first: float | None) -> str:
     return f"{value:,.1f}" if first is None else f"{value:,.1f} ({signed(value - first)})"
 
 
-def _paper(result: dict[str, Any]) -> str:
-    return " → ".join(f"{value:,.1f}" for value in result["paper"].values()) if result.get("paper") else MISSING
-
-
-def _doubts(benchmark: str, llavas: Sequence[Llava], of: Sequence[dict[str, Any] | None]) -> list[str]:
-    """Notes on a row whose numbers are missing, or cannot be compared."""
-    pairs = [(llava.name, result) for llava, result in zip(llavas, of, strict=True) if result is not None]
+def _doubts(benchmark: str, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Notes on a row whose numbers are missing, or cannot be compared. found: LLaVA -> its result."""
     notes = []
-    if any(result.get("limited") for _, result in pairs):
-        limited = ", ".join(f"{name} {result['n']:,}" for name, result in pairs if result.get("limited"))
+    if any(result.get("limited") for result in found.values()):
+        limited = ", ".join(f"{name} {result['n']:,}" for name, result in found.items() if result.get("limited"))
         notes.append(f"{benchmark}: only the first questions were asked ({limited}).")
-    elif len({result["n"] for _, result in pairs}) > 1:
-        counts = ", ".join(f"{name} {result['n']:,}" for name, result in pairs)
+    elif len({result["n"] for result in found.values()}) > 1:
+        counts = ", ".join(f"{name} {result['n']:,}" for name, result in found.items())
         notes.append(f"{benchmark}: not the same number of questions ({counts}).")
-    unscored = [name for name, result in pairs if _headline(result) is None]
+    unscored = [name for name, result in found.items() if _headline(result) is None]
     if unscored:
         why = "a server or judge scores it, see next_step in its results.json"
         notes.append(f"{benchmark}: not scored here for {', '.join(unscored)} ({why}).")

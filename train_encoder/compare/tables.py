@@ -12,7 +12,7 @@ from ..report.document import MISSING, Code, Document, Figure, Score, Section, T
 from ..report.figures import cost_against_score, scores_with_errors, stacked_bars
 from ..report.sections import RECALLS
 from .cells import Cell, Cells
-from .llava import Llava, llava_section
+from .llava import Results, llava_section
 from .summary import Scores, ScoreTable, fmoe_claims, summary
 
 CLUSTERING_NOTE = (
@@ -21,7 +21,7 @@ CLUSTERING_NOTE = (
 )
 
 
-def make_page(cells: Cells, llavas: Sequence[Llava], command: Sequence[str]) -> Document:
+def make_page(cells: Cells, llavas: Mapping[str, Results], command: Sequence[str]) -> Document:
     """cells: recipe -> its runs by seed, the base first (none: LLaVAs alone)."""
     makers = (retrieval, classification, attributes, routing, cost) if cells else ()
     found = [section for make in makers if (section := make(cells)) is not None]
