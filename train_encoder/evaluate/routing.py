@@ -131,7 +131,6 @@ def _watch(
     batch_size: int = 64,
     device: str | torch.device = "auto",
     precision: Precision = "fp32",
-    seed: int = 0,
 ) -> None:
     """Run some images and their first captions, and let `see` look at the tokens that count, in every batch and block.
 
@@ -140,7 +139,7 @@ def _watch(
     """
     if rows is None:
         rows, images = np.arange(len(source)), 256 if images is None else images
-    chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:images])
+    chosen = np.sort(np.random.default_rng(0).permutation(rows)[:images])
     pairs = [(pixels, source.captions(row)[0]) for row, pixels in readable_images(source, chosen, bundle.image_size)]
     if not pairs:
         raise ValueError("there is no readable image to look at the routing of.")
