@@ -67,11 +67,9 @@ class Settings(SourceOptions, EncodingOptions):
     images: int = 256
     """Pictures (with all their captions) of --calibration and of --check to use, drawn at random, seeded."""
     cosine: float = 0.999
-    """What --find asks of features: mean cosine (0 to 1) with the full model's, of images, captions and patches each.
-    Lower it for a smaller model."""
+    """--find: the least mean cosine (0 to 1) with each of the full model's features. Lower it for a lower rank."""
     points: float = 0.2
-    """What --find allows retrieval (mean of R@1 and R@5, both ways) to change, in points of percent. Raise it for a
-    smaller model."""
+    """--find: the most that mean recall (R@1 and R@5, both ways) may change, in points. Raise it for a lower rank."""
     workers: int = field(default=0, kw_only=True)
     """Processes that decode images for retrieval; 0 decodes them in this one."""
 
