@@ -21,9 +21,11 @@ from llava_clipmoe.files import read_json
 from train_llava.eval import converters, questions, scorers
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, merge, read_answers, write_jsonl
-from train_llava.eval.benchmarks import BENCHMARKS, SHORT_PROMPT
+from train_llava.eval.benchmarks import BENCHMARKS
 from train_llava.eval.letters import letter
 from train_llava.eval.runners import Run, _readable_by_pandas, _split, _write_tsv
+from train_llava.eval.settings import EvalLlava
+from train_llava.eval.truth import SHORT_PROMPT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PICTURE = b"\x89PNG not looked into"
@@ -54,13 +56,18 @@ def saying(*texts: str) -> list[dict]:
     return [{"question_id": i, "text": text, "model_id": "llava-x"} for i, text in enumerate(texts)]
 
 
+def rows_of(names: str, *rows: tuple) -> list[dict]:
+    """Answered questions with these fields."""
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
+
+
 # --- POPE -----------------------------------------------------------------------------------------------------------
 
 
 def test_pope_by_hand():
     rows = [("random", "yes", "Yes"), ("random", "yes", "No, it is not."), ("random", "no", "Yes, there is."),
             ("random", "no", "no"), ("popular", "no", "There is none. No."), ("popular", "yes", "Sure")]  # fmt: skip
-    found = scorers.pope(rows)
+    found = scorers.pope(rows_of("category label said", *rows))
     assert found["by_category"]["random"] == {
         "accuracy": 50, "precision": 50, "recall": 50, "f1": 50, "yes_ratio": 50, "n": 4,
     }  # fmt: skip
@@ -71,7 +78,8 @@ def test_pope_by_hand():
 
 
 def test_pope_where_nothing_is_yes_scores_zero():
-    assert scorers.pope([("random", "yes", "no"), ("random", "no", "no")])["by_category"]["random"]["f1"] == 0
+    rows = rows_of("category label said", ("random", "yes", "no"), ("random", "no", "no"))
+    assert scorers.pope(rows)["by_category"]["random"]["f1"] == 0
 
 
 def test_pope_equals_upstreams_script(tmp_path):
@@ -84,7 +92,8 @@ def test_pope_equals_upstreams_script(tmp_path):
     with contextlib.redirect_stdout(printed):
         upstream("eval_pope").eval_pope([{"text": text} for text in texts], tmp_path / "labels.json")
     theirs = dict(line.split(": ") for line in printed.getvalue().splitlines() if ": " in line)
-    ours = scorers.pope([("all", label, text) for label, text in zip(labels, texts, strict=True)])["by_category"]["all"]
+    rows = rows_of("category label said", *(("all", *pair) for pair in zip(labels, texts, strict=True)))
+    ours = scorers.pope(rows)["by_category"]["all"]
     names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "f1",
              "Yes ratio": "yes_ratio"}  # fmt: skip
     for their_name, our_name in names.items():
@@ -167,7 +176,7 @@ def test_mme_cognition_and_a_single_question_under_limit():
         ("code_reasoning", "a", "No", "no"),
         ("code_reasoning", "b", "No", "no"),
     ]
-    assert scorers.mme(rows) == {
+    assert scorers.mme(rows_of("task image truth said", *rows)) == {
         "perception": 0, "cognition": 200, "total": 200,
         "by_category": {"code_reasoning": {"score": 200, "acc": 100, "acc_plus": 100, "n": 3}},
     }  # fmt: skip
@@ -212,7 +221,10 @@ def test_textvqa_equals_upstreams_evaluator():
     theirs = upstream("m4c_evaluator").TextVQAAccuracyEvaluator().eval_pred_list(
         [{"pred_answer": text, "gt_answers": people} for text, people in rows]
     )  # fmt: skip
-    assert scorers.textvqa(rows)["accuracy"] == pytest.approx(100 * theirs) and 20 < 100 * theirs < 80
+    assert (
+        scorers.textvqa(rows_of("said answers", *rows))["accuracy"] == pytest.approx(100 * theirs)
+        and 20 < 100 * theirs < 80
+    )
 
 
 def test_textvqa_knows_its_questions_by_image_and_words(tmp_path):
@@ -249,16 +261,17 @@ def test_gqa_predictions_and_accuracy(tmp_path):
 
 
 def test_vqav2_fills_the_rest_of_the_split_and_vizwiz_names_images(tmp_path):
-    asked = [{"question_id": i, "image": f"{i}.jpg", "text": "?"} for i in range(2)]
-    answers = saying("The two dogs.", "Dont know")
-    converters.vqav2_json(tmp_path / "v.json", [{"question_id": i} for i in (1, 5, 0)], answers)
+    rows = rows_of("question_id image said", (0, "0.jpg", "The two dogs."), (1, "1.jpg", "Dont know"))
+    write_jsonl(tmp_path / "split.jsonl", rows_of("question_id", (1,), (5,), (0,)))
+    converters.vqav2_json(tmp_path / "v.json", rows, {"split": tmp_path / "split.jsonl"})
     said = json.loads((tmp_path / "v.json").read_text())
     assert said == [{"question_id": 1, "answer": "don't know"}, {"question_id": 5, "answer": ""},
                     {"question_id": 0, "answer": "2 dogs"}]  # fmt: skip
-    converters.vizwiz_json(tmp_path / "w.json", asked, answers)
+    converters.vizwiz_json(tmp_path / "w.json", rows, {})
     assert json.loads((tmp_path / "w.json").read_text())[0] == {"image": "0.jpg", "answer": "2 dogs"}
     with pytest.raises(EvalError, match=r"1 answered questions are not in test2015, e\.g\. id 1"):
-        converters.vqav2_json(tmp_path / "x.json", [{"question_id": 0}], answers)
+        write_jsonl(tmp_path / "split.jsonl", rows_of("question_id", (0,)))
+        converters.vqav2_json(tmp_path / "x.json", rows, {"split": tmp_path / "split.jsonl"})
 
 
 # --- OCRBench, MMStar, MMVP -----------------------------------------------------------------------------------------
@@ -300,7 +313,7 @@ def test_ocrbench_reads_all_its_forms_and_scores(tmp_path):
         questions.extract_images(other, tmp_path / name[:4])
         assert {(tmp_path / name[:4] / q["image"]).read_bytes() for q in other} == {PICTURE}
     rows = [(q["category"], text, q["answers"]) for q, text in zip(asked, ("it says STOP.", "X^2"), strict=True)]
-    assert scorers.ocrbench(rows) == {
+    assert scorers.ocrbench(rows_of("category said answers", *rows)) == {
         "score": 1, "percent": 50,
         "by_category": {"Regular Text Recognition": 1, scorers.HANDWRITTEN_MATHS: 0},
     }  # fmt: skip
@@ -474,8 +487,8 @@ def test_mmbench_xlsx_is_upstreams_table(tmp_path):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("openpyxl")
     table(tmp_path / "t.tsv", [_row(1, ["red", "7"], "A"), _row(2, ["None", "y"], "B")])
-    answers = [{"question_id": 1, "text": "=A1\x07\uffff"}, {"question_id": 2, "text": "B"}]
-    converters.mmbench_xlsx(tmp_path / "ours.xlsx", answers, tmp_path / "t.tsv")
+    answers = rows_of("question_id said", (1, "=A1\x07\uffff"), (2, "B"))
+    converters.mmbench_xlsx(tmp_path / "ours.xlsx", answers, {"questions": tmp_path / "t.tsv"})
     ours = pandas.read_excel(tmp_path / "ours.xlsx")
     assert list(ours.columns) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert list(ours["prediction"]) == ["=A1\ufffd", "B"], "no formula, no control characters, none that XML forbids"
@@ -562,8 +575,7 @@ def test_upstreams_runner_gets_the_rows_as_they_are_with_their_own_pictures(tmp_
     pandas.DataFrame(rows).to_csv(file, sep="\t", index=False, quoting=1)
     asked = questions.mmbench_questions(file)
     questions.repeat_images(asked, file)
-    run = Run(benchmark=BENCHMARKS["mmbench"], questions=asked, limit=None, image_folder=None, table=file,
-              folder=tmp_path, model_path="", model_base=None, conv_mode="", batch_size=1, gpus=("",))  # fmt: skip
+    run = Run(EvalLlava("mmbench"), BENCHMARKS["mmbench"], asked, file, tmp_path, ("",))
     _write_tsv(run, asked[2:], tmp_path / "share.tsv")
     share = pandas.read_table(tmp_path / "share.tsv", keep_default_na=False)
     assert list(share["image"]) == [ONE, TWO]

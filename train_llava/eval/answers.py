@@ -26,13 +26,9 @@ class EvalError(ValueError):
     """Data, answers or settings that cannot be evaluated; the message says what to do."""
 
 
-def read_text(path: str | Path, errors: str = "strict") -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """A UTF-8 text, with or without a byte order mark. Split it at line feeds: str.splitlines would split at characters
-    that people's texts may hold.
-
-    Raises EvalError for another encoding; FileNotFoundError.
-    """
-    path = Path(path)
+    that people's texts may hold. Raises EvalError for another encoding; FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
@@ -41,8 +37,8 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         raise EvalError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, or download it again.") from error
 
 
-def read_json(path: str | Path) -> Any:
-    """A JSON file of others. Raises EvalError; FileNotFoundError."""
+def read_json(path: Path) -> Any:
+    """Raises EvalError; FileNotFoundError."""
     text = read_text(path)
     try:
         return parse_json(text)
@@ -50,7 +46,7 @@ def read_json(path: str | Path) -> Any:
         raise EvalError(f"{path} is not valid JSON: {error}. Download it again.") from error
 
 
-def read_jsonl(path: str | Path, *, fields: Sequence[str] = (), cut_end: bool = False) -> list[Row]:
+def read_jsonl(path: Path, *, fields: Sequence[str] = (), cut_end: bool = False) -> list[Row]:
     """The objects of a JSON-lines file. With `cut_end` a last line that was cut (its writer was killed) is left out.
 
     Raises EvalError with file and line for a line that is no object, or in which one of `fields` is missing or no text
@@ -87,8 +83,8 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_answers(path: str | Path, *, cut_end: bool = False) -> list[Row]:
-    """An answers file; every row has at least `question_id` and `text`. Raises as `read_jsonl`."""
+def read_answers(path: Path, *, cut_end: bool = False) -> list[Row]:
+    """Rows with at least `question_id` and `text`. Raises as `read_jsonl`."""
     rows = read_jsonl(path, fields=("question_id", "text"), cut_end=cut_end)
     for row in rows:
         if not isinstance(row.get("round_id", 0), int):
@@ -99,7 +95,7 @@ def read_answers(path: str | Path, *, cut_end: bool = False) -> list[Row]:
 
 
 class Key:
-    """Names the questions of one set: by id, by id and prompt where ids repeat, and by round where there are rounds."""
+    """Names the questions of one set: by id, by prompt too where ids repeat, and by round where there are rounds."""
 
     def __init__(self, questions: Sequence[Row]):
         ids = Counter((question["question_id"], question.get("round_id", 0)) for question in questions)
@@ -110,16 +106,15 @@ class Key:
         return row["question_id"], row.get("round_id", 0), prompt
 
 
-def match(questions: Sequence[Row], answers: Sequence[Row], source: str | Path) -> list[Row | None]:
+def match(questions: Sequence[Row], answers: Sequence[Row], source: Path) -> list[Row | None]:
     """The answer to each question, None where there is none. A question that the set asks twice may be answered once.
 
     Raises EvalError for answers to questions that do not exist and for second answers to one question.
     """
     key = Key(questions)
-    asked = Counter(map(key, questions))
-    counts = Counter(map(key, answers))
+    asked, counts = Counter(map(key, questions)), Counter(map(key, answers))
     strangers = [name[0] for name in counts if name not in asked]
-    doubles = [name[0] for name, count in counts.items() if name in asked and count > asked[name]]
+    doubles = [name[0] for name, count in counts.items() if count > asked[name] > 0]
     if strangers:
         detail = " with this prompt" if key.by_prompt else ""
         raise EvalError(
@@ -131,11 +126,11 @@ def match(questions: Sequence[Row], answers: Sequence[Row], source: str | Path) 
             f"{source} answers {len(doubles)} questions twice, e.g. id {doubles[0]!r}. Two runs were put into one "
             "file; keep one line a question."
         )
-    found = dict(zip(map(key, answers), answers, strict=True))
+    found = {key(answer): answer for answer in answers}
     return [found.get(key(question)) for question in questions]
 
 
-def complete(questions: Sequence[Row], answers: Sequence[Row | None], source: str | Path) -> list[Row]:
+def complete(questions: Sequence[Row], answers: Sequence[Row | None], source: Path) -> list[Row]:
     """The answers of a complete set. Raises EvalError that says how many of how many are missing."""
     missing = [question["question_id"] for question, answer in zip(questions, answers, strict=True) if answer is None]
     if missing:
@@ -144,13 +139,14 @@ def complete(questions: Sequence[Row], answers: Sequence[Row | None], source: st
             f"{len(missing):,} are missing, e.g. id {missing[0]!r}. Only a complete set is scored: run the evaluation "
             "again (it goes on where it stopped), or pass --limit N to score the first N questions."
         )
-    return [answer for answer in answers if answer is not None]
+    return list(answers)
 
 
 def merge(questions: Sequence[Row], *sources: Iterable[Row]) -> list[Row]:
     """All answers that belong to `questions`, in their order; the first of several answers to a question wins."""
     key = Key(questions)
     found: dict[Hashable, Row] = {}
-    for row in (row for rows in sources for row in rows):
-        found.setdefault(key(row), row)
+    for rows in sources:
+        for row in rows:
+            found.setdefault(key(row), row)
     return [found[name] for name in dict.fromkeys(map(key, questions)) if name in found]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from .answers import Row, read_jsonl
@@ -43,14 +44,16 @@ class Arguments:
     """Processes that read pictures; 0 does it in this one."""
 
 
+@dataclass
 class Prompts(Dataset):
     """Questions -> (input ids [T] with one image token, pixels [3,R,R] or [N,3,R,R], picture size)."""
 
-    def __init__(
-        self, questions: Sequence[Row], image_folder: Path, tokenizer: Any, processor: Any, config: Any, conv_mode: str
-    ):
-        self.questions, self.image_folder, self.conv_mode = questions, image_folder, conv_mode
-        self.tokenizer, self.processor, self.config = tokenizer, processor, config
+    questions: Sequence[Row]
+    image_folder: Path
+    tokenizer: Any
+    processor: Any
+    config: Any
+    conv_mode: str
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -63,10 +66,8 @@ class Prompts(Dataset):
         with Image.open(self.image_folder / question["image"]) as file:
             image = file.convert("RGB")
         pixels = process_images([image], self.processor, self.config)[0]
-        text = question["text"] + question.get("suffix", "")
-        prompt = prompt_of(text, self.config, self.conv_mode)
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
-        return ids, pixels, image.size
+        prompt = prompt_of(question["text"] + question.get("suffix", ""), self.config, self.conv_mode)
+        return tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"), pixels, image.size
 
 
 def prompt_of(text: str, config: Any, conv_mode: str) -> str:
@@ -89,13 +90,9 @@ def _collate(batch: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]
     The side does not matter here: upstream removes the padding by the mask, puts the picture in, and pads again.
     """
     ids, pixels, sizes = zip(*batch, strict=True)
-    width = max(len(row) for row in ids)
-    padded = torch.zeros(len(ids), width, dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for row, own in enumerate(ids):
-        padded[row, : len(own)], mask[row, : len(own)] = own, 1
-    same = len({tuple(picture.shape) for picture in pixels}) == 1
-    return padded, mask, torch.stack(pixels) if same else list(pixels), list(sizes)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    same = len({picture.shape for picture in pixels}) == 1
+    return pad_sequence(ids, batch_first=True), mask, torch.stack(pixels) if same else list(pixels), list(sizes)
 
 
 def answer(
@@ -103,9 +100,8 @@ def answer(
 ) -> Iterator[list[str]]:
     """Yields the answers of one batch after the other, in the order of the questions."""
     model.config.tokenizer_padding_side = "left"
-    loader = DataLoader(prompts, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
-    for ids, mask, pixels, sizes in loader:
-        half = {"device": model.device, "dtype": torch.float16}  # as upstream's runners do, on every device
+    half = {"device": model.device, "dtype": torch.float16}  # as upstream's runners do, on every device
+    for ids, mask, pixels, sizes in DataLoader(prompts, batch_size, num_workers=workers, collate_fn=_collate):
         with torch.inference_mode():
             found = model.generate(
                 ids.to(model.device),
@@ -140,10 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     with arguments.answers_file.open("w", encoding="utf-8") as file, tqdm(total=len(questions)) as bar:
         for texts in answer(model, tokenizer, prompts, **how):
             for text, question in zip(texts, rows, strict=False):
-                kept = {key: question[key] for key in KEPT if key in question}
                 line = {"question_id": question["question_id"], "prompt": question["text"], "text": text}
-                line |= {**kept, "model_id": name, "metadata": {}}
-                file.write(json.dumps(line) + "\n")
+                line |= {key: question[key] for key in KEPT if key in question}
+                file.write(json.dumps(line | {"model_id": name, "metadata": {}}) + "\n")
             file.flush()
             bar.update(len(texts))
     return 0

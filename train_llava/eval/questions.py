@@ -15,14 +15,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 from llava_clipmoe.files import atomic_file
 
 from .answers import EvalError, Row, read_json, read_jsonl
-from .scorers import HANDWRITTEN_MATHS
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 LETTER_PROMPT_CN = "请直接回答选项字母。"
@@ -31,6 +30,7 @@ END = "\x04"
 DAMAGED = "The file was cut or damaged; download it again."
 OCR_TOKENS = "Reference OCR token:"
 LETTERS = "ABCD"
+HANDWRITTEN_MATHS = "Handwritten Mathematical Expression Recognition"
 CIRCULAR_STEP = 1_000_000
 """MMBench numbers the turned copies of question i as i + 1e6, i + 2e6, ..."""
 MISSING = {"", "#N/A N/A", *"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None".split()}
@@ -44,7 +44,7 @@ def llava_questions(path: Path) -> list[Row]:
 
 
 def pope_questions(path: Path) -> list[Row]:
-    """The same with the category (random, popular, adversarial) that POPE is scored by."""
+    """The same with the category that POPE is scored by: random, popular, adversarial."""
     return read_jsonl(path, fields=("question_id", "image", "text", "category"))
 
 
@@ -130,13 +130,9 @@ def is_missing(cell: Any) -> bool:
 
 
 def options_of(row: Row) -> dict[str, str]:
-    """The options A, B, ... of a row, up to the first that is missing (as upstream's runner reads them)."""
-    found = {}
-    for name in LETTERS:
-        if is_missing(row.get(name)):
-            break
-        found[name] = str(row[name])
-    return found
+    """The options A, B, ... of a row up to the first that is missing, as upstream's runner reads them."""
+    names = takewhile(lambda name: not is_missing(row.get(name)), LETTERS)
+    return {name: str(row[name]) for name in names}
 
 
 def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False) -> list[Row]:
@@ -144,27 +140,30 @@ def mmbench_questions(path: Path, *, lang: str = "en", all_rounds: bool = False)
 
     `text` is what upstream's runner keeps as the prompt; `suffix` is what it adds before it asks.
     """
-    _, rows = read_table(path)
     suffix = "\n" + (LETTER_PROMPT_CN if lang == "cn" else LETTER_PROMPT)
     questions = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_table(path)[1]):
         options = options_of(row)
+        letters, texts = list(options), list(options.values())
         stem = str(column(row, "question", path=path))
         if not is_missing(row.get("hint")):
             stem = f"{row['hint']}\n{stem}"
-        letters, texts = list(options), list(options.values())
+        shared = {"question_id": _number(column(row, "index", path=path), path), "row": number, "suffix": suffix}
+        shared |= {"answer": row.get("answer"), "image_data": row.get("image")}
+        shared["category"] = "all" if is_missing(row.get("category")) else str(row["category"])
         for turn in range(len(letters) if all_rounds else 1):
             turned = texts[turn:] + texts[:turn]
-            lines = [stem, *(f"{name}. {text}" for name, text in zip(letters, turned, strict=True))]
-            question = {"question_id": _number(column(row, "index", path=path), path), "round_id": turn}
-            question |= {"text": "\n".join(lines), "suffix": suffix, "answer": row.get("answer")}
+            question = {"round_id": turn, "text": _with_options(stem, dict(zip(letters, turned, strict=True)))}
             question |= {"options": turned, "option_char": letters[turn:] + letters[:turn]}
-            question["category"] = "all" if is_missing(row.get("category")) else str(row["category"])
-            questions.append(question | {"image_data": row.get("image"), "row": number})
+            questions.append(shared | question)
     forms = Counter(question["question_id"] % CIRCULAR_STEP for question in questions)
     for question in questions:
         question["forms"] = forms[question["question_id"] % CIRCULAR_STEP]
     return questions
+
+
+def _with_options(stem: str, options: dict[str, str]) -> str:
+    return "\n".join([stem, *(f"{name}. {text}" for name, text in options.items())])
 
 
 def _number(cell: Any, path: Path) -> int:
@@ -186,9 +185,9 @@ def mmstar_questions(path: Path) -> list[Row]:
         if answer not in tuple(LETTERS):
             raise EvalError(f"{path}: the answer of row {number} is {row['answer']!r}, and must be one of A to D.")
         stem = str(column(row, "question", path=path)).strip()
-        lines = [stem, *(f"{name}. {text}" for name, text in options.items()), LETTER_PROMPT]
-        question = {"question_id": _number(row.get("index", number), path), "text": "\n".join(lines)}
-        question |= {"answer": answer, "options": options or inline_options(str(row["question"]))}
+        question = {"question_id": _number(row.get("index", number), path), "answer": answer}
+        question["text"] = f"{_with_options(stem, options)}\n{LETTER_PROMPT}"
+        question["options"] = options or inline_options(stem)
         question["category"] = str(column(row, "category", path=path))
         questions.append(question | {"image_data": column(row, "image", path=path)})
     return questions
@@ -214,27 +213,31 @@ def ocrbench_questions(path: Path) -> list[Row]:
     """OCRBench's json (pictures in a folder), tsv or parquet (pictures inside)."""
     questions = []
     for number, row in enumerate(read_table(path)[1]):
-        answers = column(row, "answers", "answer", path=path)
-        if isinstance(answers, str) and answers.startswith("["):
-            try:
-                answers = ast.literal_eval(answers)
-            except (ValueError, SyntaxError) as error:
-                raise EvalError(f"{path}: the answers of row {number} are no list: {answers!r}.") from error
         name = row.get("id", row.get("index", number))
         if not isinstance(name, (str, int, float)):
             raise EvalError(f"{path}: the id of row {number} must be a text or a number, and is {name!r}.")
-        if answers in (None, "", []) or answers != answers:  # none, or NaN; and "" stands in any text
-            raise EvalError(f"{path}: row {number} has no answer. Download it again.")
         maths = row.get("dataset_name", row.get("dataset")) == "HME100k"
         category = HANDWRITTEN_MATHS if maths else str(column(row, "type", "question_type", "category", path=path))
         question = {"question_id": name, "text": str(column(row, "question", path=path)), "category": category}
-        question["answers"] = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+        question["answers"] = _answers(column(row, "answers", "answer", path=path), number, path)
         if "image_path" in row:
             question["image"] = str(row["image_path"])
         else:
             question["image_data"] = column(row, "image", "image_path", path=path)
         questions.append(question)
     return questions
+
+
+def _answers(cell: Any, number: int, path: Path) -> list[str]:
+    """A list of accepted answers, a list written as text, or one answer -> the answers. Raises EvalError."""
+    if isinstance(cell, str) and cell.startswith("["):
+        try:
+            cell = ast.literal_eval(cell)
+        except (ValueError, SyntaxError) as error:
+            raise EvalError(f"{path}: the answers of row {number} are no list: {cell!r}.") from error
+    if cell in (None, "", []) or cell != cell:  # none, or NaN; and "" stands in any text
+        raise EvalError(f"{path}: row {number} has no answer. Download it again.")
+    return [str(answer) for answer in (cell if isinstance(cell, list) else [cell])]
 
 
 def mmvp_questions(path: Path) -> list[Row]:
@@ -262,12 +265,12 @@ def repeat_images(questions: Sequence[Row], table: Path) -> None:
     """
     cells = {str(question["question_id"]): question.get("image_data") for question in questions}
 
-    def repeats(cell: Any) -> bool:
+    def is_index(cell: Any) -> bool:
         return isinstance(cell, int) or (isinstance(cell, str) and (cell in cells or cell.strip().isdecimal()))
 
     for question in questions:
         cell, passed = question.get("image_data"), [str(question["question_id"])]
-        while repeats(cell):
+        while is_index(cell):
             name = str(cell).strip()
             if name not in cells or name in passed:
                 fault = "which is not there" if name not in cells else "and that leads back to it"
@@ -304,10 +307,9 @@ def image_bytes(question: Row) -> bytes:
         try:
             cell = base64.b64decode("".join(cell.split()), validate=True)
         except ValueError as error:
-            message = f"the picture of question {name} is no base64 ({error}). Download the data again."
-            raise EvalError(message) from error
+            raise EvalError(f"the picture of question {name} is no base64 ({error}). {DAMAGED}") from error
     if not isinstance(cell, bytes) or not cell:
-        raise EvalError(f"question {name} has no picture. Download the data again.")
+        raise EvalError(f"question {name} has no picture. {DAMAGED}")
     return cell
 
 
@@ -316,5 +318,7 @@ def check_images(questions: Sequence[Row], folder: Path) -> None:
     names = {question["image"] for question in questions}
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        gone = f"{len(missing):,} of {len(names):,} images are not in {folder}, e.g. {missing[0]}."
-        raise EvalError(f"{gone} Was the archive unpacked whole, and into this folder?")
+        raise EvalError(
+            f"{len(missing):,} of {len(names):,} images are not in {folder}, e.g. {missing[0]}. Was the archive "
+            "unpacked whole, and into this folder?"
+        )

@@ -22,35 +22,35 @@ from llava_clipmoe.processes import Children, exit_on_sigterm
 from .answers import EvalError, Row, match, merge, read_answers, write_jsonl
 from .benchmarks import Benchmark
 from .questions import image_bytes, is_missing, read_table
+from .settings import EvalLlava
 
+ASKED = ("question_id", "image", "text", "suffix", "round_id", "options", "option_char")
 TEXT_COLUMNS = ("hint", "question", "A", "B", "C", "D")
-PARTS = "parts"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One evaluation of one model: what to ask, how, and where it is kept."""
+    """One evaluation of one model."""
 
+    settings: EvalLlava
     benchmark: Benchmark
     questions: Sequence[Row]
-    """All of the benchmark, whatever `limit` says: an answer is checked against them."""
-    limit: int | None
-    image_folder: Path | None
-    """None where the runner reads pictures from the table itself (MMBench)."""
+    """All of the benchmark, whatever the limit says: an answer is checked against them."""
     table: Path
-    folder: Path
-    """Holds answers.jsonl and, while running, parts/."""
-    model_path: str
-    model_base: str | None
-    conv_mode: str
-    batch_size: int
+    """The file that the questions are from."""
+    images: Path
+    """Folder of the pictures."""
     gpus: tuple[str, ...]
     """One process for each; ("",) leaves CUDA_VISIBLE_DEVICES as it is."""
-    all_rounds: bool = False
 
     @property
     def answers_file(self) -> Path:
-        return self.folder / "answers.jsonl"
+        return self.settings.folder / "answers.jsonl"
+
+    @property
+    def asks_table(self) -> bool:
+        """Whether the runner reads questions and pictures from a tsv."""
+        return self.settings.batch_size == 1 and self.benchmark.lang is not None
 
 
 def answer_all(run: Run) -> list[Row]:
@@ -58,15 +58,14 @@ def answer_all(run: Run) -> list[Row]:
 
     Raises EvalError when a runner fails.
     """
-    left = _unanswered(run, _collect(run))
-    asked = len(run.questions[: run.limit])
+    answers = _collect(run)
+    left, asked = _unanswered(run, answers), len(run.questions[: run.settings.limit])
     if not left:
-        return _collect(run)
+        return answers
     if len(left) < asked:
         print(f"{asked - len(left):,} of {asked:,} questions are answered already; {len(left):,} are left", flush=True)
-    commands = [_command(run, share, number) for number, share in enumerate(_split(left, len(run.gpus)))]
     try:
-        statuses = _run_processes(commands, run.gpus)
+        statuses = _run_processes(run, _split(left, len(run.gpus)))
     finally:
         answers = _collect(run)
     missing = len(_unanswered(run, answers))
@@ -80,7 +79,7 @@ def answer_all(run: Run) -> list[Row]:
 
 
 def _unanswered(run: Run, answers: Sequence[Row]) -> list[Row]:
-    found = match(run.questions, answers, run.answers_file)[: run.limit]
+    found = match(run.questions, answers, run.answers_file)[: run.settings.limit]
     return [question for question, answer in zip(run.questions, found, strict=False) if answer is None]
 
 
@@ -97,7 +96,7 @@ def _split(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
 
 def _collect(run: Run) -> list[Row]:
     """Merge what is in parts/ into answers.jsonl and remove it; -> all answers so far, in the questions' order."""
-    parts = sorted((run.folder / PARTS).glob("answers-*.jsonl"))
+    parts = sorted((run.settings.folder / "parts").glob("answers-*.jsonl"))
     before = read_answers(run.answers_file) if run.answers_file.is_file() else []
     new = [read_answers(part, cut_end=True) for part in parts]
     answers = merge(run.questions, before, *new)
@@ -108,37 +107,46 @@ def _collect(run: Run) -> list[Row]:
     return answers
 
 
+def _run_processes(run: Run, shares: Sequence[Sequence[Row]]) -> list[int]:
+    """Answer all shares at once; -> the processes' exit statuses. None of them outlives us."""
+    children = Children()
+    works = []
+    for number, (share, gpu) in enumerate(zip(shares, run.gpus, strict=False)):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
+        works.append(partial(children.run, _command(run, share, number), env=environment))
+    with exit_on_sigterm():
+        return children.run_all(works)
+
+
 def _command(run: Run, share: Sequence[Row], number: int) -> list[str]:
     """Write the share's question file and -> the command that answers it."""
-    folder = run.folder / PARTS
-    upstream_table = run.batch_size == 1 and run.benchmark.runner == "model_vqa_mmbench"
-    asked = folder / f"questions-{number}.{'tsv' if upstream_table else 'jsonl'}"
-    (_write_tsv if upstream_table else _write_questions)(run, share, asked)
-    runner = f"llava.eval.{run.benchmark.runner}" if run.batch_size == 1 else "train_llava.eval.batched"
+    asked = run.settings.folder / "parts" / f"questions-{number}.{'tsv' if run.asks_table else 'jsonl'}"
+    if run.asks_table:
+        _write_tsv(run, share, asked)
+    else:
+        write_jsonl(asked, [{name: question[name] for name in ASKED if name in question} for question in share])
+    s, most = run.settings, str(run.benchmark.max_new_tokens)
+    runner = f"llava.eval.{run.benchmark.runner}" if s.batch_size == 1 else "train_llava.eval.batched"
     command = [sys.executable, "-m", "llava_clipmoe.run", runner, "--question-file", str(asked)]
-    command += ["--model-path", run.model_path, "--conv-mode", run.conv_mode]
-    command += ["--answers-file", str(folder / f"answers-{number}.jsonl")]
-    if run.model_base:
-        command += ["--model-base", run.model_base]
-    if not upstream_table:
-        command += ["--image-folder", str(run.image_folder)]
-    if run.batch_size > 1:
-        return [*command, "--batch-size", str(run.batch_size), "--max-new-tokens", str(run.benchmark.max_new_tokens)]
-    rounds = ["--all-rounds"] if run.all_rounds else []
-    return [*command, "--temperature", "0", *run.benchmark.runner_flags, *rounds]
-
-
-def _write_questions(run: Run, share: Sequence[Row], path: Path) -> None:
-    fields = ("question_id", "image", "text", "suffix", "round_id", "options", "option_char")
-    write_jsonl(path, [{name: question[name] for name in fields if name in question} for question in share])
+    command += ["--answers-file", str(asked.with_name(f"answers-{number}.jsonl"))]
+    command += ["--model-path", s.model_path, "--conv-mode", s.conv_mode]
+    command += ["--model-base", s.model_base] if s.model_base else []
+    if run.asks_table:
+        command += ["--single-pred-prompt", "--lang", run.benchmark.lang, *["--all-rounds"] * s.all_rounds]
+    else:
+        command += ["--image-folder", str(run.images)]
+    if s.batch_size > 1:
+        return [*command, "--batch-size", str(s.batch_size), "--max-new-tokens", most]
+    if run.benchmark.runner == "model_vqa_loader":
+        command += ["--max_new_tokens", most]
+    return [*command, "--temperature", "0"]
 
 
 def _write_tsv(run: Run, share: Sequence[Row], path: Path) -> None:
     """The share's rows of the table, each with its own picture in base64, as upstream's runner reads it."""
     header, rows = read_table(run.table)
     questions = {question["row"]: question for question in run.questions}
-    chosen = sorted({question["row"] for question in share})
-    chosen = _readable_by_pandas(rows, chosen)
+    chosen = _readable_by_pandas(rows, sorted({question["row"] for question in share}))
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         # all cells in quotes: else csv leaves a carriage return bare, at which pandas begins a row
         writer = csv.DictWriter(file, header, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -168,15 +176,3 @@ def _is_text(cell: object) -> bool:
     except ValueError:
         return not is_missing(cell) and str(cell).lower() not in ("true", "false")
     return False
-
-
-def _run_processes(commands: Sequence[Sequence[str]], gpus: Sequence[str]) -> list[int]:
-    """Run all commands at once and wait for them; -> their exit statuses. None of them outlives us."""
-    children = Children()
-
-    def run(command: Sequence[str], gpu: str) -> int | None:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
-        return children.run(command, env=environment)
-
-    with exit_on_sigterm():
-        return children.run_all([partial(run, *pair) for pair in zip(commands, gpus, strict=False)])

@@ -1,6 +1,7 @@
-"""The measures, as plain functions of texts: no files, no torch. All shares are in percent.
+"""The measures: answered questions -> metrics, without files or torch. All shares are in percent.
 
-Each function says which official evaluator it answers to; where that one crashes or guesses, the difference is named.
+An answered question is a row with `said` and what its function names. Each function says which official evaluator it
+answers to; where that one crashes or guesses, the difference is named.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from train_encoder.evaluate.judge import pairs_right
+
+from .answers import Row
+from .letters import letter
+from .questions import CIRCULAR_STEP, HANDWRITTEN_MATHS, is_missing
 
 Metrics = dict[str, Any]
 
@@ -21,36 +25,39 @@ def percent(right: float, of: float) -> float:
     return 100 * right / of if of else 0.0
 
 
+def mean_percent(points: Sequence[float]) -> float:
+    """The mean in percent; 0 for an empty set."""
+    return percent(sum(points), len(points))
+
+
 def by_group(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     """(group, points) rows -> the mean of each group in percent, groups in order of appearance."""
     groups: dict[str, list[float]] = defaultdict(list)
     for group, points in rows:
         groups[group].append(points)
-    return {group: percent(sum(points), len(points)) for group, points in groups.items()}
+    return {group: mean_percent(points) for group, points in groups.items()}
 
 
-def pope_says_yes(text: str) -> bool:
-    """POPE's reading of an answer (llava/eval/eval_pope.py): no if its first sentence has "no" or "not", else yes."""
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return not {"No", "no", "not"} & set(words)
+def pope(rows: Sequence[Row]) -> Metrics:
+    """`category`, `label` ("yes" or "no") -> accuracy, precision, recall, F1 and yes ratio of each category.
 
-
-def pope(rows: Sequence[tuple[str, str, str]]) -> Metrics:
-    """(category, label "yes" or "no", answer) rows -> per category accuracy, precision, recall, F1 and yes ratio.
-
-    The headline is the mean F1 of the categories, which is the "POPE" of LLaVA-1.5's table. Where the official script
-    divides by zero (nothing answered with yes), precision, recall and F1 are 0.
+    The headline is the mean F1 of the categories, which is the "POPE" of LLaVA-1.5's table. As llava/eval/eval_pope.py
+    an answer is a no if its first sentence has "no" or "not", else a yes. Where the official script divides by zero
+    (nothing answered with yes), precision, recall and F1 are 0.
     """
     categories: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    for category, label, text in rows:
-        categories[category].append((label != "no", pope_says_yes(text)))
+    for row in rows:
+        words = row["said"].split(".")[0].replace(",", "").split(" ")
+        categories[row["category"]].append((row["label"] != "no", not {"No", "no", "not"} & set(words)))
     found = {category: _binary(pairs) for category, pairs in categories.items()}
-    mean = {key: sum(each[key] for each in found.values()) / len(found) for key in ("f1", "accuracy", "yes_ratio")}
-    return {**{f"mean_{key}": value for key, value in mean.items()}, "by_category": found}
+    means = {}
+    for key in ("f1", "accuracy", "yes_ratio"):
+        means[f"mean_{key}"] = sum(metrics[key] for metrics in found.values()) / len(found)
+    return {**means, "by_category": found}
 
 
 def _binary(pairs: Sequence[tuple[bool, bool]]) -> Metrics:
-    """(truth, prediction) pairs -> the five measures of one category."""
+    """(truth, prediction) pairs -> the measures of one category."""
     tp = sum(truth and said for truth, said in pairs)
     fp = sum(said and not truth for truth, said in pairs)
     fn = sum(truth and not said for truth, said in pairs)
@@ -65,35 +72,30 @@ def _binary(pairs: Sequence[tuple[bool, bool]]) -> Metrics:
     }
 
 
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-MME_PERCEPTION = tuple("existence count position color posters celebrity scene landmark artwork OCR".split())
+MME_GROUPS = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split(),
+}
 
 
-def mme_says(text: str) -> str:
-    """MME's reading of an answer (calculation.py of its eval_tool): yes or no in the first four letters, or other."""
-    start = text.lower()[:4]
-    return "yes" if "yes" in start else "no" if "no" in start else "other"
+def mme(rows: Sequence[Row]) -> Metrics:
+    """`task`, `image`, `truth` ("Yes" or "No") -> perception and cognition scores (calculation.py of MME's eval_tool).
 
-
-def mme(rows: Sequence[tuple[str, str, str, str]]) -> Metrics:
-    """(task, image, truth "Yes" or "No", answer) rows -> perception and cognition scores.
-
-    A task scores accuracy + accuracy+ (images whose two questions are both right), 200 at most; perception sums ten
-    tasks (2000), cognition four (800). An image with one question only (--limit) does not count in accuracy+.
+    An answer is yes or no by its first four letters. A task scores accuracy + accuracy+ (images whose two questions
+    are both right), 200 at most; perception sums ten tasks (2000), cognition four (800). An image with one question
+    only (--limit) does not count in accuracy+.
     """
     tasks: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for task, image, truth, text in rows:
-        tasks[task][image].append(mme_says(text) == truth.strip().lower())
+    for row in rows:
+        start = row["said"].lower()[:4]
+        said = "yes" if "yes" in start else "no" if "no" in start else "other"
+        tasks[row["task"]][row["image"]].append(said == row["truth"].strip().lower())
     found = {}
     for task, images in tasks.items():
         answers = [right for image in images.values() for right in image]
-        pairs = [all(image) for image in images.values() if len(image) > 1]
-        acc, plus = percent(sum(answers), len(answers)), percent(sum(pairs), len(pairs))
+        acc, plus = mean_percent(answers), mean_percent([all(image) for image in images.values() if len(image) > 1])
         found[task] = {"score": acc + plus, "acc": acc, "acc_plus": plus, "n": len(answers)}
-    totals = {
-        name: sum(found[task]["score"] for task in group if task in found)
-        for name, group in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))
-    }
+    totals = {name: sum(found[task]["score"] for task in group if task in found) for name, group in MME_GROUPS.items()}
     return {**totals, "total": sum(totals.values()), "by_category": found}
 
 
@@ -146,9 +148,9 @@ def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (sum(same) - one) / 3) for one in same) / len(same)
 
 
-def textvqa(rows: Sequence[tuple[str, Sequence[str]]]) -> Metrics:
-    """(answer, the ten people's answers) rows -> mean soft accuracy (llava/eval/m4c_evaluator.py)."""
-    return {"accuracy": percent(sum(vqa_accuracy(text, answers) for text, answers in rows), len(rows))}
+def textvqa(rows: Sequence[Row]) -> Metrics:
+    """`answers` (of ten people) -> mean soft accuracy (llava/eval/m4c_evaluator.py)."""
+    return {"accuracy": mean_percent([vqa_accuracy(row["said"], row["answers"]) for row in rows])}
 
 
 def gqa_prediction(text: str) -> str:
@@ -156,13 +158,10 @@ def gqa_prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def gqa(rows: Sequence[tuple[str, str, str]]) -> Metrics:
-    """(kind of question, truth, answer) rows -> exact-match accuracy, also by kind (GQA's own eval.py)."""
-    right = [(kind, gqa_prediction(text) == truth) for kind, truth, text in rows]
-    return {"accuracy": percent(sum(hit for _, hit in right), len(right)), "by_category": by_group(right)}
-
-
-HANDWRITTEN_MATHS = "Handwritten Mathematical Expression Recognition"
+def gqa(rows: Sequence[Row]) -> Metrics:
+    """`category`, `answer` -> exact-match accuracy, also by category (GQA's own eval.py)."""
+    right = [(row["category"], gqa_prediction(row["said"]) == row["answer"]) for row in rows]
+    return {"accuracy": mean_percent([hit for _, hit in right]), "by_category": by_group(right)}
 
 
 def ocrbench_right(category: str, text: str, answers: Sequence[str]) -> bool:
@@ -175,59 +174,57 @@ def ocrbench_right(category: str, text: str, answers: Sequence[str]) -> bool:
     return any(form(answer) in form(text) for answer in answers)
 
 
-def ocrbench(rows: Sequence[tuple[str, str, Sequence[str]]]) -> Metrics:
-    """(category, answer, accepted answers) rows -> number of right answers (of 1000 in the whole set), by category."""
-    right = [(category, ocrbench_right(category, text, answers)) for category, text, answers in rows]
+def ocrbench(rows: Sequence[Row]) -> Metrics:
+    """`category`, `answers` (any of them) -> number of right answers (of 1000 in the whole set), by category."""
     counts: dict[str, int] = defaultdict(int)
-    for category, hit in right:
-        counts[category] += hit
-    score = sum(hit for _, hit in right)
-    return {"score": score, "percent": percent(score, len(right)), "by_category": dict(counts)}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One answer to a multiple-choice question."""
-
-    question: str | int
-    """The question that this is a form of; all its forms must be right for a circular point."""
-    category: str
-    said: str | None
-    """The letter that the answer named."""
-    truth: str
-    whole: bool = True
-    """Whether all forms of the question are in the set (false for the last one under --limit)."""
-
-    @property
-    def right(self) -> bool:
-        return self.said == self.truth
-
-
-def choices(rows: Sequence[Choice]) -> Metrics:
-    """Accuracy, by category; and circular accuracy (every turned form of a question right, as MMBench ranks) where
-    questions come in several forms. `unread` counts answers that named no option: they are wrong."""
-    found: Metrics = {
-        "accuracy": percent(sum(row.right for row in rows), len(rows)),
-        "unread": sum(row.said is None for row in rows),
-    }
-    found["by_category"] = by_group((row.category, row.right) for row in rows)
-    questions: dict[str | int, list[Choice]] = defaultdict(list)
     for row in rows:
-        questions[row.question].append(row)
-    whole = [forms for forms in questions.values() if forms[0].whole]
-    if any(len(forms) > 1 for forms in whole):
-        points = [(forms[0].category, all(form.right for form in forms)) for forms in whole]
-        found["circular_accuracy"] = percent(sum(hit for _, hit in points), len(points))
+        counts[row["category"]] += ocrbench_right(row["category"], row["said"], row["answers"])
+    score = sum(counts.values())
+    return {"score": score, "percent": percent(score, len(rows)), "by_category": dict(counts)}
+
+
+def choices(rows: Sequence[Row], letters: Sequence[str | None] | None = None) -> Metrics:
+    """`options`, `answer` (a letter), `category` -> accuracy, by category; `letters`: what the answers name, if known.
+
+    `unread` counts answers that named no option: they are wrong.
+    """
+    letters = letters or [letter(row["said"], row["options"]) for row in rows]
+    right = [said == row["answer"] for said, row in zip(letters, rows, strict=True)]
+    groups = zip((row["category"] for row in rows), right, strict=True)
+    return {"accuracy": mean_percent(right), "unread": letters.count(None), "by_category": by_group(groups)}
+
+
+def pairs(rows: Sequence[Row]) -> Metrics:
+    """MMVP: rows in the order of its file; a pair (two consecutive rows) counts when both answers are right."""
+    letters = [letter(row["said"], row["options"]) for row in rows]
+    right = [said == row["answer"] for said, row in zip(letters, rows, strict=True)]
+    both = pairs_right(right)
+    return {
+        "pair_accuracy": mean_percent(both),
+        "accuracy": mean_percent(right),
+        "pairs": len(both),
+        "unread": letters.count(None),
+    }
+
+
+def mmbench(rows: Sequence[Row]) -> Metrics:
+    """Rows of `questions.mmbench_questions` -> as `choices`; and circular accuracy (every turned form of a question
+    right, as MMBench ranks) where questions come in several forms. Nothing for the test split, whose answers only the
+    server knows.
+
+    A question whose last forms are not in the set (--limit) does not count in the circular accuracy.
+    """
+    if any(is_missing(row["answer"]) for row in rows):
+        return {}
+    letters, forms = [], defaultdict(list)
+    for row in rows:
+        said = letter(row["said"], dict(zip(sorted(row["option_char"]), row["options"], strict=True)))
+        letters.append(said and row["option_char"][ord(said) - ord("A")])
+        forms[row["question_id"] % CIRCULAR_STEP].append((row, letters[-1] == row["answer"]))
+    found = choices(rows, letters)
+    whole = [of_one for of_one in forms.values() if len(of_one) == of_one[0][0]["forms"]]
+    if any(len(of_one) > 1 for of_one in whole):
+        points = [(of_one[0][0]["category"], all(right for _, right in of_one)) for of_one in whole]
+        found["circular_accuracy"] = mean_percent([right for _, right in points])
         found |= {"circular_questions": len(points), "circular_by_category": by_group(points)}
     return found
-
-
-def pairs(rows: Sequence[Choice]) -> Metrics:
-    """MMVP: rows in the order of its file; a pair (two consecutive rows) counts when both answers are right."""
-    both = pairs_right([row.right for row in rows])
-    return {
-        "pair_accuracy": percent(sum(both), len(both)),
-        "accuracy": percent(sum(row.right for row in rows), len(rows)),
-        "pairs": len(both),
-        "unread": sum(row.said is None for row in rows),
-    }
