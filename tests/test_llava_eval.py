@@ -912,20 +912,19 @@ def test_scoring_needs_neither_torch_nor_upstream(pope, tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "train_llava/eval").glob("*.sh")), ids=lambda path: path.stem)
-def test_each_script_runs_its_benchmark(script, tmp_path):
+def test_each_script_runs_its_benchmark_and_explains_itself(script, tmp_path):
     program = tmp_path / "llava-clipmoe"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     program.chmod(0o755)
-    done = subprocess.run(["bash", str(script), "--limit", "3"], capture_output=True, text=True, check=True,
-                          env={"PATH": f"{tmp_path}:/usr/bin:/bin", "MODEL": "my llava", "DATA": "d"})  # fmt: skip
-    assert done.stdout.splitlines() == [
-        "eval-llava",
-        script.stem,
-        "--model-path",
-        "my llava",
-        "--data",
-        "d",
-        "--limit",
-        "3",
-    ]
+
+    def output(*words: str, **settings: str) -> str:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **settings}
+        return subprocess.run(
+            ["bash", script, *words], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+
+    words = output("--limit", "3", MODEL="my llava", DATA="d").splitlines()
+    assert words == ["eval-llava", script.stem, "--model-path", "my llava", "--data", "d", "--limit", "3"]
     assert script.stem in BENCHMARKS
+    explained = output("--help")
+    assert f"{script.name} [FLAG VALUE ...]" in explained and "now playground/data/eval/" in explained

@@ -1,10 +1,12 @@
 # shellcheck shell=bash
-# What pretrain.sh, finetune.sh, finetune_lora.sh and finetune_qlora.sh share. Sourced by them, never run.
+# What pretrain.sh, finetune.sh, finetune_lora.sh and finetune_qlora.sh do: they source this file with their stage and
+# arguments.
 #
 # Every setting is an environment variable with a default; whatever follows the script's name goes to LLaVA's trainer
 # behind our own flags, so that its parser takes the later one. `main` checks, builds the array COMMAND and runs it.
 
 ((BASH_VERSINFO[0] >= 4)) || { echo "error: bash 4 or newer is needed (this is $BASH_VERSION)." >&2; exit 2; }
+set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 COMMAND=()
@@ -31,41 +33,33 @@ flags() { COMMAND+=("$@"); }
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
-stage_defaults() { # STAGE GLOBAL_BATCH LR PER_DEVICE_BATCH ZERO
+stage_defaults() { # pretrain, finetune, lora or qlora
     STAGE=$1
-    GLOBAL_BATCH=${GLOBAL_BATCH:-$2}
-    LR=${LR:-$3}
+    # LLaVA-1.5's global batch and learning rate; a GPU's batch; DeepSpeed's engine; the file that upstream writes last
+    case $STAGE in
+        pretrain) set -- 256 1e-3 32 zero2 mm_projector.bin ;;
+        finetune) set -- 128 2e-5 16 zero3 training_args.bin ;;
+        lora) set -- 128 2e-4 16 zero3 non_lora_trainables.bin ;;
+        qlora) set -- 128 2e-4 16 zero2 non_lora_trainables.bin ;;
+    esac
+    GLOBAL_BATCH=${GLOBAL_BATCH:-$1}
+    LR=${LR:-$2}
     BATCH_GIVEN=${PER_DEVICE_BATCH:-}
-    PER_DEVICE_BATCH=${PER_DEVICE_BATCH:-$4} # a default is lowered to what fits the number of GPUs
-    STAGE_ZERO=$5
-    MODEL=${MODEL:-lmsys/vicuna-7b-v1.5}
-    VISION_TOWER=${VISION_TOWER:-clipmoe-336}
-    DATA=${DATA:-}
-    IMAGES=${IMAGES:-}
-    OUTPUT=${OUTPUT:-}
-    PROJECTOR=${PROJECTOR:-}
-    EPOCHS=${EPOCHS:-1}
-    SAVE_STEPS=${SAVE_STEPS:-500}
-    WORKERS=${WORKERS:-4}
-    REPORT_TO=${REPORT_TO:-none}
-    DEVICE=${DEVICE:-auto}
-    GPUS=${GPUS:-}
-    NNODES=${NNODES:-1}
-    NODE_RANK=${NODE_RANK:-0}
-    MASTER_ADDR=${MASTER_ADDR:-}
-    MASTER_PORT=${MASTER_PORT:-29500}
-    LAUNCHER=${LAUNCHER:-auto}
-    DEEPSPEED=${DEEPSPEED:-auto}
+    PER_DEVICE_BATCH=${PER_DEVICE_BATCH:-$3} # a default is lowered to what fits the number of GPUs
+    STAGE_ZERO=$4
+    FINISHED=$5
+    if [[ $STAGE == pretrain ]]; then
+        DATA=${DATA:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
+        IMAGES=${IMAGES:-playground/data/LLaVA-Pretrain/images}
+    else
+        DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
+        IMAGES=${IMAGES:-playground/data}
+    fi
+    : "${MODEL:=lmsys/vicuna-7b-v1.5}" "${VISION_TOWER:=clipmoe-336}" "${OUTPUT:=}" "${PROJECTOR:=}"
+    : "${EPOCHS:=1}" "${SAVE_STEPS:=500}" "${WORKERS:=4}" "${REPORT_TO:=none}"
+    : "${DEVICE:=auto}" "${GPUS:=}" "${LAUNCHER:=auto}" "${DEEPSPEED:=auto}"
+    : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}" "${MASTER_PORT:=29500}"
     PYTHON=${PYTHON:-$(command -v python || command -v python3 || true)}
-}
-
-stage_2_flags() {
-    flags --version v1 --image_aspect_ratio pad --group_by_modality_length True
-    [[ $PROJECTOR == none ]] || flags --pretrain_mm_mlp_adapter "$PROJECTOR"
-}
-
-lora_flags() {
-    flags --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
 }
 
 usage() {
@@ -135,17 +129,10 @@ read_arguments() { # sets EXTRA, DRY_RUN and the variables of VARIABLE_OF
 path_defaults() { # what depends on MODEL and the tower
     local model=${MODEL%/} tower=${VISION_TOWER%/}
     local stem="checkpoints/llava-${model##*/}-${tower##*/}"
-    case $STAGE in
-        pretrain) OUTPUT=${OUTPUT:-$stem-pretrain} ;;
-        finetune) OUTPUT=${OUTPUT:-$stem} ;;
-        *) OUTPUT=${OUTPUT:-$stem-$STAGE} ;;
-    esac
+    [[ $STAGE == finetune ]] || OUTPUT=${OUTPUT:-$stem-$STAGE}
+    OUTPUT=${OUTPUT:-$stem}
     OUTPUT=${OUTPUT%/} # upstream splits at "/" and would see an empty name
-    if [[ $STAGE != pretrain ]]; then
-        DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
-        IMAGES=${IMAGES:-playground/data}
-        PROJECTOR=${PROJECTOR:-$stem-pretrain/mm_projector.bin}
-    fi
+    [[ $STAGE == pretrain ]] || PROJECTOR=${PROJECTOR:-$stem-pretrain/mm_projector.bin}
 }
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -175,10 +162,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 device, gpus = sys.argv[1], int(sys.argv[2])
-
-def there(name):
-    return importlib.util.find_spec(name) is not None
-
 llava = importlib.util.find_spec("llava")
 has_llava = bool(llava and llava.origin and (Path(llava.origin).parent / "train" / "train.py").exists())
 if device == "auto" or (device == "cuda" and not gpus):
@@ -188,17 +171,18 @@ if device == "auto" or (device == "cuda" and not gpus):
     device = device if device != "auto" else "cuda" if count else "cpu"
     gpus = gpus or count
 flash = False
-if device == "cuda" and there("flash_attn"):
+if device == "cuda":
     try:
         import flash_attn
         flash = True
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        flash = False
+    except (ImportError, OSError):  # not installed, or built for another torch or CUDA
+        pass
 try:
     major = version("transformers").split(".")[0]
 except PackageNotFoundError:
     major = 0
-print(int(has_llava), int(there("deepspeed")), int(flash), major, device, gpus or (0 if device == "cuda" else 1))
+has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+print(int(has_llava), int(has_deepspeed), int(flash), major, device, gpus or (0 if device == "cuda" else 1))
 PROBE
     ) || fail "$PYTHON cannot import torch. Activate LLaVA's environment, or set PYTHON= to its interpreter."
     read -r HAS_LLAVA HAS_DEEPSPEED HAS_FLASH TRANSFORMERS DEVICE GPUS <<<"$answer"
@@ -210,13 +194,13 @@ or run this in a LLaVA checkout. (The package called llava on the index is anoth
 
 check_batch() { # sets ACCUMULATION, so that the global batch is held whatever the number of GPUs
     local world=$((GPUS * NNODES)) fits
-    ((GLOBAL_BATCH % (world * PER_DEVICE_BATCH))) || { ACCUMULATION=$((GLOBAL_BATCH / world / PER_DEVICE_BATCH)); return 0; }
     ((GLOBAL_BATCH % world == 0)) || fail "GLOBAL_BATCH=$GLOBAL_BATCH cannot be shared evenly by $world processes \
 (GPUS=$GPUS x NNODES=$NNODES). Use another number of GPUs, or GLOBAL_BATCH=$((GLOBAL_BATCH / world * world + world))."
     for ((fits = PER_DEVICE_BATCH; (GLOBAL_BATCH / world) % fits; fits--)); do :; done
-    [[ -n $BATCH_GIVEN ]] || { PER_DEVICE_BATCH=$fits && ACCUMULATION=$((GLOBAL_BATCH / world / fits)) && return 0; }
-    fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of $world processes x PER_DEVICE_BATCH=$PER_DEVICE_BATCH. \
-PER_DEVICE_BATCH=$fits fits."
+    [[ -z $BATCH_GIVEN || $fits == "$PER_DEVICE_BATCH" ]] || fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of $world \
+processes x PER_DEVICE_BATCH=$PER_DEVICE_BATCH. PER_DEVICE_BATCH=$fits fits."
+    PER_DEVICE_BATCH=$fits
+    ACCUMULATION=$((GLOBAL_BATCH / world / fits))
 }
 
 choose_engine() { # sets ENGINE (a JSON file, or nothing) and LAUNCHER
@@ -268,12 +252,12 @@ Run pretrain.sh with the same MODEL and VISION_TOWER first, or give PROJECTOR=..
 }
 
 check_first_image() { # a wrong folder is the commonest mistake, and LLaVA finds it only after loading 7 billion weights
-    local image found=0 seen=0 first=
+    local image first=
     while read -r image; do
-        seen=1 first=${first:-$image}
-        [[ ! -f $IMAGES/$image ]] || { found=1 && break; }
+        [[ ! -f $IMAGES/$image ]] || return 0
+        first=${first:-$image}
     done < <(head -c 65536 "$DATA" | grep -oE '"image": *"[^"\\]+"' | sed -E 's/^"image": *"(.*)"$/\1/')
-    ((found || !seen)) || problem "none of the first images of DATA=$DATA is in IMAGES=$IMAGES (looked for \
+    [[ -z $first ]] || problem "none of the first images of DATA=$DATA is in IMAGES=$IMAGES (looked for \
 $IMAGES/$first). IMAGES must be the folder that the JSON's paths start from."
 }
 
@@ -302,8 +286,18 @@ set_aside_incomplete() { # checkpoints that a kill cut short: the trainer would 
 
 # ------------------------------------------------------------------------------------------------------------- command
 
+stage_flags() {
+    if [[ $STAGE == pretrain ]]; then
+        flags --version plain --tune_mm_mlp_adapter True
+        return
+    fi
+    flags --version v1 --image_aspect_ratio pad --group_by_modality_length True
+    [[ $PROJECTOR == none ]] || flags --pretrain_mm_mlp_adapter "$PROJECTOR"
+    [[ $STAGE != *lora ]] || flags --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
+    [[ $STAGE != qlora ]] || flags --bits 4
+}
+
 build_command() {
-    COMMAND=()
     # Without it DeepSpeed looks for GPUs; the printed command must carry it too.
     [[ -z $ENGINE || $DEVICE != cpu ]] || flags env DS_ACCELERATOR=cpu
     case $LAUNCHER in
@@ -352,8 +346,9 @@ print_command() { # one flag a line, quoted: paste it into a shell as it is
     printf '%s\n' "$line"
 }
 
-main() {
-    read_arguments "$@"
+main() { # STAGE [ARGUMENT ...]
+    stage_defaults "$1"
+    read_arguments "${@:2}"
     path_defaults
     [[ -z ${HELP:-} ]] || { usage && exit 0; }
     check_numbers
@@ -370,3 +365,5 @@ main() {
         exec "${COMMAND[@]}"
     fi
 }
+
+main "$@"

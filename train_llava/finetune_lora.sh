@@ -1,14 +1,3 @@
 #!/usr/bin/env bash
 # Stage 2 of LLaVA-1.5 with a CLIP-MoE tower, low-rank adapters in the place of the whole language model. See --help.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-stage_defaults lora 128 2e-4 16 zero3
-FINISHED=non_lora_trainables.bin # what upstream writes last
-
-stage_flags() {
-    stage_2_flags
-    lora_flags
-}
-
-main "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh" lora "$@"

@@ -1,7 +1,3 @@
 #!/usr/bin/env bash
 # MMStar: accuracy by category.
-#   MODEL=llava-v1.5-7b-clipmoe DATA=playground/data/eval/mmstar bash mmstar.sh [--batch-size 16 --limit 100 ...]
-# Uses all of CUDA_VISIBLE_DEVICES. `llava-clipmoe eval-llava --help` explains the flags.
-set -euo pipefail
-: "${MODEL:?set MODEL to the LLaVA to evaluate}"
-exec llava-clipmoe eval-llava mmstar --model-path "$MODEL" --data "${DATA:-playground/data/eval/mmstar}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../benchmark.sh" mmstar mmstar "$@"

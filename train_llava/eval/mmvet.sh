@@ -1,7 +1,3 @@
 #!/usr/bin/env bash
 # MM-Vet: free answers; the json is for MM-Vet's LLM judge.
-#   MODEL=llava-v1.5-7b-clipmoe DATA=playground/data/eval/mm-vet bash mmvet.sh [--batch-size 16 --limit 100 ...]
-# Uses all of CUDA_VISIBLE_DEVICES. `llava-clipmoe eval-llava --help` explains the flags.
-set -euo pipefail
-: "${MODEL:?set MODEL to the LLaVA to evaluate}"
-exec llava-clipmoe eval-llava mmvet --model-path "$MODEL" --data "${DATA:-playground/data/eval/mm-vet}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../benchmark.sh" mmvet mm-vet "$@"

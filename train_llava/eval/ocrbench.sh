@@ -1,7 +1,3 @@
 #!/usr/bin/env bash
 # OCRBench: right answers of 1000, by category.
-#   MODEL=llava-v1.5-7b-clipmoe DATA=playground/data/eval/ocrbench bash ocrbench.sh [--batch-size 16 --limit 100 ...]
-# Uses all of CUDA_VISIBLE_DEVICES. `llava-clipmoe eval-llava --help` explains the flags.
-set -euo pipefail
-: "${MODEL:?set MODEL to the LLaVA to evaluate}"
-exec llava-clipmoe eval-llava ocrbench --model-path "$MODEL" --data "${DATA:-playground/data/eval/ocrbench}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../benchmark.sh" ocrbench ocrbench "$@"

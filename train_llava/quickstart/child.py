@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +28,11 @@ ANSWER_WEIGHT = 5.0
 """Weight of an attribute's answer among the words that a picture's tokens are fitted to; a caption's word has 1."""
 TURNED_OFTEN = 5.0
 """A turned drawing is sampled this many times as often as another: directions are rare, and the hardest to see."""
-_FILLER = frozenset("a an the with in and it than as about is its some little mostly partly by of".split())
+_FILLER = frozenset("a an the with in it and than as about is its some little mostly partly by of".split())
 
 
 def warm_start(job: Mapping[str, Any]) -> None:
     """Fit the projector to the words of the training captions and answers (projector.py) -> warm-start/."""
-    import torch
     from llava.model.multimodal_encoder.builder import build_vision_tower
     from transformers import AutoTokenizer
 
@@ -43,17 +42,16 @@ def warm_start(job: Mapping[str, Any]) -> None:
     wanted = wanted_words(Path(job["data"]), lambda word: tokenizer(f" {word}", add_special_tokens=False).input_ids)
     # A dense CLIP is upstream's own tower, a CLIP-MoE is ours: upstream's builder knows both (llava_hook.py).
     tower = build_vision_tower(SimpleNamespace(mm_vision_tower=job["tower"], mm_vision_select_layer=-2))
-    tokens = visual_tokens(tower, list(wanted))
-    embeddings = load_tensors(job["language_model"])["model.embed_tokens.weight"]
-    torch.manual_seed(job["seed"])
-    turned, total = str(Path(job["data"]) / "pictures"), job["warm_steps"]
-    often = [TURNED_OFTEN if image.startswith(turned) else 1.0 for image in wanted]
-
-    def progress(step: int) -> None:
-        _say(step, total, every=10)
-
-    how = {"steps": total, "seed": job["seed"], "often": often, "progress": progress}
-    state = fit_projector(tokens, list(wanted.values()), embeddings, **how)
+    turned = str(Path(job["data"]) / "pictures")
+    state = fit_projector(
+        visual_tokens(tower, list(wanted)),
+        list(wanted.values()),
+        load_tensors(job["language_model"])["model.embed_tokens.weight"],
+        steps=job["warm_steps"],
+        seed=job["seed"],
+        often=[TURNED_OFTEN if image.startswith(turned) else 1.0 for image in wanted],
+        progress=lambda step: _say(step, job["warm_steps"], every=10),
+    )
     with atomic_directory(job["warm_start"]) as folder:
         save_projector(folder / "mm_projector.bin", state)
 
@@ -63,24 +61,31 @@ def wanted_words(data: Path, ids_of: Callable[[str], list[int]]) -> dict[str, di
 
     Rare answers weigh more (up to four times), so that of two answers the frequent one is not always the likelier.
     """
-    attribute = {answer: name for name, answers in ANSWERS.items() for answer in answers}
-    talks = read_json(data / "stage2.json")
-    answers = {row["image"]: [m["value"] for m in row["conversations"][1::2]] for row in talks}
-    counts = Counter(answer for given in answers.values() for answer in given if answer in attribute)
-    totals: dict[str, list[int]] = defaultdict(list)
-    for answer, count in counts.items():
-        totals[attribute[answer]].append(count)
+    given = {}
+    for row in read_json(data / "stage2.json"):
+        given[row["image"]] = [message["value"] for message in row["conversations"][1::2]]
+    weight_of = _answer_weights(Counter(answer for answers in given.values() for answer in answers))
     wanted: dict[str, dict[int, float]] = {}
     for row in read_json(data / "stage1.json"):
         caption = re.split(r"[\s:;,.]+", row["conversations"][1]["value"])
         weights = {i: 1.0 for word in caption if word and word not in _FILLER for i in ids_of(word)}
-        for answer in answers.get(row["image"], ()):
-            if answer in attribute:
-                usual = sum(totals[attribute[answer]]) / len(totals[attribute[answer]])
-                weights |= dict.fromkeys(ids_of(answer), ANSWER_WEIGHT * min(4.0, usual / counts[answer]))
+        for answer in given.get(row["image"], ()):
+            if answer in weight_of:
+                weights |= dict.fromkeys(ids_of(answer), weight_of[answer])
         wanted[row["image"]] = weights
     often = Counter(i for weights in wanted.values() for i in weights)
     return {image: {i: w for i, w in weights.items() if often[i] >= 4} for image, weights in wanted.items()}
+
+
+def _answer_weights(counts: Mapping[str, int]) -> dict[str, float]:
+    """How often each text was an answer -> weights of the attributes' answers among them."""
+    weights = {}
+    for answers in ANSWERS.values():
+        found = [answer for answer in answers if counts[answer]]
+        for answer in found:
+            usual = sum(counts[other] for other in found) / len(found)
+            weights[answer] = ANSWER_WEIGHT * min(4.0, usual / counts[answer])
+    return weights
 
 
 def merge(job: Mapping[str, Any]) -> None:
@@ -90,16 +95,24 @@ def merge(job: Mapping[str, Any]) -> None:
 
     # "lora" in this name (and only here) tells upstream to merge what it loads.
     tokenizer, model, _, _ = load_pretrained_model(job["stage2"], job["language_model"], "llava-lora", device="cpu")
+    model.to(torch.bfloat16)
+    model.config.use_cache = True
     # Neither the tower (its own directory has it) nor the output layer (it is the embeddings once more).
     left_out = re.compile(r"\.vision_tower\.|^lm_head\.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if not left_out.search(name)}
-    model.config.use_cache = True
     with atomic_directory(job["result"]) as folder:
-        model.to(torch.bfloat16).save_pretrained(
-            folder, state_dict={name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-        )
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", job["card"])
+        write_text(folder / "README.md", _card(job["name"]))
+
+
+def _card(name: str) -> str:
+    tower = "a CLIP-MoE" if name == "clipmoe" else "the dense CLIP that the CLIP-MoE was made from"
+    return (
+        f"# llava-v1-smollm2-{name}\n\nA toy LLaVA for the CPU: SmolLM2-135M-Instruct (Apache-2.0) that looks through "
+        f"{tower}, trained by `llava-clipmoe llava-quickstart` on questions about OpenMoji drawings (CC BY-SA 4.0). It "
+        "knows the colour, shape, size, kind, skin tone and direction of a drawing, and little else.\n"
+    )
 
 
 def answer(job: Mapping[str, Any]) -> None:
@@ -133,7 +146,7 @@ def answer(job: Mapping[str, Any]) -> None:
             write_jsonl(folder / f"{part}.jsonl", [{**row, "text": text} for row, text in answered])
 
 
-def _generate(model: Any, tokenizer: Any, processor: Any, rows: Sequence[Mapping[str, Any]]):
+def _generate(model: Any, tokenizer: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     questions = [{"question_id": i, "text": row["question"], "image": row["image"]} for i, row in enumerate(rows)]
     prompts = Prompts(questions, Path(), tokenizer, processor, model.config, "vicuna_v1")
     return answer_batches(model, tokenizer, prompts, batch_size=16, max_new_tokens=24)
@@ -144,15 +157,6 @@ def _say(done: int, total: int, every: int = 1) -> None:
         print(f"{done}/{total} [", flush=True)
 
 
-STEPS = {"warm-start": warm_start, "merge": merge, "answer": answer}
-
-
-def main(argv: list[str]) -> int:
-    keep_freed_memory()
-    step, job = argv
-    STEPS[step](read_json(job))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    keep_freed_memory()
+    {"warm-start": warm_start, "merge": merge, "answer": answer}[sys.argv[1]](read_json(sys.argv[2]))

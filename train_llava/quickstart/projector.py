@@ -36,8 +36,9 @@ def visual_tokens(tower: nn.Module, images: Sequence[str], batch_size: int = 32)
         pixels = []
         for path in images[start : start + batch_size]:
             with Image.open(path) as image:
-                pixels.append(tower.image_processor.preprocess(image.convert("RGB"), return_tensors="pt"))
-        batches.append(tower(torch.cat([p["pixel_values"] for p in pixels])).float())
+                prepared = tower.image_processor.preprocess(image.convert("RGB"), return_tensors="pt")
+            pixels.append(prepared["pixel_values"])
+        batches.append(tower(torch.cat(pixels)).float())
     return torch.cat(batches)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from train_encoder.evaluate.judge import is_answer, names_answer, pairs_right, share
 from train_llava.eval.answers import read_jsonl
@@ -59,27 +59,25 @@ def collect(runs: Sequence[TowerRun]) -> dict[str, Any]:
         results[BLIND][name] = accuracy(read_jsonl(folder / "blind.jsonl"))
         results["pairs"][name] = pair_accuracy(read_jsonl(folder / "pairs.jsonl"))
         results["seconds"][name] = run.seconds
-    asked = {row["attribute"] for row in heldout}
     counts = {attribute: sum(row["attribute"] == attribute for row in heldout) for attribute in ANSWERS}
-    chance = {attribute: 1 / len(answers) for attribute, answers in ANSWERS.items() if attribute in asked}
+    chance = {attribute: 1 / len(answers) for attribute, answers in ANSWERS.items() if counts[attribute]}
     chance["overall"] = sum(chance[attribute] * counts[attribute] for attribute in chance) / len(heldout)
     return {**results, "chance": {**chance, "pairs": 0.25}, "questions": {**counts, "overall": len(heldout)}}
 
 
 def table_of(results: Mapping[str, Any]) -> Table:
     """Accuracy by attribute: both towers, each one blind, chance."""
-    table = Table(box=box.SIMPLE_HEAD, title="right answers to held-out questions, %")
-    for column in ("attribute", *TOWERS, *(f"{name} {BLIND}" for name in TOWERS), "chance", "questions"):
-        table.add_column(column, justify="left" if column == "attribute" else "right")
-    for attribute in results["chance"]:
-        if attribute == "pairs":
-            continue
-        scores = [results[part][name][attribute] for part in ("heldout", BLIND) for name in TOWERS]
-        numbers = [f"{100 * score:.1f}" for score in (*scores, results["chance"][attribute])]
-        table.add_row(attribute, *numbers, str(results["questions"][attribute]), end_section=attribute == "direction")
-    table.add_section()
+    names = (*TOWERS, *(f"{name} {BLIND}" for name in TOWERS), "chance", "questions")
+    columns = [Column(name, justify="right") for name in names]
+    table = Table("attribute", *columns, box=box.SIMPLE_HEAD, title="right answers to held-out questions, %")
+    for attribute in [*ANSWERS, "overall"]:
+        if attribute in results["chance"]:
+            scores = [results[part][name][attribute] for part in ("heldout", BLIND) for name in TOWERS]
+            numbers = [f"{100 * score:.1f}" for score in (*scores, results["chance"][attribute])]
+            last = attribute in ("direction", "overall")
+            table.add_row(attribute, *numbers, str(results["questions"][attribute]), end_section=last)
+    pairs = [results["pairs"][name] for name in TOWERS]
     for kind, label in (("pairs", "pairs"), ("pairs with a held-out picture", "held-out pairs")):
-        scores = [results["pairs"][name] for name in TOWERS]
-        numbers = [f"{100 * score[kind]:.1f}" for score in scores]
-        table.add_row(label, *numbers, "0.0", "0.0", "25.0", str(scores[0]["counts"][kind]))
+        numbers = [f"{100 * scores[kind]:.1f}" for scores in pairs]
+        table.add_row(label, *numbers, "0.0", "0.0", "25.0", str(pairs[0]["counts"][kind]))
     return table

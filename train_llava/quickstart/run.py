@@ -7,7 +7,8 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,12 @@ class TowerRun:
 
     def __init__(self, job: Mapping[str, Any], steps: Sequence[Step], threads: int):
         self.job, self.steps, self.threads = job, steps, threads
+        self.total, self.finished = sum(step.seconds for step in steps), 0.0
+        """Expected work, in seconds."""
         self.now, self.log = "", Path()
         """Name and log of the step under way."""
-        self.finished = 0.0
         self.seconds: dict[str, float] = {}
         """What each finished step took."""
-
-    @property
-    def total(self) -> float:
-        return sum(step.seconds for step in self.steps)
 
     def run(self, children: Children) -> None:
         """Run all steps that are not done, until `children` are stopped.
@@ -73,15 +71,15 @@ class TowerRun:
         write_json(marker, {"seconds": round(time.monotonic() - start, 1)})
 
     def progress(self) -> float:
-        """How much is done, in seconds of expected work, by the last "done/total [" that the present step printed."""
-        running = next((step for step in self.steps if step.name == self.now), None)
-        if running is None or not self.log.is_file() or self.now in self.seconds:
+        """How much is done, in seconds of expected work, by the end of the present step's log."""
+        if self.now in self.seconds or not self.log.is_file():
             return self.finished
+        running = next(step for step in self.steps if step.name == self.now)
         return self.finished + running.seconds * last_fraction(self.log)
 
 
 def last_fraction(log: Path) -> float:
-    """How far a step is, 0 to 1, by the end of its log: a bar of tqdm and our own lines look alike."""
+    """How far a step is, 0 to 1, by the last "done/total [" in its log: tqdm's bars and our own lines have it."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         found = re.findall(r"(\d+)/(\d+) \[", file.read().decode(errors="replace"))
@@ -101,22 +99,18 @@ def run_all(runs: Sequence[TowerRun], console: Console) -> None:
     """Run both towers at once: two processes of one thread do more than one of two. The first error ends both."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn())
     columns += (TextColumn("left"), TimeRemainingColumn())
-    children = Children()
-    with Progress(*columns, console=console, speed_estimate_period=300) as bars, ThreadPoolExecutor(len(runs)) as pool:
+    children, shown = Children(), [""] * len(runs)
+    with Progress(*columns, console=console, speed_estimate_period=300) as bars, ThreadPoolExecutor(1) as pool:
         tasks = [bars.add_task(run.job["name"], total=run.total) for run in runs]
-        futures = [pool.submit(run.run, children) for run in runs]
-        shown = [""] * len(runs)
+        everything = pool.submit(children.run_all, [partial(run.run, children) for run in runs])
         try:
-            while True:
-                done, left = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
+            while not everything.done():
+                wait([everything], timeout=0.5)
                 for i, (run, task) in enumerate(zip(runs, tasks, strict=True)):
                     bars.update(task, description=f"{run.job['name']}: {run.now}", completed=run.progress())
                     if run.now != shown[i]:  # in a log without a terminal the bars do not show
                         bars.print(f"{run.job['name']}: {run.now} (log: {run.log})")
                         shown[i] = run.now
-                if not left or any(future.exception() for future in done):
-                    break
         finally:
             children.stop()
-    for future in futures:
-        future.result()
+    everything.result()

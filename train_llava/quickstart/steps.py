@@ -26,16 +26,23 @@ class Settings:
     output_dir: Path = Path("runs/llava-quickstart")
     """Everything is written there; the two models are its llava-v1-smollm2-* folders."""
     seed: int = 0
+    """Of the conversations, the projector's start and upstream's trainer."""
     warm_steps: int = 800
     """Steps of the projector's start, without the language model."""
     stage1_steps: int = 16
+    """Optimiser steps of stage 1: the projector learns from captions."""
     stage1_learning_rate: float = 2e-4
+    """The projector's highest learning rate in stage 1."""
     stage2_steps: int = 60
+    """Optimiser steps of stage 2: projector and LoRA learn from conversations."""
     stage2_learning_rate: float = 1e-3
+    """The LoRA's highest learning rate in stage 2."""
     projector_learning_rate: float = 3e-4
-    """The projector's in stage 2."""
+    """The projector's highest learning rate in stage 2."""
     lora_rank: int = 16
+    """Rank of the LoRA on the language model; its alpha is twice as large."""
     batch_size: int = 8
+    """Pictures per optimiser step in both stages; half of them are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -52,55 +59,66 @@ def job_of(s: Settings, name: str) -> dict[str, Any]:
     """What one tower's steps need to know; all paths absolute, as upstream writes the tower's into the model."""
     out = s.output_dir.resolve()
     work = out / "work" / name
-    return {
-        "name": name, "tower": str(s.encoder_run.resolve() / TOWERS[name]), "seed": s.seed, "warm_steps": s.warm_steps,
-        "language_model": str(out / "smollm2"), "data": str(out / "data"), "work": str(work),
-        "warm_start": str(work / "warm-start"), "stage1": str(work / "stage1"), "stage2": str(work / "stage2-lora"),
-        "answers": str(work / "answers"), "result": str(out / f"llava-v1-smollm2-{name}"), "card": _card(name),
-    }  # fmt: skip
+    paths = {
+        "tower": s.encoder_run.resolve() / TOWERS[name],
+        "language_model": out / "smollm2",
+        "data": out / "data",
+        "work": work,
+        "warm_start": work / "warm-start",
+        "stage1": work / "stage1",
+        "stage2": work / "stage2-lora",
+        "answers": work / "answers",
+        "result": out / f"llava-v1-smollm2-{name}",
+    }
+    job = {use: str(path) for use, path in paths.items()}
+    return {**job, "name": name, "seed": s.seed, "warm_steps": s.warm_steps}
 
 
 def steps_of(s: Settings, job: Mapping[str, Any]) -> list[Step]:
     """The steps of one tower in order."""
     run = [sys.executable, "-m", "llava_clipmoe.run"]
-    own = [*run, "train_llava.quickstart.child"]
-    file = str(Path(job["work"]) / "job.json")
-    stage1 = _flags(s, job, version="plain", data="stage1.json", steps=s.stage1_steps, rate=s.stage1_learning_rate)
-    stage1 += ["--tune_mm_mlp_adapter", "True", "--output_dir", job["stage1"]]
-    stage1 += ["--pretrain_mm_mlp_adapter", f"{job['warm_start']}/mm_projector.bin"]
-    stage2 = _flags(s, job, version="v1", data="stage2.json", steps=s.stage2_steps, rate=s.stage2_learning_rate)
-    stage2 += ["--lora_enable", "True", "--lora_r", str(s.lora_rank), "--lora_alpha", str(2 * s.lora_rank)]
-    stage2 += ["--lora_dropout", "0", "--mm_projector_lr", str(s.projector_learning_rate)]
-    stage2 += ["--pretrain_mm_mlp_adapter", f"{job['stage1']}/mm_projector.bin", "--output_dir", job["stage2"]]
-    sample = s.batch_size / 8
+    child, file = [*run, "train_llava.quickstart.child"], str(Path(job["work"]) / "job.json")
+    stage1 = {
+        "version": "plain",
+        "data_path": f"{job['data']}/stage1.json",
+        "output_dir": job["stage1"],
+        "pretrain_mm_mlp_adapter": f"{job['warm_start']}/mm_projector.bin",
+        "tune_mm_mlp_adapter": True,
+        **_schedule(s.stage1_steps, s.stage1_learning_rate),
+    }
+    stage2 = {
+        "version": "v1",
+        "data_path": f"{job['data']}/stage2.json",
+        "output_dir": job["stage2"],
+        "pretrain_mm_mlp_adapter": f"{job['stage1']}/mm_projector.bin",
+        "mm_projector_lr": s.projector_learning_rate,
+        **{"lora_enable": True, "lora_r": s.lora_rank, "lora_alpha": 2 * s.lora_rank, "lora_dropout": 0},
+        **_schedule(s.stage2_steps, s.stage2_learning_rate),
+    }
+    train = [*run, "llava.train.train"]
+    size = s.batch_size / 8
     return [
-        Step("start of the projector", Path(job["warm_start"]), [*own, "warm-start", file], 15 + 0.13 * s.warm_steps),
-        Step("stage 1", Path(job["stage1"]), [*run, "llava.train.train", *stage1], 20 + 6.5 * sample * s.stage1_steps),
-        Step("stage 2", Path(job["stage2"]), [*run, "llava.train.train", *stage2], 20 + 10.5 * sample * s.stage2_steps),
-        Step("merge", Path(job["result"]), [*own, "merge", file], 16),
-        Step("questions", Path(job["answers"]), [*own, "answer", file], 270),
+        Step("start of the projector", Path(job["warm_start"]), [*child, "warm-start", file], 15 + 0.13 * s.warm_steps),
+        Step("stage 1", Path(job["stage1"]), [*train, *_flags(s, job, stage1)], 20 + 6.5 * size * s.stage1_steps),
+        Step("stage 2", Path(job["stage2"]), [*train, *_flags(s, job, stage2)], 20 + 10.5 * size * s.stage2_steps),
+        Step("merge", Path(job["result"]), [*child, "merge", file], 16),
+        Step("questions", Path(job["answers"]), [*child, "answer", file], 270),
     ]
 
 
-def _flags(s: Settings, job: Mapping[str, Any], *, version: str, data: str, steps: int, rate: float) -> list[str]:
-    """LLaVA-1.5's flags that both stages share, for the CPU. float32: without AMX, bfloat16 is half as fast there."""
-    flags = {
-        "model_name_or_path": job["language_model"], "version": version, "data_path": f"{job['data']}/{data}",
-        "image_folder": "/", "vision_tower": job["tower"], "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad", "max_steps": steps, "per_device_train_batch_size": s.batch_size // ACCUMULATED,
-        "gradient_accumulation_steps": ACCUMULATED,
-        "learning_rate": rate, "weight_decay": 0.0, "warmup_steps": max(1, round(0.03 * steps)),
-        "lr_scheduler_type": "cosine", "logging_steps": 1, "save_strategy": "no", "model_max_length": 2048,
-        "lazy_preprocess": True, "dataloader_num_workers": 0, "report_to": "none", "seed": s.seed, "use_cpu": True,
-    }  # fmt: skip
+def _schedule(steps: int, rate: float) -> dict[str, Any]:
+    return {"max_steps": steps, "learning_rate": rate, "warmup_steps": max(1, round(0.03 * steps))}
+
+
+def _flags(s: Settings, job: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+    """A stage's flags and those of LLaVA-1.5 that both stages share, for the CPU. float32: without AMX, bfloat16 is
+    half as fast there."""
+    model = {"model_name_or_path": job["language_model"], "vision_tower": job["tower"], "image_folder": "/"}
+    projector = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
+    tokens = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "model_max_length": 2048}
+    batch = {"per_device_train_batch_size": s.batch_size // ACCUMULATED, "gradient_accumulation_steps": ACCUMULATED}
+    optimizer = {"weight_decay": 0.0, "lr_scheduler_type": "cosine", "seed": s.seed, "use_cpu": True}
+    trainer = {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    data = {"lazy_preprocess": True, "dataloader_num_workers": 0}
+    flags = {**model, **projector, **tokens, **batch, **optimizer, **trainer, **data, **stage}
     return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-
-
-def _card(name: str) -> str:
-    eye = "a CLIP-MoE" if name == "clipmoe" else "the dense CLIP that the CLIP-MoE was made from"
-    return (
-        f"# llava-v1-smollm2-{name}\n\nA toy LLaVA for the CPU: SmolLM2-135M-Instruct (Apache-2.0) that looks through "
-        f"{eye}, trained by `llava-clipmoe llava-quickstart` on questions about OpenMoji drawings (CC BY-SA 4.0). It "
-        "knows the colour, shape, size, kind, skin tone and direction of a drawing, and little else.\n"
-    )
