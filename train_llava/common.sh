@@ -305,7 +305,14 @@ build_command() {
         torchrun) flags "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" --nnodes "$NNODES" \
             --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m ;;
         deepspeed) flags "$PYTHON" -m deepspeed.launcher.runner --num_gpus "$GPUS" --master_port "$MASTER_PORT" --module ;;
-        accelerate) accelerate_command ;;
+        accelerate)
+            flags "$PYTHON" -m accelerate.commands.launch --num_processes $((GPUS * NNODES)) --num_machines "$NNODES" \
+                --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
+                --mixed_precision no --dynamo_backend no # the trainer sets both by its own flags
+            [[ $DEVICE != cpu ]] || flags --cpu
+            [[ $GPUS == 1 && $NNODES == 1 || $DEVICE == cpu ]] || flags --multi_gpu
+            flags -m
+            ;;
     esac
     local module=llava.train.train
     ((!HAS_FLASH)) || module=llava.train.train_mem # the same with flash attention
@@ -325,15 +332,6 @@ build_command() {
         --dataloader_num_workers "$WORKERS" --lazy_preprocess True --report_to "$REPORT_TO"
     if [[ $DEVICE == cpu ]]; then flags --use_cpu True; else flags --tf32 True; fi
     flags ${EXTRA[@]+"${EXTRA[@]}"} # bash before 4.4 calls an empty array unset
-}
-
-accelerate_command() {
-    flags "$PYTHON" -m accelerate.commands.launch --num_processes $((GPUS * NNODES)) --num_machines "$NNODES" \
-        --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
-        --mixed_precision no --dynamo_backend no # the trainer sets both by its own flags
-    [[ $DEVICE != cpu ]] || flags --cpu
-    [[ $GPUS == 1 && $NNODES == 1 || $DEVICE == cpu ]] || flags --multi_gpu
-    flags -m
 }
 
 print_command() { # one flag a line, quoted: paste it into a shell as it is

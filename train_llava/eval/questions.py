@@ -50,11 +50,11 @@ def pope_questions(path: Path) -> list[Row]:
 
 def textvqa_without_ocr(path: Path) -> list[Row]:
     """TextVQA's questions without the line of OCR tokens that LLaVA-1.5's file puts into every prompt."""
-    questions = llava_questions(path)
-    for question in questions:
-        lines = question["text"].split("\n")
-        question["text"] = "\n".join(line for line in lines if not line.startswith(OCR_TOKENS))
-    return questions
+    return [{**question, "text": without_ocr(question["text"])} for question in llava_questions(path)]
+
+
+def without_ocr(prompt: str) -> str:
+    return "\n".join(line for line in prompt.split("\n") if not line.startswith(OCR_TOKENS))
 
 
 def read_table(path: Path) -> tuple[list[str], list[Row]]:

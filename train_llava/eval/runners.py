@@ -21,7 +21,7 @@ from llava_clipmoe.processes import Children, exit_on_sigterm
 
 from .answers import EvalError, Row, match, merge, read_answers, write_jsonl
 from .benchmarks import Benchmark
-from .questions import image_bytes, is_missing, read_table
+from .questions import image_bytes, read_table
 from .settings import EvalLlava
 
 ASKED = ("question_id", "image", "text", "suffix", "round_id", "options", "option_char")
@@ -143,36 +143,21 @@ def _command(run: Run, share: Sequence[Row], number: int) -> list[str]:
 
 
 def _write_tsv(run: Run, share: Sequence[Row], path: Path) -> None:
-    """The share's rows of the table, each with its own picture in base64, as upstream's runner reads it."""
+    """The share's rows of the table, each with its own picture in base64, as upstream's runner reads it.
+
+    One more row, whose answer is dropped, keeps pandas from making numbers of a column: upstream adds its cells to a
+    string.
+    """
     header, rows = read_table(run.table)
     questions = {question["row"]: question for question in run.questions}
-    chosen = _readable_by_pandas(rows, sorted({question["row"] for question in share}))
+    chosen = []
+    for number in sorted({question["row"] for question in share}):
+        image = base64.b64encode(image_bytes(questions[number])).decode()
+        chosen.append({**rows[number], "image": image})
+    texts = dict.fromkeys(set(header) & set(TEXT_COLUMNS), "text")
+    chosen.append({**chosen[0], "index": -1, **texts})
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         # all cells in quotes: else csv leaves a carriage return bare, at which pandas begins a row
         writer = csv.DictWriter(file, header, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
-        for number in chosen:
-            image = base64.b64encode(image_bytes(questions[number])).decode()
-            writer.writerow({**rows[number], "image": image})
-
-
-def _readable_by_pandas(rows: Sequence[Row], chosen: list[int]) -> list[int]:
-    """Add rows until no text column of a small file is all numbers or all true/false.
-
-    Upstream adds a cell to a string, and pandas would have made numbers of such a column: TypeError. The answers to
-    the added rows are not used twice.
-    """
-    for name in TEXT_COLUMNS:
-        cells = [rows[number][name] for number in chosen if not is_missing(rows[number].get(name))]
-        if cells and not any(map(_is_text, cells)):
-            spare = next((number for number, row in enumerate(rows) if _is_text(row.get(name))), None)
-            chosen = chosen if spare is None else [*chosen, spare]
-    return chosen
-
-
-def _is_text(cell: object) -> bool:
-    try:
-        float(str(cell))
-    except ValueError:
-        return not is_missing(cell) and str(cell).lower() not in ("true", "false")
-    return False
+        writer.writerows(chosen)

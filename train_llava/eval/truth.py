@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .answers import EvalError, Row, read_json, read_jsonl, read_text
-from .questions import OCR_TOKENS
+from .questions import without_ocr
 
 SHORT_PROMPT = "Answer the question using a single word or phrase."
 
@@ -71,10 +71,10 @@ def textvqa(file: Path, rows: Sequence[Row]) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise EvalError(f"{file} is not TextVQA's annotation file: {type(error).__name__}: {error}.") from error
     for row in rows:
-        lines = [line for line in row["text"].split("\n") if not line.startswith(OCR_TOKENS)]
-        row["answers"] = people.get((row["question_id"], lines[0].lower()))
+        asked = without_ocr(row["text"]).split("\n")[0]
+        row["answers"] = people.get((row["question_id"], asked.lower()))
         if not row["answers"]:
-            raise EvalError(f"{file} has no answers to {lines[0]!r} about image {row['question_id']}.")
+            raise EvalError(f"{file} has no answers to {asked!r} about image {row['question_id']}.")
 
 
 def gqa(file: Path, rows: Sequence[Row]) -> None:

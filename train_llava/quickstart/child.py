@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_clipmoe.files import atomic_directory, load_tensors, read_json, write_text
-from train_encoder.training.memory import keep_freed_memory
 from train_llava.eval.answers import read_jsonl, write_jsonl
 from train_llava.eval.batched import Prompts
 from train_llava.eval.batched import answer as answer_batches
@@ -158,5 +157,4 @@ def _say(done: int, total: int, every: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     {"warm-start": warm_start, "merge": merge, "answer": answer}[sys.argv[1]](read_json(sys.argv[2]))

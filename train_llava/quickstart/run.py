@@ -88,7 +88,7 @@ def last_fraction(log: Path) -> float:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """A child's environment: its share of the cores, no hub, and glibc told to keep freed memory (allocator.py)."""
+    """A child's environment: its share of the cores, no hub, and glibc told to keep freed memory."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     glibc = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
     ours = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
