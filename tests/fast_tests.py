@@ -56,7 +56,9 @@ def slow():
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, **fields) -> CLIPMoEModel:
-    base = shake(CLIPMoEModel(make_tiny_config(**fields)), seed=1).eval()
+    config = make_tiny_config(**fields)
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 2, 1  # the interpreter is slow
+    base = shake(CLIPMoEModel(config), seed=1).eval()
     stages = [ffn_state(shake(CLIPMoEModel(base.config), seed).state_dict()) for seed in (2, 3, 4)]
     if kind == "dense":
         return base.to(DEVICE, dtype)
@@ -73,7 +75,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **fields) -> CLIPMoEMode
 
 
 def given(batch: dict, dtype: torch.dtype = torch.float32) -> dict:
-    """Two pictures, and two captions of 3 and 5 tokens: the interpreter is slow."""
+    """Two pictures, and two captions of 3 and 5 tokens."""
     rows = [0, 3] if len(batch["input_ids"]) > 2 else [0, 1]
     moved = {name: tensor[rows].to(DEVICE) for name, tensor in batch.items()}
     short = {name: moved[name][:, :6] for name in ("input_ids", "attention_mask")}
@@ -86,8 +88,7 @@ def outputs(model: CLIPMoEModel, batch: dict) -> dict[str, torch.Tensor]:
         whole = model(**batch, output_hidden_states=True, output_router_logits=True)
         found = {
             "image features": model.get_image_features(batch["pixel_values"]),
-            "text features": model.get_text_features(batch["input_ids"]),
-            "masked text features": model.get_text_features(batch["input_ids"], batch["attention_mask"]),
+            "text features": model.get_text_features(batch["input_ids"]),  # without the mask that `whole` has
         }
     for tower in ("vision", "text"):
         states = whole[f"{tower}_model_output"].hidden_states
@@ -113,8 +114,11 @@ def is_fast(model: CLIPMoEModel) -> bool:
 # ------------------------------------------------------------------------------------------------------ the same result
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.float32) for kind in KINDS), ("dense", torch.bfloat16), ("whole", torch.float16),
+     ("delta", torch.bfloat16), ("gate", torch.float16)],
+)  # fmt: skip
 def test_the_fast_path_gives_what_the_modules_give(batch, kind, dtype):
     model, batch = make(kind, dtype), given(batch, dtype)
     with slow():
@@ -125,7 +129,7 @@ def test_the_fast_path_gives_what_the_modules_give(batch, kind, dtype):
     assert_alike(found, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "delta", "gate"])
 def test_under_autocast_the_weights_stay_in_fp32(batch, kind):
     model, batch = make(kind), given(batch)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -167,7 +171,7 @@ def storage_bytes(model: CLIPMoEModel) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "delta", "gate"])
 def test_packing_takes_no_memory_and_changes_no_weight(batch, kind):
     model, batch = make(kind, torch.bfloat16), given(batch, torch.bfloat16)
     before, bytes_before = copy.deepcopy(model.state_dict()), storage_bytes(model)
@@ -179,8 +183,7 @@ def test_packing_takes_no_memory_and_changes_no_weight(batch, kind):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", ["whole", "delta"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["own-dtype", "autocast"])
+@pytest.mark.parametrize(("kind", "autocast"), [("whole", True), ("delta", False), ("delta", True)])
 def test_a_changed_weight_is_seen(batch, kind, autocast):
     model, batch = make(kind), given(batch)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
@@ -196,7 +199,7 @@ def test_a_changed_weight_is_seen(batch, kind, autocast):
     assert_alike(found, expected, TOLERANCE[torch.bfloat16 if autocast else torch.float32])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["delta", "gate"])
 def test_another_dtype_prepares_anew_and_the_old_is_gone(batch, kind):
     model = make(kind)
     outputs(model, given(batch))

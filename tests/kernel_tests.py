@@ -35,19 +35,18 @@ from llava_clipmoe.transformer_clipmoe import CLIPMoEMLP, CLIPMoESparseMLP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-D, H, N = 24, 40, 37
+D, H, N = 24, 40, 21
+"""No multiples of a tile of 16, and few: Triton's interpreter needs its time for each program."""
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 # E and K: the usual, one expert a token, all of them, the most; every dtype and activation, not every combination.
 CASES = [
-    (torch.float32, "quick_gelu", 4, 2), (torch.float16, "quick_gelu", 4, 2), (torch.bfloat16, "quick_gelu", 4, 2),
-    (torch.float32, "gelu", 4, 2), (torch.float16, "gelu", 3, 3), (torch.bfloat16, "gelu", 2, 1),
-    (torch.float32, "gelu", 2, 1), (torch.float32, "quick_gelu", 3, 3), (torch.float32, "quick_gelu", 16, 3),
+    (torch.float32, "quick_gelu", 4, 2), (torch.float16, "gelu", 4, 2), (torch.bfloat16, "quick_gelu", 3, 3),
+    (torch.float32, "gelu", 2, 1), (torch.float16, "quick_gelu", 16, 3),
 ]  # fmt: skip
 cases = pytest.mark.parametrize(
     ("dtype", "act", "e", "k"), CASES, ids=[f"{dtype}"[6:] + f"-{act}-e{e}k{k}" for dtype, act, e, k in CASES]
 )
-tokens = pytest.mark.parametrize("n", [0, 1, 37])
 
 
 @pytest.fixture
@@ -104,9 +103,11 @@ def on_device(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.T
 # ------------------------------------------------------------------------------------------------------------ router
 
 
-@tokens
-@cases
-def test_router(small_tiles, dtype, act, n, e, k):
+@pytest.mark.parametrize(
+    ("dtype", "n", "e", "k"),
+    [(torch.float32, 0, 4, 2), (torch.float32, 1, 4, 2), *((dtype, N, e, k) for dtype, _, e, k in CASES)],
+)
+def test_router(small_tiles, dtype, n, e, k):
     router, x = drawn(Router(make_config(e, k)), dtype), draw(n, D, dtype=dtype)
     logits, weights, experts = router(x.float())
     found = route(on_device(x, dtype), on_device(router.weight, dtype), k)
@@ -178,8 +179,7 @@ def test_router_of_a_large_tower_is_exact(weight_dtype):
 # -------------------------------------------------------------------------------------------------------------- sort
 
 
-@pytest.mark.parametrize("n", [0, 1, 5, 100])
-@pytest.mark.parametrize(("e", "k"), [(4, 2), (16, 3), (2, 1)])
+@pytest.mark.parametrize(("n", "e", "k"), [(0, 4, 2), (1, 2, 1), (5, 4, 2), (100, 16, 3)])
 def test_pairs_sorted_by_expert(small_tiles, n, e, k):
     experts = routing(n, e, k)[2] if n else torch.zeros(0, k, dtype=torch.int64)
     found = sort_experts(on_device(experts), e)
@@ -225,8 +225,11 @@ def test_delta(small_tiles, dtype, act, e, k):
     near(delta_on_device(experts, dtype, x, weights_NE), of_loop(experts, x, weights, chosen), TOLERANCE[dtype])
 
 
-@tokens
-@pytest.mark.parametrize(("kind", "split", "sort"), [("mixed", 3, False), ("unused", 1, True), ("unused", 3, True)])
+@pytest.mark.parametrize(
+    ("n", "kind", "split", "sort"),
+    [(0, "mixed", 1, False), (0, "unused", 3, True), (1, "mixed", 3, False), (N, "unused", 1, True),
+     (N, "unused", 3, True)],
+)  # fmt: skip
 def test_delta_of_any_number_of_tokens(small_tiles, monkeypatch, n, sort, split, kind):
     monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
     experts, x = make_delta(torch.float32, 4, 2), draw(n, D, dtype=torch.float32)
@@ -235,11 +238,13 @@ def test_delta_of_any_number_of_tokens(small_tiles, monkeypatch, n, sort, split,
     near(found, of_loop(experts, x, weights, chosen), 1e-5)
 
 
-@pytest.mark.parametrize("ranks", [(8, 64), (40, 24), (136, 100), (256, 256)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"),
+    [((8, 64), torch.float32), ((40, 24), torch.float16), ((136, 100), torch.float32), ((256, 256), torch.float16)],
+)
 def test_delta_of_any_rank(ranks, dtype):
-    experts, x = make_delta(dtype, 4, 2, ranks), draw(70, D, dtype=dtype)
-    weights_NE, weights, chosen = routing(70, 4, 2)
+    experts, x = make_delta(dtype, 4, 2, ranks), draw(N, D, dtype=dtype)
+    weights_NE, weights, chosen = routing(N, 4, 2)
     found = delta_on_device(experts, dtype, x, weights_NE)
     near(found, of_loop(experts, x, weights, chosen), TOLERANCE[dtype])
 
@@ -256,9 +261,7 @@ def test_an_expert_that_a_token_did_not_choose_cannot_spoil_it():
     assert not found[~clean].isfinite().any()
 
 
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize(("e", "k"), [(5, 5), (3, 1)])
+@pytest.mark.parametrize(("e", "k", "step", "split"), [(5, 5, 1, 1), (5, 5, 2, 2), (3, 1, 2, 1)])
 def test_delta_of_some_experts_at_a_time(monkeypatch, e, k, step, split):
     """A tile whose tokens use many experts takes several launches, which add to what is there; here H is a multiple of
     the tile's columns, too."""
@@ -286,15 +289,15 @@ def test_few_tokens_are_not_sorted(monkeypatch):
 
 def test_tokens_without_any_expert_get_zeros(small_tiles):
     """A tile of them too: nothing is left as the memory was."""
-    experts, x = make_delta(torch.float32, 4, 2), on_device(draw(N, D, dtype=torch.float32), torch.float32)
+    experts, x = make_delta(torch.float32, 4, 2), on_device(draw(36, D, dtype=torch.float32), torch.float32)
     packed = pack_delta(experts.to(DEVICE), torch.float32)
-    weights = on_device(routing(N, 4, 2)[0])
-    weights[10:36] = 0.0
+    weights = on_device(routing(36, 4, 2)[0])
+    weights[10:] = 0.0
     x.requires_grad_()
     found = delta_ffn(packed, x, weights)
     (x_grad,) = torch.autograd.grad(found.sum(), x)
     for tensor in (found, x_grad):
-        assert not tensor[10:36].any() and tensor[:10].all() and tensor.isfinite().all()
+        assert not tensor[10:].any() and tensor[:10].all() and tensor.isfinite().all()
 
 
 def test_a_token_that_is_no_number_shows(small_tiles):
@@ -369,8 +372,10 @@ def test_what_belongs_to_an_expert_that_was_not_chosen_is_zero(small_tiles, pois
     assert torch.equal(given.grad.cpu() != 0, weights_NE != 0)
 
 
-@backward
-@pytest.mark.parametrize(("sort", "split"), [(False, 1), (True, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "act", "e", "k", "sort", "split"),
+    [(*BACKWARD[0], False, 1), *((*case, True, split) for case, split in zip(BACKWARD, (1, 2, 1, 2), strict=True))],
+)
 def test_delta_backward(small_tiles, monkeypatch, dtype, act, e, k, sort, split):
     monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
     experts, x = make_delta(dtype, e, k, (24, 16), act), draw(N, D, dtype=dtype)
@@ -475,8 +480,8 @@ def test_whole(small_tiles, both_products, dtype, act, e, k):
     near(found, of_loop(experts, x, weights, chosen), TOLERANCE[dtype])
 
 
-@tokens
-@pytest.mark.parametrize(("kind", "small"), [("mixed", False), ("unused", True)])
+@pytest.mark.parametrize(("n", "kind", "small"), [(0, "mixed", False), (1, "mixed", False), (1, "unused", True),
+                                                   (N, "unused", True)])  # fmt: skip
 def test_whole_of_any_number_of_tokens(request, both_products, n, kind, small):
     if small:
         request.getfixturevalue("small_tiles")
@@ -492,8 +497,8 @@ def test_whole_in_many_tiles(monkeypatch, cols, inner):
     monkeypatch.setitem(TILES, ("grouped", 4), {0: Tile(16, cols, inner, 4, 1)})
     monkeypatch.setattr(kernels_whole_clipmoe, "FEW_TILES", 0)
     monkeypatch.setattr(kernels_whole_clipmoe, "GROUP", 3)
-    (experts, packed), x = make_whole(torch.float32, 4, 2), draw(90, D, dtype=torch.float32)
-    weights_NE, weights, chosen = routing(90, 4, 2)
+    (experts, packed), x = make_whole(torch.float32, 4, 2), draw(70, D, dtype=torch.float32)
+    weights_NE, weights, chosen = routing(70, 4, 2)
     found = whole_ffn(packed, on_device(x.float()), on_device(weights_NE), on_device(chosen))
     near(found, experts(x, weights, chosen).detach(), 1e-5)
 
@@ -512,8 +517,13 @@ def test_whole_backward(small_tiles, both_products, dtype, act, e, k):
 # -------------------------------------------------------------------------------- dense FFN, gate, residual and norm
 
 
-@dtypes
-@pytest.mark.parametrize(("act", "n"), [("quick_gelu", 0), ("quick_gelu", N), ("gelu", 1)])
+DENSE = pytest.mark.parametrize(("dtype", "act", "n"), [
+    (torch.float32, "quick_gelu", 0), (torch.float32, "gelu", N), (torch.float16, "quick_gelu", N),
+    (torch.bfloat16, "gelu", 1),
+])  # fmt: skip
+
+
+@DENSE
 def test_dense(small_tiles, dtype, act, n):
     mlp, x = drawn(CLIPMoEMLP(make_config(1, 1, act)), dtype), draw(n, D, dtype=dtype)
     packed = pack_ffn(mlp, dtype)
@@ -523,8 +533,7 @@ def test_dense(small_tiles, dtype, act, n):
     near_gradients(found, gradients(lambda x: mlp(x)[0], x), 2 * TOLERANCE[dtype], ["x"])
 
 
-@dtypes
-@pytest.mark.parametrize(("act", "n"), [("quick_gelu", 0), ("quick_gelu", N), ("gelu", 18)])
+@DENSE
 def test_dense_in_training(small_tiles, dtype, act, n):
     mlp, x = drawn(CLIPMoEMLP(make_config(1, 1, act)), dtype), draw(n, D, dtype=dtype)
     weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
@@ -541,7 +550,7 @@ def test_dense_in_training(small_tiles, dtype, act, n):
     near_gradients(found, gradients(loop, x, *weights), 2 * TOLERANCE[dtype], names)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("wanted", [(0,), (1, 4), (2, 3), (1, 2, 3, 4)], ids=str)
 def test_dense_in_training_gives_what_is_asked_for(wanted):
     mlp = drawn(CLIPMoEMLP(make_config(1, 1)), torch.float32)
     tensors = [draw(N, D, dtype=torch.float32), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
@@ -572,8 +581,7 @@ def gated(e: int, k: int, dtype) -> CLIPMoESparseMLP:
     return drawn(CLIPMoESparseMLP(config), dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("n", [1, N])
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float32, N), (torch.float16, 1), (torch.bfloat16, N)])
 def test_gate(small_tiles, dtype, n):
     block = gated(4, 2, dtype)
     x, y, gate = draw(n, D, dtype=dtype), draw(n, D, dtype=dtype, seed=5), block.fusion_gate

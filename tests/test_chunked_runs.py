@@ -8,8 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,8 @@ from llava_clipmoe.files import load_tensors, read_json
 from train_encoder.command import main
 from train_encoder.training import loop
 from train_encoder.training.chunks import ChunkError, even
+
+pytestmark = pytest.mark.xdist_group("chunked_runs")  # `make test`: its runs are made once
 
 
 @pytest.fixture(scope="module")
@@ -171,20 +171,10 @@ def test_two_processes_agree_on_what_the_smaller_card_holds(data, undisturbed, t
     """Each measures by itself, as often as it needs; neither waits for the other in the middle of a trial."""
     (tmp_path / "train.py").write_text(TWO_CARDS)
     flags = tiny_run.arguments(data, tmp_path / "run", "--evaluation.retrieval", "--moe.num-experts", "2")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, str(tmp_path / "train.py"), *flags],
-        cwd=tiny_run.REPOSITORY,
-        env=tiny_run.environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    ended = tiny_run.run_two(flags, tmp_path / "train.py")
     two, one = done(tmp_path / "run"), done(undisturbed)
-    assert (
-        two["base"] in {even(8, most) for most in range(1, 9)} and two["base"] <= one["base"]
-    )  # beside it lies what DDP holds
+    assert two["base"] in {even(8, most) for most in range(1, 9)}
+    assert two["base"] <= one["base"]  # beside it lies what DDP holds
     assert ended.stdout.count("base: chunks of") == 1
     a, b = load_tensors(tmp_path / "run" / "clip-moe"), load_tensors(undisturbed / "clip-moe")
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5

@@ -30,6 +30,7 @@ from train_encoder.compare.command import (
     run_flags,
 )
 
+pytestmark = pytest.mark.xdist_group("compare")  # `make test`: its runs are made once
 COMPARED = ("sparse-upcycling-openmoji", "direct-ft-openmoji")
 
 

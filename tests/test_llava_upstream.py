@@ -30,7 +30,6 @@ from tiny.llavas import COLOURS, make_data, make_language_model, make_towers, up
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PINNED = os.environ.get("LLAVA_CLIPMOE_PINNED_PYTHON")
-GROUP = pytest.mark.xdist_group if importlib.util.find_spec("xdist") else lambda name: ()
 
 pytestmark = [
     pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed here"),
@@ -221,12 +220,12 @@ class Installed:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("current", marks=GROUP("current")),
+        pytest.param("current", marks=pytest.mark.xdist_group("current")),
         pytest.param(
             "pinned",
             marks=[
                 pytest.mark.skipif(not PINNED, reason="LLAVA_CLIPMOE_PINNED_PYTHON names no interpreter; `make test`"),
-                *([GROUP("pinned")] if importlib.util.find_spec("xdist") else []),
+                pytest.mark.xdist_group("pinned"),
             ],
         ),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from train_encoder.training import loop
 from train_encoder.training.precision import store_frozen_in
 from train_encoder.training.run import Run
 
+pytestmark = pytest.mark.xdist_group("lora")  # `make test`: its runs are made once
 RANK, ALPHA = 4, 6.0
 BLOCKS = {("vision_model", 0), ("vision_model", 2), ("text_model", 1)}
 
@@ -299,15 +299,8 @@ def _counted(function, calls: list):
 
 def test_two_processes_train_as_one(finished, data, tmp_path):
     alone, folder = finished[0], tmp_path / "two"
-    more = ("--engine.chunk-size", "5", "--engine.activation-checkpointing")
-    done = subprocess.run(
-        tiny_run.command_of_two(lora_flags(data, folder, "--base.source", str(alone / "base"), *more)),
-        env=tiny_run.environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    more = ("--engine.chunk-size", "5", "--engine.activation-checkpointing", "--evaluation.retrieval")
+    tiny_run.run_two(lora_flags(data, folder, "--base.source", str(alone / "base"), *more))
     for number in (1, 2):
         one, two = stage_of(alone, number), stage_of(folder, number)
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5

@@ -19,6 +19,8 @@ import tiny_run
 from llava_clipmoe.files import load_tensors, save_tensors
 from train_encoder import run_directory
 
+pytestmark = pytest.mark.xdist_group("training")  # `make test`: its runs are made once
+
 # Runs each [word, N, arguments] in a process of its own, which kills itself at (for a negative N: right after) the N-th
 # rename of what has the word in its path: in the middle of writing a checkpoint, for instance. The word "seconds" kills
 # it so long after the first step that it logs. Without a word nothing does. Prints how each ended.
@@ -193,14 +195,7 @@ def test_a_run_killed_at_its_weakest_moments_leaves_exactly_what_an_undisturbed_
 
 def test_two_processes_train_as_one_with_the_same_global_batch(finished, data, tmp_path):
     folder = tmp_path / "two"
-    done = subprocess.run(
-        tiny_run.command_of_two(tiny_run.arguments(data, folder, "--evaluation.retrieval")),
-        env=tiny_run.environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    tiny_run.run_two(tiny_run.arguments(data, folder, "--evaluation.retrieval"))
     one, two = curve(finished), curve(folder)
     assert [row[:2] for row in one] == [row[:2] for row in two]
     assert max(abs(a[2] - b[2]) for a, b in zip(one, two, strict=True)) < 1e-5

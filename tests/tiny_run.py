@@ -113,10 +113,13 @@ def command(args: list[str]) -> list[str]:
     return [sys.executable, "-m", "llava_clipmoe.cli", "train-encoder", *args]
 
 
-def command_of_two(args: list[str]) -> list[str]:
-    """The command in two processes that train together."""
+def run_two(args: list[str], program: Path | None = None) -> subprocess.CompletedProcess:
+    """The command (or a program of the test's) in two processes that train together."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, "-m", "llava_clipmoe.cli", "train-encoder", *args]
+    started = [str(program)] if program else ["-m", "llava_clipmoe.cli", "train-encoder"]
+    words = [*launcher, *started, *args]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
+    return _checked(done)
 
 
 def run(args: list[str], check: bool = True) -> subprocess.CompletedProcess:
