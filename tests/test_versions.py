@@ -70,13 +70,14 @@ def check(cls, path, names, only=None):
     }
 
 if task == "write":
-    whole = shake(CLIPMoEModel(make_tiny_config(num_experts=4, num_experts_per_tok=2)), seed=1).eval()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    whole = shake(CLIPMoEModel(make_tiny_config(**experts)), seed=1).eval()
+    gated = shake(CLIPMoEModel(make_tiny_config(**experts, fusion_gate=True)), seed=1).eval()
     vision = CLIPMoEVisionModel(whole.config.vision_config).eval()
     vision.load_state_dict({k: v for k, v in whole.state_dict().items() if k.startswith("vision_model.")})
-    for name, model, limit in (("whole", whole, "5GB"), ("sharded", whole, "100KB"), ("vision", vision, "5GB")):
-        model.save_pretrained(folder / name, max_shard_size=limit)
+    for name, model in (("whole", whole), ("sharded", whole), ("vision", vision), ("gated", gated)):
+        model.save_pretrained(folder / name, max_shard_size="100KB" if name == "sharded" else "5GB")
         save_file(features(model), folder / f"{name}.features")
-    save_file(features(vision), folder / "vision.features")
     result = {"shards": len(list((folder / "sharded").glob("*.safetensors")))}
 else:
     result = {
@@ -84,6 +85,9 @@ else:
         "sharded": check(CLIPMoEModel, folder / "sharded", "sharded"),
         "vision": check(CLIPMoEVisionModel, folder / "vision", "vision"),
         "vision of whole": check(CLIPMoEVisionModel, folder / "whole", "vision", only="vision_model."),
+        "gated": check(CLIPMoEModel, folder / "gated", "gated"),
+        "gates": sum(".mlp.fusion_gate." in name for name in expected(folder / "gated")),
+        "auto gated": check(AutoModel, folder / "gated", "gated"),
         "auto whole": check(AutoModel, folder / "whole", "whole"),
         "auto vision": check(AutoModel, folder / "vision", "vision"),
         "auto config": type(AutoConfig.from_pretrained(folder / "whole")).__name__,
@@ -114,8 +118,8 @@ def test_a_directory_written_by_one_version_loads_bit_for_bit_in_the_other(tmp_p
     versions = {writer: written["transformers"], reader: read["transformers"]}
     assert versions["pinned"] == "4.37.2" and int(versions["current"].split(".")[0]) >= 5, versions
     assert written["shards"] > 1
-    assert read["auto config"] == "CLIPMoEConfig"
-    for case in ("whole", "sharded", "vision", "vision of whole", "auto whole", "auto vision"):
+    assert read["auto config"] == "CLIPMoEConfig" and read["gates"] == 2 * 5
+    for case in ("whole", "sharded", "vision", "vision of whole", "gated", "auto gated", "auto whole", "auto vision"):
         result = read[case]
         assert result["class"] == ("CLIPMoEVisionModel" if "vision" in case else "CLIPMoEModel"), case
         assert not result["missing"] and result["same names"] and result["same bits"], (case, result)

@@ -152,13 +152,12 @@ check_numbers() {
         fail "LAUNCHER is '$LAUNCHER'; it may be auto, torchrun, deepspeed, accelerate or python."
 }
 
-ask_python() { # sets HAS_LLAVA, HAS_DEEPSPEED, HAS_FLASH, TRANSFORMERS (its major version), DEVICE and GPUS
+ask_python() { # sets HAS_LLAVA, HAS_DEEPSPEED, HAS_FLASH, DEVICE and GPUS
     [[ -n $PYTHON ]] || fail "there is no python on the PATH. Activate LLaVA's environment, or set PYTHON=."
     local answer
     # torch and flash_attn take seconds to import: only when they are asked about.
     answer=$("$PYTHON" - "$DEVICE" "${GPUS:-0}" 2>/dev/null <<'PROBE'
 import importlib.util, sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 device, gpus = sys.argv[1], int(sys.argv[2])
@@ -177,15 +176,11 @@ if device == "cuda":
         flash = True
     except (ImportError, OSError):  # not installed, or built for another torch or CUDA
         pass
-try:
-    major = version("transformers").split(".")[0]
-except PackageNotFoundError:
-    major = 0
 has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-print(int(has_llava), int(has_deepspeed), int(flash), major, device, gpus or (0 if device == "cuda" else 1))
+print(int(has_llava), int(has_deepspeed), int(flash), device, gpus or (0 if device == "cuda" else 1))
 PROBE
     ) || fail "$PYTHON cannot import torch. Activate LLaVA's environment, or set PYTHON= to its interpreter."
-    read -r HAS_LLAVA HAS_DEEPSPEED HAS_FLASH TRANSFORMERS DEVICE GPUS <<<"$answer"
+    read -r HAS_LLAVA HAS_DEEPSPEED HAS_FLASH DEVICE GPUS <<<"$answer"
     ((GPUS > 0)) || fail "DEVICE=cuda, but torch sees no GPU on this node. Give GPUS= for a dry run, or DEVICE=cpu."
     ((HAS_LLAVA)) || problem "upstream LLaVA is not installed for $PYTHON. Install it without its pins
     pip install --no-deps llava-torch==1.2.2.post1
@@ -325,9 +320,7 @@ build_command() {
         --output_dir "$OUTPUT" --num_train_epochs "$EPOCHS" \
         --per_device_train_batch_size "$PER_DEVICE_BATCH" --gradient_accumulation_steps "$ACCUMULATION" \
         --learning_rate "$LR" --weight_decay 0. --lr_scheduler_type cosine
-    # transformers 5 has no --warmup_ratio: a --warmup_steps below 1 is the share.
-    if ((TRANSFORMERS >= 5)); then flags --warmup_steps 0.03; else flags --warmup_ratio 0.03; fi
-    flags --bf16 True --gradient_checkpointing True --model_max_length 2048 \
+    flags --warmup_ratio 0.03 --bf16 True --gradient_checkpointing True --model_max_length 2048 \
         --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1 --logging_steps 1 \
         --dataloader_num_workers "$WORKERS" --lazy_preprocess True --report_to "$REPORT_TO"
     if [[ $DEVICE == cpu ]]; then flags --use_cpu True; else flags --tf32 True; fi
