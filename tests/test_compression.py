@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tiny_config
+from test_experts import DEVICES, D, H, N, assert_same, drawn, make_routing, needs_grouped_mm, routings, run
 
 from llava_clipmoe import compression, cpu_clipmoe
 from llava_clipmoe.common_clipmoe import quick_gelu
@@ -18,54 +18,17 @@ from llava_clipmoe.cpu_clipmoe import _even, _sort_by_set
 from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
-E, D, H, N, R = 4, 32, 64, 40, 8
-needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="grouped_mm is public since torch 2.10")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
-]
+R = 8
 
 
 def make_delta(implementation: str, dtype=torch.float32, device="cpu", hidden_act="quick_gelu") -> DeltaExperts:
-    config = SimpleNamespace(
-        num_experts=E, hidden_size=D, intermediate_size=H, num_hidden_layers=2, hidden_act=hidden_act,
-        expert_dropout=0.0, experts_implementation=implementation,
-    )  # fmt: skip
-    experts, generator = DeltaExperts(config, R, 2 * R), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return experts.to(device, dtype)
+    how = {"implementation": implementation, "dtype": dtype, "device": device, "hidden_act": hidden_act}
+    return drawn(DeltaExperts, R, 2 * R, **how)
 
 
-def make_routing(kind: str, k: int, device="cpu"):
-    """Tokens [N,D], weights [N,K], chosen [N,K]; `unused`: nobody takes expert 1, `one`: expert 2 is everybody's."""
-    generator = torch.Generator().manual_seed(2)
-    x, logits = torch.randn(N, D, generator=generator), torch.randn(N, E, generator=generator)
-    logits[:, {"unused": 1, "one": 2}.get(kind, 0)] += {"unused": -50.0, "one": 50.0}.get(kind, 0.0)
-    weights = torch.rand(N, k, generator=generator).softmax(-1)
-    return x.to(device), weights.to(device), logits.topk(k, dim=-1).indices.to(device)
-
-
-def outcome(experts: DeltaExperts, routing) -> dict[str, torch.Tensor]:
-    """Output and gradients, in fp32."""
-    x, weights, chosen = routing
-    x, weights = x.clone().to(experts.fc1.base.dtype).requires_grad_(), weights.clone().requires_grad_()
-    out = experts(x, weights, chosen)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
-    (out * direction).sum().backward()
-    gradients = {"x": x.grad, "weights": weights.grad} | {name: p.grad for name, p in experts.named_parameters()}
-    return {"out": out.detach().float()} | {name: g.float() for name, g in gradients.items()}
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = "output") -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     error = (actual.float() - expected.float()).abs().max() / expected.abs().max().clamp_min(1e-12)
-    assert error <= tolerance, f"{name} is off by {error:.1e} of its largest entry"
-
-
-routings = pytest.mark.parametrize(
-    ("kind", "k"), [("mixed", 1), ("mixed", 2), ("mixed", 3), ("mixed", 4), ("unused", 2), ("one", 1), ("one", 2)]
-)
+    assert error <= tolerance, f"the output is off by {error:.1e} of its largest entry"
 
 
 @routings
@@ -97,11 +60,9 @@ def test_products_by_set_equal_the_loop(kind, k, hidden_act, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_grouped_mm_equals_the_loop_backward_too(kind, k, device):
     routing = make_routing(kind, k, device)
-    expected = outcome(make_delta("loop", device=device), routing)
+    expected = run(make_delta("loop", device=device), routing)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.04)):
-        found = outcome(make_delta("grouped_mm", dtype, device), routing)
-        for name, value in expected.items():
-            assert_close(found[name], value, tolerance, name)
+        assert_same(run(make_delta("grouped_mm", dtype, device), routing), expected, tolerance)
 
 
 def test_without_a_graph_auto_takes_the_fast_path_and_leaves_its_input_alone(monkeypatch):

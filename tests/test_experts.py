@@ -22,21 +22,23 @@ DEVICES = [
 ]
 
 
-def make_experts(implementation: str, dtype=torch.float32, device="cpu") -> Experts:
+def drawn(
+    kind: type, *ranks: int, implementation: str, dtype=torch.float32, device="cpu", hidden_act="quick_gelu"
+) -> torch.nn.Module:
+    """Whole or delta experts, all their parameters drawn."""
     config = SimpleNamespace(
-        num_experts=E,
-        hidden_size=D,
-        intermediate_size=H,
-        num_hidden_layers=2,
-        hidden_act="quick_gelu",
-        expert_dropout=0.0,
-        experts_implementation=implementation,
-    )
-    experts, generator = Experts(config), torch.Generator().manual_seed(1)
+        num_experts=E, hidden_size=D, intermediate_size=H, num_hidden_layers=2, hidden_act=hidden_act,
+        expert_dropout=0.0, experts_implementation=implementation,
+    )  # fmt: skip
+    experts, generator = kind(config, *ranks), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return experts.to(device, dtype)
+
+
+def make_experts(implementation: str, dtype=torch.float32, device="cpu") -> Experts:
+    return drawn(Experts, implementation=implementation, dtype=dtype, device=device)
 
 
 def make_routing(kind: str, k: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,9 +60,8 @@ def make_routing(kind: str, k: int, device="cpu") -> tuple[torch.Tensor, torch.T
 def run(experts: Experts, routing) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-> output and the gradients of everything that takes part, all in fp32."""
     x, weights, chosen = routing
-    x = x.clone().to(experts.fc1.weight.dtype).detach().requires_grad_()
+    x = x.to(next(experts.parameters()).dtype, copy=True).requires_grad_()
     weights = weights.clone().requires_grad_()
-    experts.zero_grad()
     out = experts(x, weights, chosen)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
     (out * direction).sum().backward()

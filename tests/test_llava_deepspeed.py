@@ -26,12 +26,13 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)"
 )
 
+STAGES = (2, 3)
 STEPS = 3
 PROCESSES = 2
 LR = 1e-2  # of SGD with momentum: Adam would blow rounding errors of tiny gradients up to whole steps
 
 
-class Eye(nn.Module):
+class TowerAndProjector(nn.Module):
     """LLaVA's stage 1 in small: a frozen CLIP-MoE, read at its last hidden state but one, and a trained projector."""
 
     def __init__(self):
@@ -59,7 +60,7 @@ def batch_of(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_plainly() -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """The same training without DeepSpeed: gradients averaged over the processes' batches."""
-    model = Eye()
+    model = TowerAndProjector()
     optimizer = torch.optim.SGD(model.mm_projector.parameters(), lr=LR, momentum=0.9)
     losses = []
     for step in range(STEPS):
@@ -75,11 +76,8 @@ def train_with_the_engine(config_file: str, folder: Path) -> None:
     """One process of the DeepSpeed run; the first one saves the projector."""
     import deepspeed
 
-    # An optional all-reduce in shared memory that DeepSpeed would compile with the C++ compiler for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo")
     rank = int(os.environ["RANK"])
-    model = Eye()
+    model = TowerAndProjector()
     config = json.loads(Path(config_file).read_text())
     config = {key: value for key, value in config.items() if value != "auto" and key not in ("bf16", "fp16")}
     zero = config["zero_optimization"]
@@ -113,8 +111,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_engine_trains_as_plain_torch_does(stage, tmp_path):
+def test_both_engines_train_as_plain_torch_does(tmp_path):
+    """ZeRO-2 and then ZeRO-3 in the same two processes."""
     port = str(free_port())
     processes = []
     for rank in range(PROCESSES):
@@ -123,8 +121,8 @@ def test_the_engine_trains_as_plain_torch_does(stage, tmp_path):
             "MASTER_PORT": port, "WORLD_SIZE": str(PROCESSES), "RANK": str(rank), "LOCAL_RANK": str(rank),
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
         }  # fmt: skip
-        command = [sys.executable, __file__, str(REPOSITORY / "train_llava" / f"zero{stage}.json"), str(tmp_path)]
         with open(tmp_path / f"rank{rank}.log", "wb") as log:
+            command = [sys.executable, __file__, str(tmp_path)]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=300) for process in processes]  # a deadlock ends here
@@ -133,19 +131,34 @@ def test_the_engine_trains_as_plain_torch_does(stage, tmp_path):
             process.kill()
     assert codes == [0] * PROCESSES, "\n".join((tmp_path / f"rank{r}.log").read_text()[-2000:] for r in range(2))
 
-    logs = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(PROCESSES)]
     losses, projector = train_plainly()
-    assert [log["stage"] for log in logs] == [stage] * PROCESSES
-    assert [log["expert_numbers_held"] > 0 for log in logs] == [stage == 2] * PROCESSES
-    assert logs[0]["chosen"] != logs[1]["chosen"], "both processes routed alike: the test shows nothing"
-    torch.testing.assert_close(torch.tensor([log["losses"] for log in logs]).T, torch.tensor(losses))
-    saved = torch.load(tmp_path / "projector.pt", weights_only=True)
-    assert saved.keys() == projector.keys()
-    start = Eye().mm_projector.state_dict()
-    for name, tensor in saved.items():
-        torch.testing.assert_close(tensor, projector[name])
-        assert not torch.equal(tensor, start[name]), f"{name} was not trained"
+    start = TowerAndProjector().mm_projector.state_dict()
+    for stage in STAGES:
+        folder = tmp_path / f"stage{stage}"
+        logs = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(PROCESSES)]
+        assert [log["stage"] for log in logs] == [stage] * PROCESSES
+        assert [log["expert_numbers_held"] > 0 for log in logs] == [stage == 2] * PROCESSES
+        assert logs[0]["chosen"] != logs[1]["chosen"], "both processes routed alike: the test shows nothing"
+        torch.testing.assert_close(torch.tensor([log["losses"] for log in logs]).T, torch.tensor(losses))
+        saved = torch.load(folder / "projector.pt", weights_only=True)
+        assert saved.keys() == projector.keys()
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensor, projector[name])
+            assert not torch.equal(tensor, start[name]), f"{name} was not trained"
+
+
+def main(folder: Path) -> None:
+    """One of the processes."""
+    import deepspeed
+
+    # An optional all-reduce in shared memory that DeepSpeed would compile with the C++ compiler for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+    for stage in STAGES:
+        own = folder / f"stage{stage}"
+        own.mkdir(exist_ok=True)
+        train_with_the_engine(str(REPOSITORY / "train_llava" / f"zero{stage}.json"), own)
 
 
 if __name__ == "__main__":
-    train_with_the_engine(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

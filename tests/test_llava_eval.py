@@ -42,8 +42,15 @@ def upstream(name: str) -> ModuleType:
     return module
 
 
-def evaluate(*words: object) -> int:
-    return command.main(list(map(str, words)))
+def evaluate(*words: object) -> dict:
+    """The command with these words; -> its results.json."""
+    assert command.main(list(map(str, words))) == 0
+    return read_json(Path(words[words.index("--output-dir") + 1]) / "results.json")
+
+
+def score(name: str, answers: Path, data: Path, out: Path, *more: str) -> dict:
+    """The results of an answers file."""
+    return evaluate(name, "--answers", answers, "--data", data, "--output-dir", out, *more)
 
 
 def table(path: Path, rows: list[dict]) -> Path:
@@ -115,8 +122,7 @@ def pope(tmp_path) -> Path:
 def test_pope_from_files_matches_labels_by_the_questions_order_not_the_answers(pope, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", reversed(saying("Yes", "No", "Yes")))
     out = tmp_path / "out"
-    assert evaluate("pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", out) == 0
-    results = json.loads((out / "results.json").read_text())
+    results = score("pope", tmp_path / "a.jsonl", pope, out)
     assert results["metrics"]["by_category"]["random"]["accuracy"] == pytest.approx(200 / 3)
     assert (results["n"], results["model"], results["headline"]) == (3, "llava-x", "mean_f1")
     assert results["paper"] == {"llava-1.5-7b": 85.9, "llava-1.5-7b + CLIP-MoE": 86.4} and results["seconds"] >= 0
@@ -127,7 +133,7 @@ def test_pope_labels_of_another_version_are_refused(pope, tmp_path):
     write_jsonl(pope / "coco/coco_pope_random.json", labels)
     write_jsonl(tmp_path / "a.jsonl", saying("Yes", "No", "Yes"))
     with pytest.raises(EvalError, match=r"question 1: image 1\.jpg against 2\.jpg"):
-        evaluate("pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", tmp_path / "out")
+        score("pope", tmp_path / "a.jsonl", pope, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -160,8 +166,7 @@ def test_mme_scores_and_files_by_hand(mme, tmp_path):
         {"question_id": q["question_id"], "prompt": q["text"], "text": t} for q, t in zip(asked, texts, strict=True)
     ]
     write_jsonl(tmp_path / "llava-m.jsonl", answers)
-    evaluate("mme", "--answers", tmp_path / "llava-m.jsonl", "--data", mme, "--output-dir", tmp_path / "out")
-    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    metrics = score("mme", tmp_path / "llava-m.jsonl", mme, tmp_path / "out")["metrics"]
     assert metrics["by_category"]["count"] == {"score": 125, "acc": 75, "acc_plus": 50, "n": 4}
     assert metrics["by_category"]["artwork"] == {"score": 50, "acc": 50, "acc_plus": 0, "n": 2}, "'i se' is neither"
     assert (metrics["perception"], metrics["cognition"], metrics["total"]) == (175, 0, 175)
@@ -239,8 +244,7 @@ def test_textvqa_knows_its_questions_by_image_and_words(tmp_path):
         {"question_id": "img", "prompt": texts[0], "text": "b"},
     ]
     write_jsonl(tmp_path / "a.jsonl", answers)
-    evaluate("textvqa", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
-    assert json.loads((tmp_path / "out/results.json").read_text())["metrics"]["accuracy"] == 50
+    assert score("textvqa", tmp_path / "a.jsonl", tmp_path, tmp_path / "out")["metrics"]["accuracy"] == 50
     without = questions.textvqa_without_ocr(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
     assert without[0]["text"] == "What a?\nAnswer the question using a single word or phrase."
 
@@ -254,8 +258,7 @@ def test_gqa_predictions_and_accuracy(tmp_path):
     (tmp_path / "data/testdev_balanced_questions.json").write_text(json.dumps(truth))
     answers = [{"question_id": str(i), "text": text} for i, text in enumerate(("Yes.", "blue", "Cat"))]
     write_jsonl(tmp_path / "a.jsonl", answers)
-    evaluate("gqa", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = score("gqa", tmp_path / "a.jsonl", tmp_path, tmp_path / "out")
     assert results["metrics"] == {"accuracy": pytest.approx(200 / 3), "by_category": {"verify": 100, "query": 50}}
     assert json.loads(Path(results["upload"]).read_text())[2] == {"questionId": "2", "prediction": "cat"}
 
@@ -330,8 +333,7 @@ def test_mmstar_by_category(tmp_path):
     assert asked[0]["options"] == {"A": "one", "B": "two", "C": "three", "D": "4"}
     assert asked[0]["text"].endswith("D: 4\nAnswer with the option's letter from the given choices directly.")
     write_jsonl(tmp_path / "a.jsonl", saying("B", "two", "A dog"))
-    evaluate("mmstar", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
-    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    metrics = score("mmstar", tmp_path / "a.jsonl", tmp_path, tmp_path / "out")["metrics"]
     assert metrics == {"accuracy": pytest.approx(200 / 3), "unread": 1, "by_category": {"math": 100, "logic": 0}}
 
 
@@ -348,8 +350,7 @@ def test_mmvp_counts_pairs(tmp_path):
     assert asked[0]["image"] == "1.jpg" and asked[0]["text"].startswith("Open, or closed? (a) Open (b) Closed\nAnswer")
     answers = [{"question_id": i, "text": text} for i, text in zip(range(1, 5), ("(a)", "B", "Yes", "A"), strict=True)]
     write_jsonl(tmp_path / "a.jsonl", answers)
-    evaluate("mmvp", "--answers", tmp_path / "a.jsonl", "--data", tmp_path, "--output-dir", tmp_path / "out")
-    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    metrics = score("mmvp", tmp_path / "a.jsonl", tmp_path, tmp_path / "out")["metrics"]
     assert metrics == {"pair_accuracy": 50, "accuracy": 75, "pairs": 2, "unread": 0}
     (tmp_path / "Questions.csv").write_text("\n".join(lines[:-1]))
     with pytest.raises(EvalError, match="3 rows: two consecutive rows are a pair"):
@@ -453,21 +454,11 @@ def test_mmbench_circular_copies_count_together_and_a_cut_group_does_not(tmp_pat
         {"question_id": row["index"], "text": text} for row, text in zip(rows, ("A", "B", "red", "B"), strict=True)
     ]
     write_jsonl(tmp_path / "a.jsonl", answers)
-    words = (
-        "mmbench",
-        "--answers",
-        tmp_path / "a.jsonl",
-        "--data",
-        tmp_path / "t.tsv",
-        "--output-dir",
-        tmp_path / "out",
-    )
-    evaluate(*words)
-    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    words = "mmbench", tmp_path / "a.jsonl", tmp_path / "t.tsv", tmp_path / "out"
+    metrics = score(*words)["metrics"]
     assert (metrics["accuracy"], metrics["circular_accuracy"], metrics["circular_questions"]) == (75, 50, 2)
     assert metrics["circular_by_category"] == {"colour": 100, "shape": 0}
-    evaluate(*words, "--limit", "3")
-    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    metrics = score(*words, "--limit", "3")["metrics"]
     assert (metrics["accuracy"], metrics["circular_accuracy"], metrics["circular_questions"]) == (100, 100, 1)
 
 
@@ -477,10 +468,10 @@ def test_mmbench_all_rounds_read_the_letter_of_the_turned_options(tmp_path):
     assert asked[1]["text"] == "Look.\nWhich?\nA. blue\nB. green\nC. red" and asked[1]["option_char"] == ["B", "C", "A"]
     answers = [{"question_id": 7, "round_id": r, "text": text} for r, text in enumerate("BAC")]
     write_jsonl(tmp_path / "a.jsonl", answers)
-    evaluate(
-        "mmbench", "--answers", tmp_path / "a.jsonl", "--data", tmp_path / "t.tsv", "--output-dir", tmp_path / "out"
+    assert (
+        score("mmbench", tmp_path / "a.jsonl", tmp_path / "t.tsv", tmp_path / "out")["metrics"]["circular_accuracy"]
+        == 100
     )
-    assert json.loads((tmp_path / "out/results.json").read_text())["metrics"]["circular_accuracy"] == 100
 
 
 def test_mmbench_xlsx_is_upstreams_table(tmp_path):
@@ -538,7 +529,7 @@ def test_a_row_that_repeats_no_picture_is_named_before_a_model_is_asked(tmp_path
     assert not (tmp_path / "out").exists()
     answers = [{"question_id": index, "text": "A"} for index in cells]
     write_jsonl(tmp_path / "a.jsonl", answers)
-    evaluate("mmbench", "--answers", tmp_path / "a.jsonl", "--data", file, "--output-dir", tmp_path / "out")
+    score("mmbench", tmp_path / "a.jsonl", file, tmp_path / "out")
 
 
 @pytest.mark.parametrize("cell", ["", "None", "not base64", "größer"])
@@ -588,13 +579,11 @@ def test_golden_mmbench_xlsx_of_llava_15(shared_data, tmp_path, capsys):
     tsv = golden.drop(columns="prediction").assign(hint="", category="all", image="aa", comment="", source="")
     tsv["l2-category"] = ""
     tsv.to_csv(tmp_path / "mmbench_dev_20230712.tsv", sep="\t", index=False)
-    evaluate("mmbench", "--answers", file, "--data", tmp_path, "--output-dir", tmp_path / "out")
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = score("mmbench", file, tmp_path, tmp_path / "out")
     pandas.testing.assert_frame_equal(pandas.read_excel(results["upload"]), golden)
     assert results["n"] == 4377 and results["metrics"]["circular_accuracy"] == pytest.approx(67.7, abs=0.05)
 
-    evaluate("mmbench", "--answers", file, "--output-dir", tmp_path / "alone")
-    results = json.loads((tmp_path / "alone/results.json").read_text())
+    results = evaluate("mmbench", "--answers", file, "--output-dir", tmp_path / "alone")
     alone = pandas.read_excel(results["upload"])
     same = ["index", "A", "B", "C", "D", "prediction"]
     pandas.testing.assert_frame_equal(alone[same], golden[same])
@@ -608,8 +597,7 @@ def test_golden_mmvet_json_of_llava_15(shared_data, tmp_path):
     file = folder / "answers-llava-v1.5-13b.jsonl"
     golden = json.loads((folder / "results-llava-v1.5-13b.json").read_text())
     for name, words in (("with", ("--data", folder)), ("alone", ())):
-        evaluate("mmvet", "--answers", file, "--output-dir", tmp_path / name, *words)
-        results = json.loads((tmp_path / name / "results.json").read_text())
+        results = evaluate("mmvet", "--answers", file, "--output-dir", tmp_path / name, *words)
         assert json.loads(Path(results["upload"]).read_text()) == golden
         assert results["upload"].endswith("llava-v1.5-13b.json") and "mm-vet_evaluator" in results["next_step"]
 
@@ -665,8 +653,7 @@ def small(tmp_path) -> Path:
 
 def scored(folder: Path, out: Path) -> tuple[dict, bytes | None]:
     """The metrics of one of `small`'s folders, and the file to upload where it is one and always the same."""
-    evaluate(folder.name, "--answers", folder / "answers.jsonl", "--data", folder, "--output-dir", out)
-    results = json.loads((out / "results.json").read_text())
+    results = score(folder.name, folder / "answers.jsonl", folder, out)
     upload = Path(results.get("upload", out))
     return results["metrics"], upload.read_bytes() if upload.suffix == ".json" else None
 
@@ -699,8 +686,7 @@ def test_files_whose_names_are_not_utf8_are_evaluated_and_their_names_kept(small
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     (small / "pope").rename(folder)
     (folder / "answers.jsonl").rename(answers := folder / os.fsdecode(b"r\xe9ponses.jsonl"))
-    evaluate("pope", "--answers", answers, "--data", folder, "--output-dir", folder / "out")
-    results = read_json(folder / "out/results.json")
+    results = score("pope", answers, folder, folder / "out")
     assert results["metrics"]["mean_f1"] == 100 and results["settings"]["answers"] == str(answers)
     assert "caf\ufffd/out/results.json" in capsys.readouterr().out
 
@@ -761,16 +747,13 @@ GOOD = ['{"question_id": 0, "text": "Yes"}', '{"question_id": 1, "text": "No"}',
 def test_bad_answers_files_are_named_and_nothing_is_written(pope, tmp_path, lines, message):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(EvalError, match=message):
-        evaluate("pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", tmp_path / "out")
+        score("pope", tmp_path / "a.jsonl", pope, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_limit_scores_the_first_questions_of_an_incomplete_set(pope, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(GOOD[:2]))
-    evaluate(
-        "pope", "--answers", tmp_path / "a.jsonl", "--data", pope, "--output-dir", tmp_path / "out", "--limit", "2"
-    )
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = score("pope", tmp_path / "a.jsonl", pope, tmp_path / "out", "--limit", "2")
     assert results["n"] == 2 and results["limited"] and results["metrics"]["mean_f1"] == 100
 
 
