@@ -150,7 +150,8 @@ def test_every_script_is_there_and_knows_its_settings(guide):
     for settings, script in started:
         path = REPOSITORY / script
         assert path.is_file(), script
-        known = path.read_text() + ((path.parent / "common.sh").read_text() if "common.sh" in path.read_text() else "")
+        shared = re.search(r"/([./a-z]+\.sh)", path.read_text()).group(1)  # what the script sources
+        known = path.read_text() + (path.parent / shared).read_text()
         unknown = [name for name in settings if f"${{{name}:" not in known]
         assert not unknown, f"{script} does not read {unknown}"
 
