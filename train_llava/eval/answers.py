@@ -20,6 +20,8 @@ from llava_clipmoe.files import parse_json, write_text
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Found = dict[str, Path]
+"""What was found in --data, by use (`benchmarks.Need`)."""
 
 
 class EvalError(ValueError):

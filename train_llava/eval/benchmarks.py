@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import converters, questions, scorers, truth
-from .answers import EvalError, Row
-
-Found = dict[str, Path]
-"""What was found in --data, by use."""
+from .answers import EvalError, Found, Row
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_clipmoe.files import atomic_directory, atomic_file, write_json, write_text
 
-from .answers import EvalError, Row, read_jsonl
+from .answers import EvalError, Found, Row, read_jsonl
 from .questions import LETTERS, is_missing, read_table
 from .scorers import gqa_prediction, normalise
 
 NOT_XML = re.compile(r"[\ud800-\udfff\ufffe\uffff]")
 """Characters with which openpyxl writes a file that nobody can open."""
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
-
-Found = Mapping[str, Path]
 
 
 def mmvet_json(path: Path, rows: Sequence[Row], found: Found) -> None:

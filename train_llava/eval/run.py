@@ -21,8 +21,8 @@ from rich.table import Column, Table
 
 from llava_clipmoe.files import read_json, remove_leftovers, replace_surrogates, write_json
 
-from .answers import EvalError, Row, complete, match, read_answers
-from .benchmarks import BENCHMARKS, Benchmark, Found
+from .answers import EvalError, Found, Row, complete, match, read_answers
+from .benchmarks import BENCHMARKS, Benchmark
 from .questions import check_images, extract_images, repeat_images
 from .runners import Run, answer_all
 from .scorers import Metrics
