@@ -153,7 +153,7 @@ def steps(s: Settings, kind: str, trained: str, chunk_size: ChunkSize | None) ->
     ids = torch.randint(1, 49000, (s.images, s.tokens))
     ids[:, -1] = 49407
     pixels = torch.randint(0, 256, (s.images, 3, side, side), dtype=torch.uint8)
-    batch = Batch(pixels, ids, torch.ones_like(ids), torch.arange(s.images), [], 0)
+    batch = Batch(pixels, ids, torch.arange(s.images), [], 0)
 
     def one_step(part: Batch, chunk: int | None, number: int = 0) -> None:
         forward_backward(towers, part, Contrastive(0.1), accelerator, chunk, (0, number))
@@ -207,9 +207,8 @@ def batch_of(batch: Any, images: int) -> Any:
     """The first images of a batch, with their captions."""
     first = slice(images)
     return replace(
-        batch, pixel_values=batch.pixel_values[first], input_ids=batch.input_ids[first],
-        attention_mask=batch.attention_mask[first], rows=batch.rows[first],
-    )  # fmt: skip
+        batch, pixel_values=batch.pixel_values[first], input_ids=batch.input_ids[first], rows=batch.rows[first]
+    )
 
 
 Rounds = list[dict[str, Any]]

@@ -98,7 +98,7 @@ def measure(s: Settings) -> dict:
     ids = torch.randint(1, 49000, (s.images, s.tokens))
     ids[:, -1] = 49407
     pixels = torch.randint(0, 256, (s.images, 3, 336, 336), dtype=torch.uint8)
-    batch = Batch(pixels, ids, torch.ones_like(ids), torch.arange(s.images), [], 0)
+    batch = Batch(pixels, ids, torch.arange(s.images), [], 0)
     reset_peak_memory(device)
     seconds = []
     for step in range(s.steps + 1):

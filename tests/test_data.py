@@ -31,6 +31,7 @@ from train_encoder.data.cache import build_image_cache, check_images  # noqa: E4
 from train_encoder.data.dataset import EncoderDataset, collate  # noqa: E402
 from train_encoder.data.decode import MAX_ASPECT, BadImage, ImageTransform, decode_image, normalise  # noqa: E402
 from train_encoder.data.pairs import DataError, PairSource, choose_caption  # noqa: E402
+from train_encoder.progress import Bar  # noqa: E402
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.exists(), reason="../shared/data (real photographs) is absent")
@@ -562,8 +563,6 @@ def test_caption_choice_is_a_fixed_function_of_seed_row_and_epoch():
     assert picks[:100] != [choose_caption(words, "random", 2, row, 0) for row in range(100)]
     assert choose_caption(words, "first", 1, 5, 5) == "a"
     assert choose_caption(words, "longest", 1, 5, 5) == "bbb"
-    with pytest.raises(ValueError, match="random, first, longest"):
-        choose_caption(words, "last", 1, 5, 5)
 
 
 PINNED_PICKS = "aaaaabbbacc"
@@ -610,7 +609,6 @@ def test_batches_are_padded_with_eot_to_their_longest_caption(tmp_path, tokenize
     assert batch.rows.tolist() == [1, 0] and batch.rows.dtype == batch.input_ids.dtype == torch.int64
     assert batch.input_ids[0].tolist() == tokenizer("a small cat")["input_ids"]
     assert batch.input_ids[1].tolist() == tokenizer("cat")["input_ids"] + [tokenizer.eos_token_id] * 2
-    assert batch.attention_mask.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert (batch.bad, batch.truncated) == ([], 0)
 
 
@@ -639,14 +637,12 @@ def spoiled_source(folder: Path, count: int, bad: list[int]):
 def test_check_lists_bad_images_and_remembers(tmp_path, monkeypatch, caplog):
     source = spoiled_source(tmp_path, 100, [40])
     skipped = tmp_path / "run" / "skipped.jsonl"
-    seen = []
-    good = check_images(
-        source, workers=2, max_bad_fraction=0.01, skipped_path=skipped, progress=lambda *a: seen.append(a)
-    )
+    bar = Bar("checking", 100)
+    good = check_images(source, workers=2, max_bad_fraction=0.01, skipped_path=skipped, bar=bar)
     assert np.flatnonzero(~good).tolist() == [40] and good.dtype == bool and len(good) == 100
     (row,) = map(json.loads, skipped.read_text().splitlines())
     assert row["row"] == 40 and row["image"] == "images/40.png" and row["error"].startswith("missing: ")
-    assert seen[-1] == (100, 100)
+    assert bar.done == 100
     assert "1 of 100 images (1.0%) are bad" in caplog.text
     assert sorted(p.name for p in skipped.parent.iterdir()) == ["skipped.jsonl", "skipped.npz"]  # no temporary files
 
@@ -719,7 +715,8 @@ def test_cached_pixels_equal_decoded_ones_bit_for_bit(tmp_path, tokenizer, worke
     assert cached[3]["pixels"] is None and "not in the image cache" in cached[3]["error"]
     decoded.clear()
     copy = pickle.loads(pickle.dumps(cached))  # as a spawned worker gets it
-    assert torch.equal(copy[0]["pixels"], cached[0]["pixels"]) and len(pickle.dumps(copy.image.cache)) < 2000
+    assert torch.equal(copy[0]["pixels"], cached[0]["pixels"])
+    assert len(pickle.dumps(copy.image)) < len(pickle.dumps(source)) + 2000  # without the pixels of its map
     assert np.array_equal(check_images(source, **check), good) and decoded == []  # both results are read back
 
 
@@ -730,18 +727,6 @@ def test_a_cache_is_built_though_the_check_was_made_without_one(tmp_path):
     for size in (8, 16):  # of another size, it is built anew
         check_images(source, **check, transform=ImageTransform(size), cache=cache)
         assert np.load(cache, mmap_mode="r").shape == (3, 3, size, size)
-    with pytest.raises(ValueError, match="pass both"):
-        check_images(source, **check, cache=cache)
-
-
-def test_cache_of_some_rows(tmp_path, tokenizer):
-    source = small_source(tmp_path, 6)
-    cache = tmp_path / "images.npy"
-    assert build_image_cache(source, np.array([4, 1]), ImageTransform(8), cache, workers=0) == []
-    dataset = EncoderDataset(source, tokenizer, ImageTransform(8), 77, "first", seed=0, cache=cache)
-    assert dataset[4]["pixels"][:, 0, 0].tolist() == list(colour(4))
-    assert dataset[0]["pixels"] is None
-    assert np.load(cache, mmap_mode="r").shape == (2, 3, 8, 8)
 
 
 def test_a_cache_that_does_not_fit_the_data_is_refused(tmp_path, tokenizer):
@@ -749,7 +734,7 @@ def test_a_cache_that_does_not_fit_the_data_is_refused(tmp_path, tokenizer):
     arguments = (tokenizer, ImageTransform(8), 77, "first", 0)
     with pytest.raises(DataError, match=r"not a complete image cache of this data at 8 pixels\. Delete it"):
         EncoderDataset(source, *arguments, cache=cache)
-    build_image_cache(source, np.arange(4), ImageTransform(8), cache, workers=0)
+    build_image_cache(source, ImageTransform(8), cache, workers=0)
     EncoderDataset(source, *arguments, cache=cache)
     with pytest.raises(DataError, match="not a complete image cache"):
         EncoderDataset(small_source(tmp_path / "b", 5), *arguments, cache=cache)
@@ -760,18 +745,19 @@ def test_a_cache_that_does_not_fit_the_data_is_refused(tmp_path, tokenizer):
 def test_an_interrupted_cache_leaves_nothing_behind(tmp_path, monkeypatch):
     source, cache = small_source(tmp_path / "a", 4), tmp_path / "cache" / "images.npy"
 
-    def interrupt(done, total):
-        raise KeyboardInterrupt
+    class Interrupted(Bar):
+        def advance(self, *_) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_image_cache(source, np.arange(4), ImageTransform(8), cache, workers=0, progress=interrupt)
+        build_image_cache(source, ImageTransform(8), cache, workers=0, bar=Interrupted("caching", 4))
     assert list(cache.parent.iterdir()) == []
 
 
 def test_a_cache_needs_room_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(DataError, match=r"needs 0\.0 GB, but 0\.0 GB are free.*without data\.cache_images"):
-        build_image_cache(small_source(tmp_path, 4), np.arange(4), ImageTransform(8), tmp_path / "c.npy", workers=0)
+        build_image_cache(small_source(tmp_path, 4), ImageTransform(8), tmp_path / "c.npy", workers=0)
 
 
 # --- real files -----------------------------------------------------------------------------------------------------

@@ -17,16 +17,15 @@ COUNT = 400
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-import numpy as np
-
 from train_encoder.config import DataConfig
 from train_encoder.data.decode import ImageTransform
 from train_encoder.data.cache import build_image_cache
 from train_encoder.data.formats import open_source
+from train_encoder.progress import Bar
 
 source, folder = open_source(DataConfig(source=sys.argv[1])), Path(sys.argv[2])
 
-def fill(done, total):  # the cache itself is a sparse file
+def fill():  # the cache itself is a sparse file
     try:
         with open(folder / "filler", "wb", buffering=0) as file:
             while file.write(bytes(4096)):
@@ -34,11 +33,12 @@ def fill(done, total):  # the cache itself is a sparse file
     except OSError:
         pass
 
-def die(done, total):
+def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-build_image_cache(source, np.arange(len(source)), ImageTransform(64), folder / "images.npy",
-                  workers=int(sys.argv[3]), progress={"fill": fill, "die": die, "nothing": None}[sys.argv[4]])
+bar = Bar("caching", len(source))
+bar.advance = {"fill": fill, "die": die, "nothing": bar.advance}[sys.argv[4]]
+build_image_cache(source, ImageTransform(64), folder / "images.npy", workers=int(sys.argv[3]), bar=bar)
 """
 
 

@@ -44,7 +44,7 @@ def batch_for(model, size: int = 12) -> Batch:
         text.eos_token_id
     )  # captions of different lengths, padded with the end token
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    return Batch(pixels, ids, torch.ones_like(ids), torch.arange(size), [], 0)
+    return Batch(pixels, ids, torch.arange(size), [], 0)
 
 
 def gradients(

@@ -117,7 +117,7 @@ def test_two_columns_of_one_name_are_not_chosen_between(tmp_path):
 def test_rows_keep_the_number_of_their_line_across_blank_lines_and_long_cells(tmp_path):
     path = write(tmp_path, "a.csv", 'image,caption\n\nimages/0.png,"a\nb"\n\nimages/1.png,x,y\n')
     with pytest.raises(DataError, match="line 6 has 3 cells"):
-        list(csv_rows(path, DataConfig(source="a.csv"))[1])
+        list(csv_rows(path, DataConfig(source="a.csv")))
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Arrays on disk (.npy) that are filled a few rows at a time, by one process or by several with rows of their own.
+"""Arrays on disk: .npy files that are filled a few rows at a time, by several processes too, and small .npz files.
 
 Rows are written with `write`, not through a memory map: a full disk is then an error and not a dead process.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from llava_clipmoe.files import atomic_file
 
 
 def create_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> None:
@@ -37,10 +40,21 @@ def write_rows(path: Path, start: int, values: np.ndarray, durable: bool = False
     Raises OSError when the disk is full.
     """
     array = open_array(path)
-    values = np.ascontiguousarray(values, array.dtype)
     with open(path, "r+b") as file:
         file.seek(array.offset + start * array[:1].nbytes)
-        file.write(values.tobytes())
+        file.write(np.ascontiguousarray(values, array.dtype).tobytes())
         if durable:
             file.flush()
             os.fsync(file.fileno())
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write a .npz at once."""
+    with atomic_file(path) as temporary:
+        np.savez(temporary, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a .npz."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)

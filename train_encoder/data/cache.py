@@ -6,150 +6,126 @@ good = check_images(source, workers=8, max_bad_fraction=0.01, skipped_path=run /
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.files import atomic_file, write_text
 
-from .arrays import create_array, open_array, write_rows
+from ..progress import Bar
+from .arrays import create_array, load_arrays, open_array, save_arrays, write_rows
 from .decode import BadImage, ImageTransform
 from .pairs import DataError, PairSource
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
+class RowImages:
+    """Images of a source by row, as pixels: decoded now, or read from a file of `build_image_cache`."""
 
-class _Scan(Dataset):
-    """Decodes rows one by one; writes them into the .npy file `pixels` where there is one."""
-
-    def __init__(self, source: PairSource, rows: np.ndarray, transform: ImageTransform | None, pixels: Path | None):
-        self.rows, self.pixels = rows, pixels
-        self.read = RowImages(source, transform or _as_it_is)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, slot: int) -> tuple[int, str | OSError | None]:
-        """A row, and why its image is bad or its pixels were not written. Returned, not raised: a loader would wrap the
-        error in a worker's traceback."""
-        row = int(self.rows[slot])
-        pixels, error = self.read(row)
-        try:
-            if error is None and self.pixels is not None:
-                write_rows(self.pixels, slot, pixels[None].numpy())
-        except OSError as full:
-            return row, full
-        return row, error
-
-
-def _bad_rows(scan: _Scan, workers: int, progress: Progress | None) -> Iterator[tuple[int, str]]:
-    # The loader gets a random generator of its own. It would draw from torch's global one, and a resumed run, which
-    # does not scan, would then train on other random numbers.
-    loader = DataLoader(scan, batch_size=32, num_workers=workers, collate_fn=list, generator=torch.Generator())
-    done = 0
-    for results in loader:
-        for row, error in results:
-            if isinstance(error, OSError):
-                raise error
-            if error is not None:
-                yield row, error
-        done += len(results)
-        if progress is not None:
-            progress(done, len(scan))
-
-
-def build_image_cache(
-    source: PairSource,
-    rows: np.ndarray,
-    transform: ImageTransform,
-    path: Path,
-    *,
-    workers: int,
-    progress: Progress | None = None,
-) -> list[tuple[int, str]]:
-    """Writes the transformed images of `rows` to `path`, a memory-mapped uint8 .npy [len(rows),3,S,S].
-
-    `path` appears only when it is complete; beside it `path` + `.index.npz` says which row lies where and of what
-    data. Gives (row, error) of bad images, whose slots stay unused. Raises DataError when the disk has no room, and
-    SaveError when others fill it meanwhile.
-    """
-    rows, path = np.asarray(rows, np.int64), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (len(rows), 3, transform.size, transform.size)
-    need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if need > free:  # said now, and not hours later
-        raise DataError(
-            f"The image cache {path} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Free "
-            "some space, or train without data.cache_images."
-        )
-    index = _cache_index(path)
-    with atomic_file(path) as temporary:
-        create_array(temporary, np.uint8, shape)
-        bad = list(_bad_rows(_Scan(source, rows, transform, temporary), workers, progress))
-        index.unlink(missing_ok=True)  # an index never stands beside pixels that it does not describe
-    slots = np.full(len(source), -1, np.int64)
-    slots[rows] = np.arange(len(rows))
-    slots[[row for row, _ in bad]] = -1
-    _save_arrays(index, slots=slots, key=_key(source, transform))
-    return bad
-
-
-class ImageCache:
-    """Reads what build_image_cache wrote."""
-
-    def __init__(self, path: Path, source: PairSource, transform: ImageTransform) -> None:
-        stored = _load_arrays(_cache_index(path), _key(source, transform))
-        if stored is None or not path.exists():
-            raise DataError(
-                f"{path} is not a complete image cache of this data at {transform.size} pixels. Delete it "
-                "and build it again, or train without data.cache_images."
-            )
-        self._path, self._slots = path, stored["slots"]
+    def __init__(self, source: PairSource, transform: ImageTransform | None, cache: Path | None = None) -> None:
+        """transform: None leaves decoded images as they are. Raises DataError when the cache is of other data."""
+        self.source, self.transform, self.cache = source, transform, cache
         self._pixels: np.ndarray | None = None
+        if cache is not None:
+            stored = _stored(_index(cache), _key(source, transform))
+            if stored is None or not cache.exists():
+                raise DataError(
+                    f"{cache} is not a complete image cache of this data at {transform.size} pixels. Delete it and "
+                    "build it again, or train without data.cache_images."
+                )
+            self._slots = stored["slots"]
 
-    def read(self, row: int) -> torch.Tensor:
-        """uint8 [3,S,S]. Raises BadImage for a row that is not in the cache."""
+    def __call__(self, row: int) -> tuple[Any, str | None]:
+        """-> (pixels uint8 [3,S,S], None), or (None, why the image is bad)."""
+        if self.cache is not None:
+            return self._kept(row)
+        try:
+            image = self.source.image(row)
+            return (self.transform(image) if self.transform else image), None
+        except BadImage as error:
+            return None, str(error)
+
+    def _kept(self, row: int) -> tuple[torch.Tensor | None, str | None]:
         if self._slots[row] < 0:
-            raise BadImage(f"not in the image cache {self._path}: bad, or left out, when it was built")
+            return None, f"not in the image cache {self.cache}: bad when it was built"
         if self._pixels is None:
-            self._pixels = open_array(self._path)
-        return torch.from_numpy(np.array(self._pixels[self._slots[row]]))
+            self._pixels = open_array(self.cache)
+        return torch.from_numpy(np.array(self._pixels[self._slots[row]])), None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": None}  # a pickled memmap would carry all its pixels to each worker
 
 
-class RowImages:
-    """Images of a source by row, decoded now or read from a file of `build_image_cache`."""
+class _Scan(Dataset):
+    """Row -> why its image is bad, or was not written to `pixels` (an .npy file, if any); None when all is well."""
 
-    def __init__(self, source: PairSource, transform: Callable[[Image.Image], Any], cache: Path | None = None) -> None:
-        """transform: of decoded images (as a rule an ImageTransform). Raises DataError when the cache is of other
-        data."""
-        self.source, self.transform = source, transform
-        self.cache = None if cache is None else ImageCache(cache, source, transform)
+    def __init__(self, source: PairSource, transform: ImageTransform | None, pixels: Path | None) -> None:
+        self.image, self.pixels = RowImages(source, transform), pixels
 
-    def __call__(self, row: int) -> tuple[Any, str | None]:
-        """-> (what `transform` gives, None), or (None, why the image is bad)."""
-        try:
-            return (self.transform(self.source.image(row)) if self.cache is None else self.cache.read(row)), None
-        except BadImage as error:
-            return None, str(error)
+    def __len__(self) -> int:
+        return len(self.image.source)
+
+    def __getitem__(self, row: int) -> str | OSError | None:
+        """Errors are given, not raised: a loader would wrap them in a worker's traceback."""
+        pixels, error = self.image(row)
+        if error is None and self.pixels is not None:
+            try:
+                write_rows(self.pixels, row, pixels[None].numpy())
+            except OSError as full:
+                return full
+        return error
 
 
-def _as_it_is(image: Image.Image) -> Image.Image:
-    return image
+def _bad_images(scan: _Scan, workers: int, bar: Bar | None) -> list[tuple[int, str]]:
+    """Looks at every image -> (row, error) of the bad ones."""
+    # The loader gets a random generator of its own. It would draw from torch's global one, and a resumed run, which
+    # does not scan, would then train on other random numbers.
+    loader = DataLoader(scan, batch_size=32, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    bad = []
+    for row, error in enumerate(itertools.chain.from_iterable(loader)):
+        if isinstance(error, OSError):
+            raise error
+        if error is not None:
+            bad.append((row, error))
+        if bar is not None:
+            bar.advance()
+    return bad
+
+
+def build_image_cache(
+    source: PairSource, transform: ImageTransform, path: Path, *, workers: int, bar: Bar | None = None
+) -> list[tuple[int, str]]:
+    """Writes the transformed images to `path`, a memory-mapped uint8 .npy [rows,3,S,S] -> (row, error) of bad images.
+
+    `path` appears only when it is complete; beside it `path` + `.index.npz` says which row lies where and of what
+    data. Raises DataError when the disk has no room, and SaveError when others fill it meanwhile.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (len(source), 3, transform.size, transform.size)
+    need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
+    if need > free:  # said now, and not hours later
+        raise DataError(
+            f"The image cache {path} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. "
+            "Free some space, or train without data.cache_images."
+        )
+    index = _index(path)
+    with atomic_file(path) as temporary:
+        create_array(temporary, np.uint8, shape)
+        bad = _bad_images(_Scan(source, transform, temporary), workers, bar)
+        index.unlink(missing_ok=True)  # an index never stands beside pixels that it does not describe
+    slots = np.arange(len(source))
+    slots[[row for row, _ in bad]] = -1
+    save_arrays(index, slots=slots, key=_key(source, transform))
+    return bad
 
 
 def check_images(
@@ -158,7 +134,7 @@ def check_images(
     workers: int,
     max_bad_fraction: float,
     skipped_path: Path,
-    progress: Progress | None = None,
+    bar: Bar | None = None,
     transform: ImageTransform | None = None,
     cache: Path | None = None,
 ) -> np.ndarray:
@@ -168,27 +144,23 @@ def check_images(
     same name, from which the next call on the same data reads it back. With `cache` (and `transform`) the same pass
     builds the image cache there. Raises DataError when more than `max_bad_fraction` of the images are bad.
     """
-    skipped_path, rows = Path(skipped_path), np.arange(len(source))
     result, key = skipped_path.with_suffix(".npz"), _key(source)
-    stored = _load_arrays(result, key)
-    if cache is not None:
-        if transform is None:
-            raise ValueError("check_images builds an image cache only with a transform: pass both.")
-        if not Path(cache).exists() or _load_arrays(_cache_index(cache), _key(source, transform)) is None:
-            stored = None
+    stored = _stored(result, key)
+    if cache is not None and (not cache.exists() or _stored(_index(cache), _key(source, transform)) is None):
+        stored = None
     if stored is not None:
         bad = list(zip(stored["rows"].tolist(), stored["errors"].tolist(), strict=True))
     elif cache is not None:
-        bad = build_image_cache(source, rows, transform, cache, workers=workers, progress=progress)
+        bad = build_image_cache(source, transform, cache, workers=workers, bar=bar)
     else:
-        bad = list(_bad_rows(_Scan(source, rows, None, None), workers, progress))
+        bad = _bad_images(_Scan(source, None, None), workers, bar)
     bad_rows = np.array([row for row, _ in bad], np.int64)
     if stored is None or not skipped_path.exists():  # of several processes, only the one that looked writes
         lines = [json.dumps({"row": row, "image": source.name(row), "error": error}) + "\n" for row, error in bad]
         write_text(skipped_path, "".join(lines))
-        _save_arrays(result, key=key, rows=bad_rows, errors=np.array([error for _, error in bad], str))
+        save_arrays(result, key=key, rows=bad_rows, errors=np.array([error for _, error in bad], str))
     _refuse_too_many(source, bad, max_bad_fraction, skipped_path)
-    return ~np.isin(rows, bad_rows)
+    return ~np.isin(np.arange(len(source)), bad_rows)
 
 
 def _refuse_too_many(source: PairSource, bad: list[tuple[int, str]], limit: float, skipped_path: Path) -> None:
@@ -205,27 +177,19 @@ def _refuse_too_many(source: PairSource, bad: list[tuple[int, str]], limit: floa
 
 
 def _key(source: PairSource, transform: ImageTransform | None = None) -> str:
-    """Names the data that a stored result was computed from."""
-    # Captions are no part of it: the base may train on other captions of the same pictures, from the same cache.
-    return f"{source.images_fingerprint} max_pixels={source.max_pixels}" + (
-        f" size={transform.size}" if transform else ""
-    )
+    """Names the images that a stored result was computed from, whatever their captions."""
+    size = f" size={transform.size}" if transform else ""
+    return f"{source.images_fingerprint} max_pixels={source.max_pixels}{size}"
 
 
-def _cache_index(path: Path) -> Path:
-    return Path(f"{path}.index.npz")
+def _index(cache: Path) -> Path:
+    return Path(f"{cache}.index.npz")
 
 
-def _save_arrays(path: Path, **arrays: Any) -> None:
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def _load_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
+def _stored(path: Path, key: str) -> dict[str, np.ndarray] | None:
     """Arrays of a .npz, or None where it is absent, unreadable or of another key."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = load_arrays(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, zipfile.BadZipFile) as error:

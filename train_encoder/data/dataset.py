@@ -22,7 +22,7 @@ from .pairs import PairSource, choose_caption, first_sentence
 
 
 class EncoderDataset(Dataset):
-    """Rows as a training step reads them. Images are decoded and captions tokenised in the loader's workers."""
+    """Rows as a training step reads them."""
 
     def __init__(
         self,
@@ -35,17 +35,16 @@ class EncoderDataset(Dataset):
         cache: Path | None = None,
         short: bool = False,
     ) -> None:
-        """`cache`: a file of build_image_cache to read pixels from; DataError when it is of other data. `short`: give
+        """cache: a file of `build_image_cache` to read pixels from (DataError when it is of other data). short: give
         the first sentence of each caption too."""
         self.source, self.tokenizer, self.image = source, tokenizer, RowImages(source, transform, cache)
-        self.context_length, self.captions, self.seed = context_length, captions, seed
-        self.short = short
+        self.context_length, self.captions, self.seed, self.short = context_length, captions, seed, short
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        """`key`: a row, or (row, epoch). Gives row, pixels (uint8 [3,S,S]; None for a bad image, whose cause is in
+        """key: a row, or (row, epoch). Gives row, pixels (uint8 [3,S,S]; None for a bad image, whose cause is in
         `error`), tokens (BOS .. EOT) and truncated. A bad image does not raise."""
         row, epoch = (int(k) for k in key) if isinstance(key, (tuple, list)) else (int(key), 0)
         pixels, error = self.image(row)
@@ -68,7 +67,6 @@ class Batch:
 
     pixel_values: torch.Tensor  # uint8 [B,3,S,S]
     input_ids: torch.Tensor  # int64 [B,T], padded with EOT as CLIP does
-    attention_mask: torch.Tensor  # int64 [B,T], 0 on padding
     rows: torch.Tensor  # int64 [B]
     bad: list[tuple[int, str]]  # (row, error) of images that could not be read
     truncated: int  # captions of this batch that were cut to the context length
@@ -88,22 +86,19 @@ def collate(rows: Sequence[dict[str, Any]]) -> Batch:
     """Rows of EncoderDataset -> Batch. A bad image's row is left out, not replaced: a second copy of another row
     would be a false negative. `len(batch.rows)` may be 0."""
     good = [row for row in rows if row["pixels"] is not None]
-    input_ids, lengths = _padded([row["tokens"] for row in good])
     short = [row["short"] for row in good if "short" in row]
     return Batch(
         pixel_values=torch.stack([row["pixels"] for row in good]) if good else torch.empty(0, 3, 0, 0).byte(),
-        input_ids=input_ids,
-        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        input_ids=padded([row["tokens"] for row in good]),
         rows=torch.tensor([row["row"] for row in good], dtype=torch.int64),
         bad=[(row["row"], row["error"]) for row in rows if row["pixels"] is None],
         truncated=sum(row["truncated"] for row in good),
-        short_ids=_padded(short)[0] if short else None,
+        short_ids=padded(short) if short else None,
     )
 
 
-def _padded(captions: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists -> ids [B,T] padded with each one's last token (EOT), and lengths [B]."""
-    lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int64)
-    longest = int(lengths.max()) if len(captions) else 0
-    padded = [ids + ids[-1:] * (longest - len(ids)) for ids in captions]
-    return torch.tensor(padded, dtype=torch.int64).view(len(captions), longest), lengths
+def padded(captions: Sequence[list[int]]) -> torch.Tensor:
+    """Token lists -> ids [B,T] int64, T of the longest, each padded with its own last token (EOT)."""
+    longest = max(map(len, captions), default=0)
+    rows = [ids + ids[-1:] * (longest - len(ids)) for ids in captions]
+    return torch.tensor(rows, dtype=torch.int64).view(len(captions), longest)

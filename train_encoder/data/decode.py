@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..config import DataConfig
 from .image_files import readable_formats
-
-logger = logging.getLogger(__name__)
 
 
 class BadImage(Exception):
@@ -39,7 +36,7 @@ def decode_image(file: BinaryIO, max_pixels: int, formats: Sequence[str] | None 
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's limit would refuse what the settings allow
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged EXIF, which is handled, and large images: next line
+            warnings.simplefilter("ignore")  # of damaged EXIF and of large images: both are handled below
             image = Image.open(file, formats=formats or readable_formats())
             width, height = image.size
             if width * height > max_pixels:
@@ -66,7 +63,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation (tag 0x0112). Damaged EXIF does not make the pixels wrong, so it is ignored."""
+    """Applies the EXIF orientation (tag 0x0112). Damaged EXIF is ignored: the pixels are right all the same."""
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -79,7 +76,6 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = turns.get(image.getexif().get(0x0112))
     except Exception:  # the same wide range of errors as above, and the same reason
-        logger.debug("EXIF data of an image cannot be read; taken as upright")
         return image
     return image if turn is None else image.transpose(turn)
 

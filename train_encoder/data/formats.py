@@ -9,7 +9,6 @@ are read here because there `datasets` either copies everything into its cache o
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import itertools
 import logging
@@ -25,13 +24,13 @@ import pyarrow.parquet as pq
 
 from ..config import DataConfig
 from ..openmoji.drawings import build_openmoji
-from .image_files import is_image_name, walk
+from .image_files import Tree, is_image_name, walk
 from .pairs import DataError, PairSource
-from .rows import Rows, collect, data_size, names_files
+from .rows import Rows, names_files
 from .shards import open_tar
-from .splits import of_split, picture_folders_of_split
+from .splits import files_of_split, picture_folders_of_split
 from .stores import DatasetStore, FileStore, ParquetStore
-from .tables import Columns, caption_texts, csv_rows, find_columns, image_name, json_rows, visible
+from .tables import csv_rows, find_columns, json_pairs, json_rows, visible
 
 logger = logging.getLogger(__name__)
 
@@ -65,129 +64,100 @@ def _roots(paths: Sequence[Path], config: DataConfig) -> tuple[Path, list[str]]:
     parents = [path.parent for path in paths]
     if len(set(parents)) == 1:
         return parents[0], [""] * len(paths)
-    root = Path(os.path.commonpath([os.path.abspath(parent) for parent in parents]))
-    below = [Path(os.path.abspath(parent)).relative_to(root).as_posix() for parent in parents]
-    return root, ["" if folder == "." else folder for folder in below]
+    parents = [Path(os.path.abspath(parent)) for parent in parents]
+    root = Path(os.path.commonpath(parents))
+    return root, ["" if parent == root else parent.relative_to(root).as_posix() for parent in parents]
 
 
-def _open_csv(paths: list[Path], config: DataConfig) -> PairSource:
-    rows = Rows(config.source)
+def _open_text(paths: list[Path], config: DataConfig) -> PairSource:
+    """CSV, TSV and JSON. Each CSV names its own columns; those of JSON files are what the first rows have."""
+    rows, columns = Rows(config), None
     root, folders = _roots(paths, config)
     for path, folder in zip(paths, folders, strict=True):
-        header, cells = csv_rows(path, config)
-        columns = find_columns(header, config)
-        image, captions = header.index(columns.image), [header.index(name) for name in columns.captions]
-        while chunk := list(itertools.islice(cells, CHUNK_ROWS)):
-            # All text: pandas would read the name "007" as 7 and the caption "NA" as no caption.
-            texts = [pa.array([row[place] for row in chunk], pa.string()) for place in captions]
-            rows.add(pa.array([row[image] for row in chunk], pa.string()), texts, folder)
-    return rows.source_of_files(root, config, data_size(paths))
-
-
-def _open_json(paths: list[Path], config: DataConfig) -> PairSource:
-    rows, columns = Rows(config.source), None
-    root, folders = _roots(paths, config)
-    for path, folder in zip(paths, folders, strict=True):
-        stream = json_rows(path)
-        while chunk := list(itertools.islice(stream, CHUNK_ROWS)):
-            if columns is None:
-                columns = find_columns(list(dict.fromkeys(key for row in chunk for key in row)), config)
-            names = rows.named(image_name(row.get(columns.image)) for row in chunk)
-            try:
-                lists = [[t for name in columns.captions for t in caption_texts(row.get(name))] for row in chunk]
-            except RecursionError as error:
-                raise DataError(f"{path} has a caption that is nested too deeply. Repair it.") from error
-            rows.add(names, [pa.array(lists, pa.list_(pa.string()))], folder)
-    return rows.source_of_files(root, config, data_size(paths))
+        if FILE_KINDS[path.suffix.lower()] == "csv":
+            pairs = csv_rows(path, config)
+        else:
+            values = json_rows(path)
+            first = list(itertools.islice(values, CHUNK_ROWS))
+            if first and columns is None:
+                columns = find_columns(list(dict.fromkeys(itertools.chain.from_iterable(first))), config)
+            pairs = json_pairs(itertools.chain(first, values), columns, path)
+        while chunk := list(itertools.islice(pairs, CHUNK_ROWS)):
+            rows.add_pairs(chunk, folder)
+    return rows.source_of_files(root, paths)
 
 
 def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
     try:
-        files = [(path, pq.ParquetFile(path)) for path in paths]
+        files = [pq.ParquetFile(path) for path in paths]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{config.source} holds a damaged parquet file: {error}. Download it again.") from error
-    columns = [find_columns(file.schema_arrow.names, config) for _, file in files]
+    columns = [find_columns(file.schema_arrow.names, config) for file in files]
     kinds = {
-        names_files(file.schema_arrow.field(own.image).type, own.image, str(path))
-        for (path, file), own in zip(files, columns, strict=True)
+        (own.image, names_files(file.schema_arrow.field(own.image).type, own.image, str(path)))
+        for path, file, own in zip(paths, files, columns, strict=True)
     }
-    if len(kinds) > 1 or len({own.image for own in columns}) > 1:
+    if len(kinds) > 1:
         raise DataError(
-            f"{config.source}: its files do not have the same kind of image column. Give those of one kind "
-            "as data.source."
+            f"{config.source}: its files do not have the same kind of image column. "
+            "Give those of one kind as data.source."
         )
-    (by_name,) = kinds
-    groups = [(path, i, file.metadata.row_group(i)) for path, file in files for i in range(file.num_row_groups)]
+    ((image, by_name),) = kinds
     root, folders = _roots(paths, config)
-    if (
-        not by_name
-        and max((group.total_byte_size for *_, group in groups), default=0) > LARGE_ROW_GROUP_BYTES
-        and (len(set(folders)) == 1)
-    ):
-        return _open_arrow_cache(paths, root, config)
-    rows = Rows(config.source)
-    for (path, file), own, folder in zip(files, columns, folders, strict=True):
-        collect(rows, _batches(path, file, own, by_name), own, by_name, folder if by_name else "")
+    groups = [file.metadata.row_group(i) for file in files for i in range(file.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if not by_name and largest > LARGE_ROW_GROUP_BYTES and len(set(folders)) == 1:
+        import datasets
+
+        logger.warning("%s has large row groups; `datasets` copies it into its cache for random access", config.source)
+        names = [glob.escape(str(path)) for path in paths]
+        return _dataset_source(datasets.load_dataset("parquet", data_files=names, split="train"), config, root)
+    rows = Rows(config)
+    for path, file, own, folder in zip(paths, files, columns, folders, strict=True):
+        rows.add_tables(_batches(path, file, own.wanted(by_name)), own, by_name, folder if by_name else "")
     if by_name:
-        return rows.source_of_files(root, config, data_size(paths))
-    starts = np.concatenate([[0], np.cumsum([group.num_rows for *_, group in groups])]).astype(np.int64)
-    own_root = None if config.image_root is None else root
-    store = ParquetStore([group[:2] for group in groups], starts, columns[0].image, own_root)
-    return rows.source(store, config, by_name=False, size=data_size(paths))
+        return rows.source_of_files(root, paths)
+    places = [(path, i) for path, file in zip(paths, files, strict=True) for i in range(file.num_row_groups)]
+    starts = np.cumsum([0, *(group.num_rows for group in groups)])
+    store = ParquetStore(places, starts, image, None if config.image_root is None else root)
+    return rows.source(store, by_name=False, files=paths)
 
 
-def _batches(path: Path, file: pq.ParquetFile, columns: Columns, by_name: bool) -> Iterator[pa.Table]:
-    """Yields the needed columns of a file, some rows at a time."""
-    wanted = [*([columns.image] if by_name else []), *columns.captions, columns.key, columns.status]
-    wanted = list(dict.fromkeys(name for name in wanted if name))
+def _batches(path: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.Table]:
     try:
-        for batch in file.iter_batches(CHUNK_ROWS, columns=wanted):
+        for batch in file.iter_batches(CHUNK_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is damaged: {error}. Download it again.") from error
 
 
-def _open_arrow_cache(paths: Sequence[Path], root: Path, config: DataConfig) -> PairSource:
-    import datasets
-
-    logger.warning("%s has large row groups; `datasets` copies it into its cache for random access", config.source)
-    files = [glob.escape(str(path)) for path in paths]
-    return _dataset_source(datasets.load_dataset("parquet", data_files=files, split="train"), config, root)
-
-
-def _open_image_folder(folder: Path, config: DataConfig) -> PairSource:
+def _open_image_folder(tree: Tree, folder: Path, config: DataConfig) -> PairSource:
     """Reads a.jpg + a.txt, at any depth; one caption a line."""
-    rows, orphans = Rows(config.source), []
-    chosen = picture_folders_of_split(folder, config)
-    for place, names in walk(folder):
+    rows, orphans = Rows(config), []
+    chosen = picture_folders_of_split(tree, folder, config)
+    for place, names in tree:
         if place not in chosen:
             continue
-        texts = {Path(name).stem: name for name in names if Path(name).suffix.lower() == ".txt"}
-        pictures = [name for name in names if is_image_name(name)]
-        orphans += [place / texts[stem] for stem in texts.keys() - {Path(name).stem for name in pictures}]
+        texts = {Path(name).stem: place / name for name in names if Path(name).suffix.lower() == ".txt"}
+        pictures = [place / name for name in names if is_image_name(name)]
+        orphans += [texts[stem] for stem in texts.keys() - {picture.stem for picture in pictures}]
         for start in range(0, len(pictures), CHUNK_ROWS):
             some = pictures[start : start + CHUNK_ROWS]
-            captions = [_caption_lines(place, texts.get(Path(name).stem)) for name in some]
-            paths = [(place / name).relative_to(folder).as_posix() for name in some]
-            rows.add(rows.named(paths), [pa.array(captions, pa.list_(pa.string()))])
+            rows.add_pairs([(path.relative_to(folder).as_posix(), _lines(texts.get(path.stem))) for path in some])
     if orphans:
-        logger.warning(
-            "%s: %d .txt files have no picture beside them that can be read, such as %s",
-            config.source,
-            len(orphans),
-            visible(str(min(orphans))),
-        )
-    return rows.source(FileStore(folder, rows.true_names), config, by_name=False)
+        message = "%s: %d .txt files have no picture beside them that can be read, such as %s"
+        logger.warning(message, config.source, len(orphans), visible(str(min(orphans))))
+    return rows.source(FileStore(folder, rows.true_names), by_name=False)
 
 
-def _caption_lines(place: Path, name: str | None) -> list[str]:
-    if name is None or not (place / name).is_file():
+def _lines(path: Path | None) -> list[str]:
+    if path is None or not path.is_file():
         return []
-    return (place / name).read_text("utf-8-sig", "replace").split("\n")  # not splitlines: U+2028 ends no line
+    return path.read_text("utf-8-sig", "replace").split("\n")  # not splitlines: U+2028 ends no line
 
 
 def _dataset_source(dataset: Any, config: DataConfig, root: Path | None = None) -> PairSource:
-    """Wraps a `datasets.Dataset`, memory-mapped where it is. `root`: where relative paths start without image_root."""
+    """Wraps a `datasets.Dataset`, memory-mapped where it is. root: where relative paths start without image_root."""
     import datasets
 
     columns = find_columns(dataset.column_names, config)
@@ -195,16 +165,18 @@ def _dataset_source(dataset: Any, config: DataConfig, root: Path | None = None) 
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
     kind = dataset.features.arrow_schema.field(columns.image).type
     by_name = names_files(kind, columns.image, config.source)
-    wanted = [columns.image] * by_name + [*columns.captions, columns.key, columns.status]
-    tables = dataset.select_columns(list(dict.fromkeys(name for name in wanted if name)))
-    rows, root = Rows(config.source), Path(config.image_root or root or ".")
-    collect(rows, tables.with_format("arrow").iter(CHUNK_ROWS), columns, by_name)
+    rows, root = Rows(config), Path(config.image_root or root or ".")
+    tables = dataset.select_columns(columns.wanted(by_name)).with_format("arrow")
+    rows.add_tables(tables.iter(CHUNK_ROWS), columns, by_name)
     if by_name:
-        return rows.source_of_files(root, config)
-    return rows.source(DatasetStore(dataset.select_columns([columns.image]), root), config, by_name=False)
+        return rows.source_of_files(root)
+    return rows.source(DatasetStore(dataset.select_columns([columns.image]), root), by_name=False)
 
 
 # --- finding the format ---------------------------------------------------------------------------------------------
+
+
+OPENERS = {"csv": _open_text, "json": _open_text, "parquet": _open_parquet, "tar": open_tar}
 
 
 def open_source(config: DataConfig) -> PairSource:
@@ -213,7 +185,7 @@ def open_source(config: DataConfig) -> PairSource:
     A hub name may end in `:subset`. Raises DataError naming the cause and the next step.
     """
     if config.source == "openmoji":
-        return _open_json([build_openmoji() / f"{config.split}.jsonl"], config)
+        return _open_text([build_openmoji() / f"{config.split}.jsonl"], config)
     path = Path(config.source).expanduser()
     paths = [path] if path.exists() else [Path(name).expanduser() for name in _expand_braces(config.source)]
     if missing := [str(each) for each in paths if not each.exists()]:
@@ -228,13 +200,10 @@ def open_source(config: DataConfig) -> PairSource:
     kinds = {FILE_KINDS.get(each.suffix.lower()) for each in paths}
     if len(kinds) > 1 or None in kinds:
         raise DataError(
-            f"{config.source} is of no known format. data.source may be a {', '.join(FILE_KINDS)} file, "
-            "a folder, or a hub data set."
+            f"{config.source} is of no known format. data.source may be a {', '.join(FILE_KINDS)} file, a folder, "
+            "or a hub data set."
         )
-    return _OPENERS[kinds.pop()](paths, config)
-
-
-_OPENERS = {"csv": _open_csv, "json": _open_json, "parquet": _open_parquet, "tar": open_tar}
+    return OPENERS[kinds.pop()](paths, config)
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -265,9 +234,10 @@ def _open_folder(folder: Path, config: DataConfig) -> PairSource:
     """Opens a folder by its content: a saved data set, shards, image and text files, or tables."""
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, config)
+    tree = list(walk(folder))
     files: dict[str, list[Path]] = {}
     has_pairs = False
-    for place, names in walk(folder):
+    for place, names in tree:
         texts = {Path(name).stem for name in names if name.lower().endswith(".txt")}
         for name in names:
             has_pairs |= is_image_name(name) and Path(name).stem in texts
@@ -275,29 +245,19 @@ def _open_folder(folder: Path, config: DataConfig) -> PairSource:
             if suffix in FILE_KINDS and not Path(name).stem.endswith("_stats"):  # img2dataset's reports
                 files.setdefault(suffix, []).append(place / name)
     if has_pairs and ".tar" not in files:
-        return _open_image_folder(folder, config)  # before the rest: img2dataset lays tables beside such files
+        return _open_image_folder(tree, folder, config)  # before the rest: img2dataset lays tables beside such files
     for suffix in (".tar", ".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json"):
         if suffix in files:
-            _name_left_out(suffix, files, config)
-            return _OPENERS[FILE_KINDS[suffix]](of_split(files[suffix], folder, config), config)
+            # img2dataset's own tables beside shards are expected, and a .json file may be anything.
+            others = [each for other, some in files.items() if other not in (suffix, ".json") for each in some]
+            if others and suffix != ".tar":
+                message = "%s: its %s files are read; left out %d others, such as %s. Give one kind as data.source"
+                logger.warning(message, config.source, suffix, len(others), visible(str(others[0])))
+            return OPENERS[FILE_KINDS[suffix]](files_of_split(files[suffix], folder, config), config)
     raise DataError(
-        f"{folder} holds no data that can be read: no tar, parquet, jsonl, csv or json file, and no image "
-        "with a .txt file of the same name beside it. Check data.source."
+        f"{folder} holds no data that can be read: no tar, parquet, jsonl, csv or json file, and no image with a .txt "
+        "file of the same name beside it. Check data.source."
     )
-
-
-def _name_left_out(suffix: str, files: dict[str, list[Path]], config: DataConfig) -> None:
-    """Warns of tables that are left out because those of another kind are read. img2dataset's own tables beside shards
-    are expected, and a .json file may be anything."""
-    others = [each for other, some in files.items() if other not in (suffix, ".json") for each in some]
-    if others and suffix != ".tar":
-        logger.warning(
-            "%s: its %s files are read; left out %d others, such as %s. Give one kind as data.source",
-            config.source,
-            suffix,
-            len(others),
-            visible(str(others[0])),
-        )
 
 
 def _open_saved(folder: Path, config: DataConfig) -> PairSource:
@@ -308,8 +268,8 @@ def _open_saved(folder: Path, config: DataConfig) -> PairSource:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # KeyError, TypeError, ...: whatever a half or foreign state.json leads to
         raise DataError(
-            f"{folder} looks like a saved data set (it has a state.json or dataset_dict.json), but "
-            f"`datasets` cannot open it ({type(error).__name__}: {error}). Save it again."
+            f"{folder} looks like a saved data set (it has a state.json or dataset_dict.json), but `datasets` cannot "
+            f"open it ({type(error).__name__}: {error}). Save it again."
         ) from error
     if isinstance(saved, datasets.Dataset):
         return _dataset_source(saved, config)
@@ -326,9 +286,8 @@ def _open_hub(config: DataConfig) -> PairSource:
         dataset = datasets.load_dataset(name, subset or None, split=config.split)
     except Exception as error:  # dozens of kinds, from the network up; the cause goes into the message
         raise DataError(
-            f"{config.source}: there is neither a file or folder of that name nor a hub data set that can "
-            f"be reached ({type(error).__name__}: {error}). Check data.source, data.split and the "
-            "network."
+            f"{config.source}: there is neither a file or folder of that name nor a hub data set that can be reached "
+            f"({type(error).__name__}: {error}). Check data.source, data.split and the network."
         ) from error
     return _dataset_source(dataset, config)
 
@@ -337,11 +296,6 @@ def parse_source(text: str, data: DataConfig) -> tuple[str, DataConfig]:
     """`NAME=SOURCE[:SPLIT]` -> (name, the data settings to read it with)."""
     name, _, rest = text.rpartition("=") if "=" in text else (text, "", text)
     source, _, split = rest.rpartition(":") if ":" in rest and not Path(rest).exists() else (rest, "", "train")
-    same = source == data.source
-    return name, dataclasses.replace(
-        DataConfig(),
-        source=source,
-        split=split,
-        image_root=data.image_root if same else None,
-        image_column=data.image_column if same else None,
-    )
+    # The images of other data lie elsewhere and in another column.
+    same = {"image_root": data.image_root, "image_column": data.image_column} if source == data.source else {}
+    return name, DataConfig(source=source, split=split, **same)

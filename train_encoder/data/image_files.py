@@ -1,7 +1,4 @@
-"""Finds picture files: training, classification and mining walk through folders in the same way.
-
-for path in image_files(folder): ...
-"""
+"""Finds picture files: training, classification and mining walk through folders in the same way."""
 
 from __future__ import annotations
 
@@ -15,6 +12,9 @@ from PIL import Image
 # Pillow finds these too, but reads them by starting a program (EPS: Ghostscript), only on Windows (WMF), or not at all.
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+Tree = list[tuple[Path, list[str]]]
+"""What `walk` gives, kept."""
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def is_image_name(name: str) -> bool:
 
 
 def image_files(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
-    """Every picture in and below `folder`, but for hidden ones and those in `leave_out`; see `walk`."""
+    """Every picture in and below `folder`, but for hidden ones and those in the folder `leave_out`."""
     for place, names in walk(folder, leave_out):
         yield from (place / name for name in names if is_image_name(name))
 

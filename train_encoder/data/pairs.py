@@ -1,8 +1,4 @@
-"""Rows of images and captions, whatever they are read from.
-
-source = open_source(DataConfig(source="train.csv"))              # train_encoder.data.formats
-source.captions(0), source.image(0)
-"""
+"""Rows of images and captions, whatever they are read from (`formats.open_source` opens them)."""
 
 from __future__ import annotations
 
@@ -35,8 +31,8 @@ class PairSource:
     """Image-caption rows, one row an image; all captions of the same image path belong to one row.
 
     `fingerprint` names the data (source, sizes, first and last rows): a run resumes only on the same data.
-    `dropped_empty` counts the images left out because all their captions were blank, `dropped_imageless` the table
-    rows that name no image, `dropped_several` those that name more than one.
+    Left out: `dropped_empty` images without a caption, `dropped_imageless` rows that name no image, `dropped_several`
+    rows that name more than one.
     """
 
     def __init__(
@@ -51,11 +47,10 @@ class PairSource:
         size: int = 0,
         several: int = 0,
     ) -> None:
-        """names [rows] (null: no image); texts [captions], text_rows [captions] the row of each, ascending in a column.
+        """names [rows] (null: no image); texts [captions], and text_rows [captions]: the row of each.
 
-        `by_name`: rows of one name are one image. `size`: bytes of the data files, for the fingerprint. `several`: how
-        many of the rows without a name have more than one image.
-        Raises DataError when no image has a caption.
+        by_name: rows of one name are one image. size: bytes of the data files, for the fingerprint. several: how many
+        of the rows without a name have more than one image. Raises DataError when no image has a caption.
         """
         image_of_row, row_of_image = _images_of_rows(names, by_name)
         image_of_text = image_of_row[text_rows]
@@ -72,7 +67,10 @@ class PairSource:
         self.dropped_empty = int((counts == 0).sum())
         self.dropped_imageless, self.dropped_several = int(names.null_count) - several, several
         self._report_dropped(config)
-        self.fingerprint = self._fingerprint(config, size)
+        ends = [(self.name(i), self.captions(i)) for i in (0, len(self) - 1)]
+        # Only the last part of the source's path counts: a data folder that was moved is still the same data.
+        facts = Path(config.source).name, config.split, size, len(self), int(self._offsets[-1])
+        self.fingerprint = digest(*facts, ends)
 
     def _report_dropped(self, config: DataConfig) -> None:
         dropped = {
@@ -83,20 +81,15 @@ class PairSource:
         text = " and ".join(f"{count} {what}" for what, count in dropped.items() if count)
         if len(self) == 0:
             raise DataError(
-                f"{config.source} has no image with a caption ({text or 'it is empty'}). Check "
-                "data.image_column, data.caption_columns and data.limit."
+                f"{config.source} has no image with a caption ({text or 'it is empty'}). "
+                "Check data.image_column, data.caption_columns and data.limit."
             )
         if text:
             logger.warning("%s: left out %s", config.source, text)
 
-    def _fingerprint(self, config: DataConfig, size: int) -> str:
-        ends = [(self.name(i), self.captions(i)) for i in (0, len(self) - 1)]
-        # Only the last part of the source's path counts: a data folder that was moved is still the same data.
-        return digest(Path(config.source).name, config.split, size, len(self), int(self._offsets[-1]), ends)
-
     @property
     def images_fingerprint(self) -> str:
-        """Names the images and their order, whatever captions are read with them."""
+        """Names the images and their order, whatever their captions."""
         some = range(0, len(self), max(1, len(self) // 1000))
         return digest(len(self), [self.name(i) for i in some])
 
@@ -132,13 +125,11 @@ def _images_of_rows(names: pa.ChunkedArray, by_name: bool) -> tuple[np.ndarray, 
 
 
 def choose_caption(captions: Sequence[str], how: str, seed: int, row: int, epoch: int) -> str:
-    """The caption of a row in an epoch; it depends on nothing else, so every process chooses the same."""
+    """The caption of a row in an epoch (`how`: DataConfig.captions); every process chooses the same."""
     if how == "first":
         return captions[0]
     if how == "longest":
         return max(captions, key=len)
-    if how != "random":
-        raise ValueError(f"captions={how!r} is not one of: random, first, longest.")
     return captions[int(np.random.SeedSequence([seed, row, epoch]).generate_state(1)[0]) % len(captions)]
 
 

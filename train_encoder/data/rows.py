@@ -17,28 +17,32 @@ from .pairs import DataError, ImageStore, PairSource
 from .stores import FileStore
 from .tables import SEVERAL, Columns, caption_texts, image_name, visible
 
+TEXTS = pa.list_(pa.string())
+TEXT_FORMS = {"string", "large_string", "string_view"}  # pandas 3 and polars write large_string
+BINARY_FORMS = {"binary", "large_binary", "binary_view"}
+
 
 class Rows:
     """What a reader collects: one name a row (null: no image), and flat captions with the row of each."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
         self.names: list[pa.Array] = []
         self.texts: list[pa.Array] = []
         self.text_rows: list[np.ndarray] = []
         self.count = self.several = 0
         self.true_names: dict[str, str] = {}
-        self.origin = source
 
-    def add(self, names: pa.Array, caption_columns: Sequence[pa.Array], folder: str = "") -> None:
-        """Adds rows: names [rows], and caption columns [rows] of text, lists, or conversations.
+    def add(self, names: pa.Array, caption_columns: Iterable[pa.Array], folder: str = "") -> None:
+        """Add rows: names [rows], and caption columns [rows] of text, lists, or conversations.
 
-        `folder`: where relative names start, below the store's root.
+        folder: where relative names start, below the store's root.
         """
         for column in caption_columns:
-            texts, rows = _flat_captions(column, self.origin)
+            texts, rows = self._flat_captions(column)
             self.texts.append(texts)
             self.text_rows.append(rows + self.count)
-        names = strings(names, self.origin)
+        names = self._strings(names)
         blank = pc.equal(pc.utf8_trim_whitespace(names), "")
         names = pc.if_else(blank, pa.scalar(None, pa.string()), names)
         if folder:
@@ -47,82 +51,80 @@ class Rows:
         self.names.append(names)
         self.count += len(names)
 
-    def named(self, values: Iterable[Any]) -> pa.Array:
-        """Names [rows] from image cells: a path each, None, or SEVERAL (counted)."""
-        names: list[str | None] = []
-        for value in values:
-            self.several += value is SEVERAL
-            name = visible(value) if isinstance(value, str) else None
-            if name != value and name is not None:
-                self.true_names[name] = value
-            names.append(name)
-        return pa.array(names, pa.string())
+    def add_pairs(self, pairs: Sequence[tuple[Any, list[str]]], folder: str = "") -> None:
+        """Add rows of an image cell (its name, None, or SEVERAL, which is counted) and its captions."""
+        names = self._named([name for name, _ in pairs])
+        self.add(names, [pa.array([texts for _, texts in pairs], TEXTS)], folder)
 
-    def source(self, store: ImageStore, config: DataConfig, *, by_name: bool, size: int = 0) -> PairSource:
+    def add_tables(self, tables: Iterable[pa.Table], columns: Columns, by_name: bool, folder: str = "") -> None:
+        """Add the rows of arrow tables. Rows with the image inside are named by their key, else by their number."""
+        name_column = columns.image if by_name else columns.key
+        for table in tables:
+            if name_column is None:
+                names = pa.array([f"row {self.count + i}" for i in range(len(table))])
+            elif pa.types.is_nested(table[name_column].type):
+                names = self._named(map(image_name, table[name_column].to_pylist()))
+            else:
+                names = self._strings(table[name_column].combine_chunks())
+            if not by_name and columns.status:
+                status = self._strings(table[columns.status].combine_chunks())
+                failed = pc.not_equal(status, "success").fill_null(False)
+                names = pc.if_else(failed, pa.scalar(None, pa.string()), names)
+            self.add(names, [table[name].combine_chunks() for name in columns.captions], folder)
+
+    def source(self, store: ImageStore, *, by_name: bool, files: Iterable[Path] = ()) -> PairSource:
+        """The source of what was added, read from the data `files`. Raises DataError when that is nothing."""
         if self.count == 0:
-            raise DataError(f"{config.source} has no rows. Check data.source and data.split.")
+            raise DataError(f"{self.config.source} has no rows. Check data.source and data.split.")
         names, texts = pa.chunked_array(self.names), pa.chunked_array(self.texts, pa.string())
-        return PairSource(
-            names,
-            texts,
-            np.concatenate(self.text_rows),
-            store,
-            config,
-            by_name=by_name,
-            size=size,
-            several=self.several,
-        )
+        counts = {"size": sum(file.stat().st_size for file in files), "several": self.several}
+        return PairSource(names, texts, np.concatenate(self.text_rows), store, self.config, by_name=by_name, **counts)
 
-    def source_of_files(self, root: Path, config: DataConfig, size: int = 0) -> PairSource:
+    def source_of_files(self, root: Path, files: Iterable[Path] = ()) -> PairSource:
         """A source of rows that name image files below `root`."""
         first = next((array.drop_null()[0].as_py() for array in self.names if array.null_count < len(array)), "")
         if re.match(r"https?://", first):
             raise DataError(
-                f"{config.source} names images by URL ({first}). Download them first, for example with "
+                f"{self.config.source} names images by URL ({first}). Download them first, for example with "
                 "img2dataset, and give its output as data.source."
             )
-        return self.source(FileStore(root, self.true_names), config, by_name=True, size=size)
+        return self.source(FileStore(root, self.true_names), by_name=True, files=files)
 
+    def _named(self, cells: Iterable[Any]) -> pa.Array:
+        names: list[str | None] = []
+        for cell in cells:
+            self.several += cell is SEVERAL
+            name = visible(cell) if isinstance(cell, str) else None
+            if name is not None and name != cell:
+                self.true_names[name] = cell
+            names.append(name)
+        return pa.array(names, pa.string())
 
-def _flat_captions(column: pa.Array, source: str) -> tuple[pa.Array, np.ndarray]:
-    """A caption column -> its texts [captions] and the row of each."""
-    if isinstance(column.type, pa.BaseExtensionType):  # `datasets` stores mixed types as JSON text
-        values = [json.loads(v) if isinstance(v, str) else v for v in column.to_pylist()]
-        column = pa.array([caption_texts(value) for value in values], pa.list_(pa.string()))
-    elif pa.types.is_nested(column.type) and column.type != pa.list_(pa.string()):
-        column = pa.array([caption_texts(value) for value in column.to_pylist()], pa.list_(pa.string()))
-    rows = np.arange(len(column))
-    if pa.types.is_nested(column.type):
-        rows = np.repeat(rows, pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False))
-        column = column.flatten()
-    return strings(column, source), rows
+    def _strings(self, column: pa.Array) -> pa.Array:
+        """Text, numbers or dates as arrow's plain strings. Raises DataError for bytes that are not UTF-8."""
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        try:
+            return column.cast(pa.string())
+        except pa.ArrowNotImplementedError:  # string_view, in some versions
+            return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{self.config.source} has a column of bytes where text in UTF-8 should be ({error}). "
+                "Save that column as text."
+            ) from error
 
-
-def strings(column: pa.Array, source: str) -> pa.Array:
-    """Text, numbers or dates as arrow's plain strings. Raises DataError for bytes that are not UTF-8."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowNotImplementedError:  # string_view, in some versions
-        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{source} has a column of bytes where text in UTF-8 should be ({error}). Save that column as text."
-        ) from error
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, in any of arrow's forms (pandas 3 and polars write large_string)."""
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    forms = ("is_string", "is_large_string", "is_string_view")  # the last is new in pyarrow 16
-    return any(getattr(pa.types, form)(kind) for form in forms if hasattr(pa.types, form))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    forms = ("is_binary", "is_large_binary", "is_binary_view")
-    return any(getattr(pa.types, form)(kind) for form in forms if hasattr(pa.types, form))
+    def _flat_captions(self, column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+        """A caption column -> its texts [captions] and the row of each."""
+        mixed = isinstance(column.type, pa.BaseExtensionType)  # `datasets` stores mixed types as JSON text
+        if mixed or (pa.types.is_nested(column.type) and column.type != TEXTS):
+            cells = [json.loads(v) if mixed and isinstance(v, str) else v for v in column.to_pylist()]
+            column = pa.array(list(map(caption_texts, cells)), TEXTS)
+        rows = np.arange(len(column))
+        if pa.types.is_nested(column.type):
+            rows = np.repeat(rows, pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False))
+            column = column.flatten()
+        return self._strings(column), rows
 
 
 def names_files(kind: pa.DataType, column: str, source: str) -> bool:
@@ -131,36 +133,18 @@ def names_files(kind: pa.DataType, column: str, source: str) -> bool:
     Raises DataError for a column that can hold neither.
     """
     item = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    if _is_text(item):
+    if _form(item) in TEXT_FORMS:
         return True
     fields = [item.field(i) for i in range(item.num_fields)] if pa.types.is_struct(item) else []
-    parts = [part.type for part in fields if part.name in ("bytes", "path")]  # as `datasets` stores images
-    inside = all(_is_binary(part) or _is_text(part) or pa.types.is_null(part) for part in parts)
-    if not (_is_binary(item) or (parts and inside)):
+    parts = {_form(field.type) for field in fields if field.name in ("bytes", "path")}  # as `datasets` stores images
+    if _form(item) not in BINARY_FORMS and (not parts or parts - TEXT_FORMS - BINARY_FORMS - {"null"}):
         raise DataError(
-            f"{source}: the column {column!r} holds {kind}, where paths or bytes of images should be. Name "
-            "the right one with data.image_column."
+            f"{source}: the column {column!r} holds {kind}, where paths or bytes of images should be. "
+            "Name the right one with data.image_column."
         )
     return False
 
 
-def collect(rows: Rows, tables: Iterable[pa.Table], columns: Columns, by_name: bool, folder: str = "") -> None:
-    """Gathers names and captions of arrow tables. Rows with the image inside are named by key, else by number."""
-    for table in tables:
-        name_column = columns.image if by_name else columns.key
-        if name_column is None:
-            names = pa.array([f"row {rows.count + i}" for i in range(len(table))])
-        elif pa.types.is_nested(table[name_column].type):
-            names = rows.named(map(image_name, table[name_column].to_pylist()))
-        else:
-            names = strings(table[name_column].combine_chunks(), rows.origin)
-        if not by_name and columns.status:
-            status = strings(table[columns.status].combine_chunks(), rows.origin)
-            failed = pc.not_equal(status, "success").fill_null(False)
-            names = pc.if_else(failed, pa.scalar(None, pa.string()), names)
-        rows.add(names, [table[name].combine_chunks() for name in columns.captions], folder)
-
-
-def data_size(paths: Iterable[Path]) -> int:
-    """Bytes of the data files, for the fingerprint."""
-    return sum(path.stat().st_size for path in paths)
+def _form(kind: pa.DataType) -> str:
+    """A type's name; of a column that is stored as a dictionary, that of its values."""
+    return str(kind.value_type if pa.types.is_dictionary(kind) else kind)

@@ -10,50 +10,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ..config import DataConfig
 from .image_files import image_suffixes
 from .pairs import DataError, PairSource
-from .rows import Rows, data_size
+from .rows import Rows
 from .stores import TarStore
 from .tables import CAPTION_COLUMNS, SEVERAL, caption_texts, visible
 
 
 def open_tar(paths: list[Path], config: DataConfig) -> PairSource:
-    """Indexes webdataset shards: the members with one key make a row; 1.jpg is the image, 1.txt or 1.json has its
-    captions."""
-    rows, places = Rows(config.source), []
+    """Index webdataset shards: of the members with one key, 1.jpg is the image, 1.txt or 1.json has its captions."""
+    rows, places = Rows(config), []
     for number, path in enumerate(paths):
-        names, captions = [], []
+        pairs = []
         try:
             for key, image, texts in _tar_rows(path, config.caption_columns):
                 one = image is not None and image is not SEVERAL
-                names.append(visible(f"{path.name}/{key}") if one else image)
-                captions.append(texts)
+                pairs.append((visible(f"{path.name}/{key}") if one else image, texts))
                 places.append((number, *(image if one else (0, 0))))
         except tarfile.TarError as error:
             raise DataError(
-                f"{path} is not a complete, uncompressed tar file ({error}). Download it again, or unpack "
-                "its compression: shards are read in place."
+                f"{path} is not a complete, uncompressed tar file ({error}). Download it again, or unpack its "
+                "compression: shards are read in place."
             ) from error
-        rows.add(rows.named(names), [pa.array(captions, pa.list_(pa.string()))])
+        rows.add_pairs(pairs)
     shard, offset, size = np.array(places, np.int64).reshape(-1, 3).T.copy()
-    return rows.source(TarStore(paths, shard, offset, size), config, by_name=False, size=data_size(paths))
+    return rows.source(TarStore(paths, shard, offset, size), by_name=False, files=paths)
 
 
 def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, list[str]]]:
-    """Yields key, (offset, size) of the image (None, SEVERAL), captions. A key ends at its first dot, as webdataset
-    has it."""
+    """Yields key, (offset, size) of the image (or None, SEVERAL), captions."""
     with tarfile.open(path, "r:") as tar:
         for key, members in _tar_samples(tar):
             images = [member for suffix, member in members.items() if suffix in image_suffixes()]
             image = (images[0].offset_data, images[0].size) if images else None
             text, fields = [], {}
             if ".txt" in members and not columns:
-                text = [_tar_bytes(tar, members[".txt"]).decode("utf-8-sig", errors="replace")]
+                text = [tar.extractfile(members[".txt"]).read().decode("utf-8-sig", errors="replace")]
             if ".json" in members:
-                fields = _tar_json(_tar_bytes(tar, members[".json"]))
+                fields = _tar_json(tar.extractfile(members[".json"]).read())
             names = columns or next(([name] for name in CAPTION_COLUMNS if fields.get(name)), [])
             texts = text or [t for name in names for t in caption_texts(fields.get(name))]
             yield key, SEVERAL if len(images) > 1 else image, texts
@@ -63,7 +59,8 @@ def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, 
 
 
 def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yields each sample's key and its members by suffix; a suffix that comes again begins another sample."""
+    """Yields each sample's key (a name up to its first dot, as webdataset has it) and its members by suffix; a suffix
+    that comes again begins another sample."""
     last, members = None, {}
     for member in tar:
         if not member.isfile():
@@ -78,10 +75,6 @@ def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
         last, members[suffix] = key, member
     if members:
         yield last, members
-
-
-def _tar_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    return tar.extractfile(member).read()
 
 
 def _tar_json(data: bytes) -> dict:

@@ -1,5 +1,5 @@
-"""Opens the images of a data source, wherever they are. No store keeps a file open, so all of them can be forked,
-pickled and read by threads."""
+"""Opens the images of a data source, wherever they are. No store keeps a file open: all can be forked, pickled and read
+by threads."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ParquetStore:
     starts: np.ndarray  # [groups + 1], the first row of each
     column: str
     root: Path | None
-    """Where relative paths in the cells start; the file's own folder when None."""
+    """Where relative paths start; the file's own folder when None."""
     _last: tuple[int, Any] | None = field(default=None, repr=False)
 
     def open(self, row: int, name: str) -> BinaryIO:
@@ -102,11 +102,9 @@ def _open_cell(cell: Any, row: int, root: Path) -> BinaryIO:
         raise BadImage(f"several: {len(cell)} images in this row, where one is read")
     if isinstance(cell, list):
         cell = cell[0] if cell else None
-    path = None
     if isinstance(cell, dict):
-        cell, path = cell.get("bytes"), cell.get("path")
-    if cell is None and path:
-        return FileStore(root).open(row, path)
+        data, path = cell.get("bytes"), cell.get("path")
+        cell = path if data is None else data
     if not cell:
         raise BadImage("missing: no image bytes in this row")
     return FileStore(root).open(row, cell) if isinstance(cell, str) else io.BytesIO(cell)

@@ -1,7 +1,7 @@
 """Tables of text, row by row: CSV, TSV, JSON lists and JSON lines, and what their cells say.
 
-Strict on purpose. A reader that guesses what a stray quote means turns rows into captions of other pictures, and
-nobody sees it; so what is ambiguous is a DataError that names the line.
+Strict on purpose: a reader that guesses what a stray quote means would give pictures the captions of others, and nobody
+would see it. So what is ambiguous is a DataError that names the line.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Columns:
     key: str | None
     status: str | None  # img2dataset's: failed downloads are rows too
 
+    def wanted(self, by_name: bool) -> list[str]:
+        """The columns to read besides images that are stored inside (by_name: the image column holds paths)."""
+        names = [self.image if by_name else None, *self.captions, self.key, self.status]
+        return list(dict.fromkeys(name for name in names if name))
+
 
 def find_columns(available: Sequence[str], config: DataConfig) -> Columns:
     """The columns to read: those that `config` names, else those with a well-known name. Raises DataError."""
@@ -59,14 +64,14 @@ def find_columns(available: Sequence[str], config: DataConfig) -> Columns:
         unseen = f"no column that looks like {'an image' if image is None else 'a caption'}"
         what = f"no column {', '.join(map(repr, missing))}" if missing else unseen
         raise DataError(
-            f"{config.source} has {what}; its columns are: {name_columns(available)}. Name them with "
-            "data.image_column and data.caption_columns."
+            f"{config.source} has {what}; its columns are: {name_columns(available)}. "
+            "Name them with data.image_column and data.caption_columns."
         )
     twice = [name for name in (image, *captions) if list(available).count(name) > 1]
     if twice:
         raise DataError(
-            f"{config.source} has more than one column called {twice[0]!r}: which one is meant? Give them "
-            "different names."
+            f"{config.source} has more than one column called {twice[0]!r}: which one is meant? "
+            "Give them different names."
         )
     return Columns(image, tuple(captions), first(KEY_COLUMNS), first(["status"]))
 
@@ -103,8 +108,7 @@ SEVERAL = object()
 
 
 def image_name(value: Any) -> Any:
-    """The path in an image cell (a text, {"path": text}, or a list of one); None for no image, SEVERAL for a list of
-    more."""
+    """The path in an image cell (a text, {"path": text}, or a list of one), None, or SEVERAL for a list of more."""
     if isinstance(value, list):
         return SEVERAL if len(value) > 1 else image_name(value[0]) if value else None
     if isinstance(value, dict):
@@ -120,8 +124,8 @@ def visible(name: str) -> str:
 # --- CSV and TSV ----------------------------------------------------------------------------------------------------
 
 
-def csv_rows(path: Path, config: DataConfig) -> tuple[list[str], Iterator[list[str]]]:
-    """-> the header, and the rows below it, each with as many cells as the header; all are text. Raises DataError.
+def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, list[str]]]:
+    """Yields the image cell and the caption cells of each row, all as text. Raises DataError.
 
     In a CSV a quoted cell may hold separators and line breaks. In a TSV a line is a row, whatever its quotes; a cell
     that is quoted as a whole is taken out of its quotes, as spreadsheets and pandas put it in.
@@ -130,7 +134,21 @@ def csv_rows(path: Path, config: DataConfig) -> tuple[list[str], Iterator[list[s
     _, header = next(rows, (0, []))
     if not any(header):
         raise DataError(f"{path} is empty. Its first line must name the columns, such as image,caption.")
-    return header, _fitted(rows, header, path, config)
+    columns = find_columns(header, config)
+    image, captions = header.index(columns.image), [header.index(name) for name in columns.captions]
+    width, needed, tabs = len(header), 1 + max(image, *captions), path.suffix.lower() == ".tsv"
+    open_quote = 0
+    for number, row in rows:
+        if tabs:
+            open_quote = open_quote or number * any(map(_opens_a_quote, row))
+            row = [_unquoted(cell) for cell in row]
+        elif any("\n" in cell or "\r" in cell for cell in row):
+            _refuse_swallowed_rows(row, number, image, path)
+        if len(row) > width and not any(row[width:]) and not open_quote:
+            row = row[:width]  # commas after the last cell
+        if not (width if open_quote else needed) <= len(row) <= width:
+            raise _misfit(path, number, len(row), width, open_quote)
+        yield row[image], [row[place] for place in captions]
 
 
 def csv_header(path: Path) -> list[str]:
@@ -148,11 +166,8 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     newline = "" if b"\r" in start and b"\n" not in start else "\n"
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
-            if tabs:
-                reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            else:
-                reader = csv.reader(file, strict=True)
-            before = 0
+            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+            reader, before = csv.reader(file, **dialect), 0
             for row in reader:
                 if row:
                     yield before + 1, row
@@ -165,33 +180,13 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
-def _fitted(rows: Iterator[tuple[int, list[str]]], header: list[str], path: Path, config: DataConfig):
-    width, tabs = len(header), path.suffix.lower() == ".tsv"
-    columns = find_columns(header, config)
-    image = header.index(columns.image)
-    needed = 1 + max(header.index(name) for name in (columns.image, *columns.captions))
-    open_quote = 0
-    for number, row in rows:
-        if tabs:
-            open_quote = open_quote or number * any(map(_opens_a_quote, row))
-            row = [_unquoted(cell) for cell in row]
-        elif any("\n" in cell or "\r" in cell for cell in row):
-            _refuse_swallowed_rows(row, number, image, path)
-        if len(row) > width and not any(row[width:]) and not open_quote:
-            row = row[:width]  # commas after the last cell
-        if not (width if open_quote else needed) <= len(row) <= width:
-            raise _misfit(path, number, len(row), width, open_quote)
-        yield row + [""] * (width - len(row))
-
-
 def _misfit(path: Path, number: int, cells: int, width: int, open_quote: int) -> DataError:
     why = "A cell with a separator or a line break in it must be quoted."
     if open_quote:
         why = f"A quote opens in line {open_quote} and does not close there: in a TSV a line is a row."
-    kind = path.suffix.lower()[1:]
     return DataError(
         f"{path}, line {number} has {cells} cells, but the header has {width}: it cannot be read as "
-        f"{kind} in UTF-8. {why} Repair it or save it again."
+        f"{path.suffix.lower()[1:]} in UTF-8. {why} Repair it or save it again."
     )
 
 
@@ -207,15 +202,15 @@ def _unquoted(cell: str) -> str:
 
 
 def _refuse_swallowed_rows(row: list[str], number: int, image: int, path: Path) -> None:
-    """A stray quote makes one cell of all the rows up to the next quote, and the file is still valid CSV. It is
-    recognised because lines in the cell look like rows, with a picture's name where the table has its pictures."""
+    """Raises DataError for a cell that a stray quote made of all the rows up to the next quote (still a valid CSV):
+    its lines look like rows, with a picture's name where the table has its pictures."""
     for line in itertools.chain.from_iterable(re.split(r"\r\n|\r|\n", cell)[1:] for cell in row):
         cells = line.split(",")
         if len(cells) > max(image, 1) and is_image_name(cells[image].strip()):
             raise DataError(
-                f"{path}, line {number}: a quote opens here and takes in the rows after it, such as "
-                f"{line[:60]!r}. If it belongs to the text, write it twice in a quoted cell; if that line "
-                "is text, save the table as JSON lines."
+                f"{path}, line {number}: a quote opens here and takes in the rows after it, such as {line[:60]!r}. If "
+                "it belongs to the text, write it twice in a quoted cell; if that line is text, save the table as JSON "
+                "lines."
             )
 
 
@@ -245,6 +240,16 @@ def json_rows(path: Path) -> Iterator[dict]:
             f"{path} is neither a JSON list of rows nor JSON lines in UTF-8 (after row {count}: {error}). "
             'Write one row a line, such as {"image": "a.jpg", "caption": "a cat"}.'
         ) from error
+
+
+def json_pairs(rows: Iterable[dict], columns: Columns, path: Path) -> Iterator[tuple[Any, list[str]]]:
+    """Yields the image (a path, None, or SEVERAL) and the captions of each row of `path`. Raises DataError."""
+    for row in rows:
+        try:
+            captions = [text for name in columns.captions for text in caption_texts(row.get(name))]
+        except RecursionError as error:
+            raise DataError(f"{path} has a caption that is nested too deeply. Repair it.") from error
+        yield image_name(row.get(columns.image)), captions
 
 
 def _line_items(file: io.TextIOBase, start: str) -> Iterator[Any]:

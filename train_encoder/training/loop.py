@@ -225,7 +225,7 @@ def _longest_batch(size: int, config: CLIPMoEConfig, stage: Stage, captions: int
     end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id  # as in `end_of_text`
     ids = torch.randint(0, max(end, 1), (size, stage.bundle.context_length))
     ids[:, -1] = end
-    return Batch(pixels, ids, torch.ones_like(ids), torch.arange(size), [], 0, ids if captions == 2 else None)
+    return Batch(pixels, ids, torch.arange(size), [], 0, ids if captions == 2 else None)
 
 
 def learning_rate(o: OptimConfig, step: int, steps: int) -> float:

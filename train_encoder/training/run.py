@@ -91,7 +91,7 @@ class Run:
                 workers=engine.workers,
                 max_bad_fraction=data.max_bad_fraction,
                 skipped_path=self.folder.skipped,
-                progress=lambda done, _: bar.advance(done - bar.done),
+                bar=bar,
                 transform=self.transform,
                 cache=self.cache,
             )
