@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from train_encoder.config import ClusterConfig
-from train_encoder.features.clusters import accumulate, cluster_stage, load_clusters, save_clusters
+from train_encoder.features.clusters import StageClusters, accumulate, cluster_stage
 
 
 def blobs(centres: np.ndarray, each: int, seed: int = 0) -> np.ndarray:
@@ -45,8 +45,8 @@ def test_accumulated_labels_follow_the_papers_recursion():
 def test_saved_clusters_come_back(tmp_path):
     x = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
     clusters = cluster_stage(x, x, ClusterConfig(2, 4), seed=0)
-    save_clusters(tmp_path / "stage0.npz", clusters)
-    again = load_clusters(tmp_path / "stage0.npz")
+    clusters.save(tmp_path / "stage0.npz")
+    again = StageClusters.load(tmp_path / "stage0.npz")
     assert np.array_equal(clusters.labels, again.labels) and np.array_equal(clusters.sizes, again.sizes)
     assert again.image_centroids.shape == (2, 8) and again.text_centroids.shape == (4, 8)
 

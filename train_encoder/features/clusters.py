@@ -10,9 +10,8 @@ import numpy as np
 from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
-from llava_clipmoe.files import atomic_file
-
 from ..config import ClusterConfig
+from ..data.arrays import load_arrays, save_arrays
 
 
 @dataclass
@@ -27,6 +26,14 @@ class StageClusters:
     def sizes(self) -> np.ndarray:
         """Rows of each combined cluster."""
         return np.bincount(self.labels, minlength=len(self.image_centroids) * len(self.text_centroids))
+
+    def save(self, path: Path) -> None:
+        save_arrays(path, **vars(self), sizes=self.sizes)
+
+    @classmethod
+    def load(cls, path: Path) -> StageClusters:
+        arrays = load_arrays(path)
+        return cls(arrays["labels"], arrays["image_centroids"], arrays["text_centroids"])
 
 
 def cluster_stage(image: np.ndarray, text: np.ndarray, config: ClusterConfig, seed: int) -> StageClusters:
@@ -56,6 +63,13 @@ class NestedClusters:
     labels: np.ndarray
     sub_labels: np.ndarray
 
+    def save(self, path: Path) -> None:
+        save_arrays(path, **vars(self))
+
+    @classmethod
+    def load(cls, path: Path) -> NestedClusters:
+        return cls(**load_arrays(path))
+
 
 def nested_clusters(
     image: np.ndarray, clusters: int, sub_clusters: int, config: ClusterConfig, seed: int
@@ -73,32 +87,6 @@ def nested_clusters(
         if len(mine):
             sub_labels[mine] = _kmeans(image[mine], min(sub_clusters, len(mine)), config, seed + 1 + cluster)[0]
     return NestedClusters(labels, sub_labels)
-
-
-def save_nested(path: Path, clusters: NestedClusters) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, labels=clusters.labels, sub_labels=clusters.sub_labels)
-
-
-def load_nested(path: Path) -> NestedClusters:
-    with np.load(path, allow_pickle=False) as file:
-        return NestedClusters(file["labels"], file["sub_labels"])
-
-
-def save_clusters(path: Path, clusters: StageClusters) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file,
-            labels=clusters.labels,
-            image_centroids=clusters.image_centroids,
-            text_centroids=clusters.text_centroids,
-            sizes=clusters.sizes,
-        )
-
-
-def load_clusters(path: Path) -> StageClusters:
-    with np.load(path, allow_pickle=False) as file:
-        return StageClusters(file["labels"], file["image_centroids"], file["text_centroids"])
 
 
 def accumulate(stages: list[StageClusters]) -> np.ndarray:

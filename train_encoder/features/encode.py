@@ -10,9 +10,8 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from llava_clipmoe.bundle import ClipBundle
 
 from ..config import digest
 from ..data.cache import RowImages
+from ..data.dataset import padded
 from ..data.decode import BadImage, ImageTransform, normalise
 from ..data.pairs import PairSource
 from ..progress import Bar
@@ -46,16 +46,14 @@ class NotFinite(ValueError):
 
 def pick_device(device: str | torch.device) -> torch.device:
     """`auto` is the GPU where there is one, else the CPU; anything else is taken as it is."""
-    if str(device) != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 @contextlib.contextmanager
 def inference(bundle: ClipBundle, device: torch.device, precision: Precision) -> Iterator[None]:
     """The model on `device`, in eval mode, without gradients, under bf16 autocast if asked; its mode is restored."""
-    if precision not in ("bf16", "fp32"):
-        raise ValueError(f"precision must be bf16 or fp32, got {precision!r}.")
     was_training = bundle.model.training
     bundle.model.to(device).eval()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -67,16 +65,11 @@ def inference(bundle: ClipBundle, device: torch.device, precision: Precision) ->
 
 
 def tokenise(tokenizer: Any, captions: Sequence[str], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions -> ids [M,T] int64, padded with the end token and cut at the context, and lengths [M].
-
-    T is the longest caption's length.
-    """
-    if not captions:
-        return torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    encoded = tokenizer(list(captions), truncation=True, max_length=context_length)["input_ids"]
-    lengths = torch.tensor([len(ids) for ids in encoded])
-    longest = int(lengths.max())
-    return torch.tensor([ids + [ids[-1]] * (longest - len(ids)) for ids in encoded]), lengths
+    """Captions, cut at the context -> ids [M,T] int64, T of the longest, padded with the end token, and lengths [M]."""
+    encoded = []
+    if captions:
+        encoded = tokenizer(list(captions), truncation=True, max_length=context_length)["input_ids"]
+    return padded(encoded), torch.tensor([len(ids) for ids in encoded], dtype=torch.int64)
 
 
 def encode_images(
@@ -93,8 +86,7 @@ def encode_images(
     """
     device = pick_device(device)
     with inference(bundle, device, precision):
-        parts = [_encode_pixels(bundle, part, device) for part in pixels.split(batch_size)]
-    return torch.cat(parts)
+        return torch.cat([_encode_pixels(bundle, part, device) for part in pixels.split(batch_size)])
 
 
 def encode_texts(
@@ -108,8 +100,19 @@ def encode_texts(
     """Captions -> L2-normalised embeddings [M,P] fp32 on the CPU, in the captions' order. Raises NotFinite."""
     device = pick_device(device)
     with inference(bundle, device, precision):
-        ids = _sorted_ids(bundle.tokenizer, captions, bundle.context_length)
-        return _encode_sorted(bundle, *ids, device, batch_size)
+        return _encode_sorted(
+            bundle, _sorted_ids(bundle.tokenizer, captions, bundle.context_length), device, batch_size
+        )
+
+
+SortedIds = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""ids [M,T] from the longest caption to the shortest, lengths [M], and the caption's number of each row [M]."""
+
+
+def _sorted_ids(tokenizer: Any, captions: Sequence[str], context_length: int) -> SortedIds:
+    ids, lengths = tokenise(tokenizer, captions, context_length)
+    order = lengths.argsort(descending=True, stable=True)
+    return ids[order], lengths[order], order
 
 
 def _encode_pixels(bundle: ClipBundle, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -117,27 +120,12 @@ def _encode_pixels(bundle: ClipBundle, pixels: torch.Tensor, device: torch.devic
     return _finish(bundle.model.get_image_features(pixels), "image")
 
 
-def _sorted_ids(
-    tokenizer: Any, captions: Sequence[str], context_length: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> ids [M,T] from the longest caption to the shortest, lengths [M], and the caption's number of each row [M]."""
-    ids, lengths = tokenise(tokenizer, captions, context_length)
-    order = lengths.argsort(descending=True, stable=True)
-    return ids[order], lengths[order], order
-
-
-def _encode_sorted(
-    bundle: ClipBundle,
-    ids: torch.Tensor,
-    lengths: torch.Tensor,
-    order: torch.Tensor,
-    device: torch.device,
-    batch_size: int,
-) -> torch.Tensor:
-    """Encode ids sorted by length, each batch trimmed to its longest; -> [M,P] in the order before sorting.
+def _encode_sorted(bundle: ClipBundle, texts: SortedIds, device: torch.device, batch_size: int) -> torch.Tensor:
+    """Encode in batches that are trimmed to their longest caption; -> [M,P] in the captions' order.
 
     The mask is causal and the end token is pooled, so what follows it changes nothing and can be cut.
     """
+    ids, lengths, order = texts
     out = torch.empty(len(ids), bundle.model.config.projection_dim)
     for start in range(0, len(ids), batch_size):
         batch = ids[start : start + batch_size, : int(lengths[start])].to(device, torch.int64, non_blocking=True)
@@ -159,12 +147,13 @@ def _finish(features: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 class _Images(Dataset):
-    """Row numbers -> uint8 pixels [3,R,R], decoded in the loader's workers."""
+    """An image's place among `rows` -> uint8 pixels [3,R,R], decoded in the loader's workers."""
 
-    def __init__(self, source: PairSource, transform: ImageTransform, cache: Path | None) -> None:
-        self.source, self.image = source, RowImages(source, transform, cache)
+    def __init__(self, source: PairSource, rows: np.ndarray, transform: ImageTransform, cache: Path | None) -> None:
+        self.source, self.rows, self.image = source, rows, RowImages(source, transform, cache)
 
-    def __getitem__(self, row: int) -> torch.Tensor:
+    def __getitem__(self, place: int) -> torch.Tensor:
+        row = int(self.rows[place])
         pixels, error = self.image(row)
         if error is not None:
             raise BadImage(
@@ -174,46 +163,23 @@ class _Images(Dataset):
         return pixels
 
 
-class _TextChunks(Dataset):
-    """A range of captions -> its ids sorted by length: made in the loader's workers, a chunk at a time."""
+class _Texts(Dataset):
+    """A range of captions (start, stop), numbered image by image -> its sorted ids, made in the loader's workers."""
 
-    def __init__(self, bundle: ClipBundle, work: _Work) -> None:
-        self.tokenizer, self.context_length, self.work = bundle.tokenizer, bundle.context_length, work
+    def __init__(self, bundle: ClipBundle, source: PairSource, rows: np.ndarray, captions: Captions) -> None:
+        self.tokenizer, self.context_length = bundle.tokenizer, bundle.context_length
+        self.source, self.rows = source, rows
+        self.most = {"none": 0, "first": 1, "all": None}[captions]
+        counts = [len(source.captions(int(row))) for row in rows] if captions == "all" else self.most
+        self.image = np.repeat(np.arange(len(rows)), counts)  # [M], the image of each caption, ascending
 
-    def __getitem__(self, chunk: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _sorted_ids(self.tokenizer, self.work.captions(*chunk), self.context_length)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Which images and captions of a source are encoded."""
-
-    source: PairSource
-    rows: np.ndarray  # [N]
-    text_image: np.ndarray  # [M], ascending
-
-    @classmethod
-    def of(cls, source: PairSource, captions: Captions, rows: np.ndarray | None) -> _Work:
-        if captions not in get_args(Captions):
-            raise ValueError(f"captions must be none, first or all, got {captions!r}.")
-        rows = np.arange(len(source)) if rows is None else np.asarray(rows, np.int64)
-        if not len(rows):
-            raise ValueError("there is no image to encode: the data set is empty, or all of its images are bad.")
-        counts = [len(source.captions(int(row))) for row in rows] if captions == "all" else int(captions == "first")
-        return cls(source, rows, np.repeat(np.arange(len(rows)), counts))
-
-    def captions(self, start: int, stop: int) -> list[str]:
-        """Captions number `start` to `stop`, image by image."""
-        found: list[str] = []
-        image, nth = -1, 0
-        for position in range(start, stop):
-            if self.text_image[position] != image:
-                image = int(self.text_image[position])
-                nth = position - int(np.searchsorted(self.text_image, image))
-                own = self.source.captions(int(self.rows[image]))
-            found.append(own[nth])
-            nth += 1
-        return found
+    def __getitem__(self, chunk: tuple[int, int]) -> SortedIds:
+        start, stop = chunk
+        first, last = self.image[start], self.image[stop - 1]
+        rows = self.rows[first : last + 1].tolist()
+        captions = [caption for row in rows for caption in self.source.captions(row)[: self.most]]
+        skipped = start - int(np.searchsorted(self.image, first))
+        return _sorted_ids(self.tokenizer, captions[skipped : skipped + stop - start], self.context_length)
 
 
 def encode_source(
@@ -236,40 +202,41 @@ def encode_source(
 ) -> Embeddings:
     """Encode images and captions of `source` into `folder`; what an earlier, killed run finished there is kept.
 
-    `captions`: the first of each image (M = N), all, or none (M = 0). `rows`: the images to use, all when absent.
-    `progress`: a bar, not entered yet; it counts images and captions, and is told how many there are. `cache`: a file
-    of `build_image_cache`. With an `accelerate.Accelerator` each process encodes its own slice
-    of the rows and all of them return the whole; `folder` must be on a file system that all of them see.
-    `model_id` stands for the weights (a hash); it is computed when absent. Another model, data set, `captions`,
-    `rows`, `precision` or `dtype` starts over; another `batch_size` or number of workers does not.
+    captions: the first of each image (M = N), all, or none (M = 0). rows: the images to use, all when absent.
+    progress: a bar, not entered yet; it counts images and captions, and is told how many there are. cache: a file of
+    `build_image_cache`. accelerator: each process encodes its own slice of the rows and all return the whole; all must
+    see `folder`. model_id: a hash that stands for the weights; computed when absent. Another model, data set,
+    `captions`, `rows`, `precision` or `dtype` starts over; another `batch_size` or number of workers does not.
 
-    Raises BadImage (an unreadable image among `rows`), NotFinite, SaveError (disk full; what is done is kept),
-    ValueError (nothing to encode).
+    Raises BadImage (among `rows`), NotFinite, SaveError (disk full; what is done is kept), ValueError (no rows).
     """
+    rank, world, wait = 0, 1, lambda: None
+    if accelerator is not None:
+        rank, world, wait = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
     device = accelerator.device if accelerator is not None else pick_device(device)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    wait = accelerator.wait_for_everyone if accelerator is not None else (lambda: None)
-    work = _Work.of(source, captions, rows)
-    counts = {"image": len(work.rows), "text": len(work.text_image)}
-    shapes = {kind: (count, bundle.model.config.projection_dim) for kind, count in counts.items()}
-    settings = [captions, precision, dtype, *_model_facts(bundle, model_id)]
-    key = digest(FORMAT, source.fingerprint, digest(work.rows.tolist()), counts, *settings)
-    files = FeatureFolder(Path(folder), key, shapes, dtype, rank)
+    rows = np.arange(len(source)) if rows is None else np.asarray(rows, np.int64)
+    if not len(rows):
+        raise ValueError("there is no image to encode: the data set is empty, or all of its images are bad.")
+    texts = _Texts(bundle, source, rows, captions)
+    counts = {"image": len(rows), "text": len(texts.image)}
+    data = [source.fingerprint, digest(rows.tolist()), counts, captions]
+    key = digest(FORMAT, *data, precision, dtype, *_model_facts(bundle, model_id))
+    files = FeatureFolder(Path(folder), key, counts, bundle.model.config.projection_dim, dtype, rank, world)
     complete = files.complete
     wait()  # nobody changes the folder before all have looked at it
     if complete and rank == 0:
         files.drop_progress()  # of a process that was killed before it had done so
     if not complete:
         if rank == 0:
-            files.prepare(work.text_image, work.rows)
+            files.prepare(texts.image, rows)
         wait()
-        left, skipped = _left_to_do(files, counts, rank, world, chunk_rows)
-        if progress is not None:
-            progress.total, progress.done = sum(counts.values()), world * skipped
-        with inference(bundle, device, precision), progress or contextlib.nullcontext() as bar:
-            # Process 0 shows the progress of all processes: their shares are equal.
-            report = (lambda items: bar.advance(world * items)) if bar is not None else (lambda items: None)
-            _write(bundle, work, files, left, cache, device, batch_size, workers, report)
+        images = _Images(source, rows, ImageTransform(bundle.image_size), cache)
+        left, done = files.left_to_do(chunk_rows)
+        bar = progress or Bar("", None, main=False)
+        # Process 0 shows the progress of all processes: their shares are equal.
+        bar.total, bar.done = sum(counts.values()), world * done
+        with inference(bundle, device, precision), bar:
+            _write(bundle, files, left, images, texts, device, batch_size, workers, bar)
         wait()
         if rank == 0:
             files.finish({"images": counts["image"], "captions": counts["text"], "model": bundle.name})
@@ -277,60 +244,37 @@ def encode_source(
     return open_embeddings(folder)
 
 
-def _left_to_do(files, counts, rank, world, chunk_rows) -> tuple[dict[str, list[tuple[int, int]]], int]:
-    """-> (the chunks of this process's share that are left, by kind; how many rows of it are done already)."""
-    done, left, skipped = files.done_rows(), {}, 0
-    for kind, count in counts.items():
-        share = _chunks(count, rank, world, chunk_rows)
-        left[kind] = [(start, stop) for start, stop in share if not done[kind][start:stop].all()]
-        skipped += sum(stop - start for start, stop in share) - sum(stop - start for start, stop in left[kind])
-    return left, skipped
-
-
-def _chunks(count: int, rank: int, world: int, size: int) -> list[tuple[int, int]]:
-    """The ranges of one process's contiguous share of `count` rows."""
-    begin, end = count * rank // world, count * (rank + 1) // world
-    return [(start, min(start + size, end)) for start in range(begin, end, size)]
-
-
-def _write(bundle, work, files, left, cache, device, batch_size, workers, report) -> None:
-    """Encode what is left of this process's share. report: called with the number of items as they are done."""
+def _write(bundle, files, left, images, texts, device, batch_size, workers, bar) -> None:
+    """Encode the chunks of images and of captions that are left of this process's share."""
     if workers:  # the tokenizer's own threads do not survive a fork, and it would warn of that
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Loaders get a random generator of their own: they would draw from torch's global one, and a resumed run, which
+    # skips this work, would then train on other random numbers.
     loader = {"num_workers": workers, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
-    _write_images(bundle, work, files, left["image"], cache, device, batch_size, loader, report)
-    _write_texts(bundle, work, files, left["text"], device, batch_size, loader, report)
-
-
-def _write_images(bundle, work, files, chunks, cache, device, batch_size, loader, report) -> None:
-    """One loader over all chunks, so that its workers start once; a batch never crosses a chunk's end.
-
-    Loaders get a random generator of their own: they would draw from torch's global one, and a resumed run, which
-    skips this work, would then train on other random numbers.
-    """
-    spans = [(a, min(a + batch_size, stop)) for start, stop in chunks for a in range(start, stop, batch_size)]
-    images = _Images(work.source, ImageTransform(bundle.image_size), cache)
-    batches = DataLoader(images, batch_sampler=[work.rows[a:b].tolist() for a, b in spans], **loader)
-    ends, parts = {stop: start for start, stop in chunks}, []
+    # One loader over all chunks of images, so that its workers start once; a batch never crosses a chunk's end.
+    spans = [(a, min(a + batch_size, stop)) for start, stop in left["image"] for a in range(start, stop, batch_size)]
+    batches = DataLoader(images, batch_sampler=[range(a, b) for a, b in spans], **loader)
+    starts, parts = {stop: start for start, stop in left["image"]}, []
     for (_, stop), pixels in zip(spans, batches, strict=True):
         parts.append(_encode_pixels(bundle, pixels, device))
-        if stop in ends:
-            files.write("image", ends[stop], torch.cat(parts))
+        if stop in starts:
+            files.write("image", starts[stop], torch.cat(parts))
             parts = []
-        report(len(pixels))
-
-
-def _write_texts(bundle, work, files, chunks, device, batch_size, loader, report) -> None:
-    batches = DataLoader(_TextChunks(bundle, work), batch_size=None, sampler=chunks, **loader)
-    for (start, _), ids in zip(chunks, batches, strict=True):
-        files.write("text", start, _encode_sorted(bundle, *ids, device, batch_size))
-        report(len(ids[0]))
+        bar.advance(files.world * len(pixels))
+    chunks = DataLoader(texts, batch_size=None, sampler=left["text"], **loader)
+    for (start, stop), ids in zip(left["text"], chunks, strict=True):
+        files.write("text", start, _encode_sorted(bundle, ids, device, batch_size))
+        bar.advance(files.world * (stop - start))
 
 
 def _model_facts(bundle: ClipBundle, model_id: str | None) -> list[Any]:
-    """What the embeddings depend on besides the data."""
-    model = [model_id or model_fingerprint(bundle.model), _switches(bundle.model)]
-    return [*model, bundle.image_size, bundle.image_mean, bundle.image_std, bundle.context_length]
+    """What embeddings depend on besides the data: weights, experts per token or the only one, activations, sizes."""
+    config = bundle.model.config
+    experts = [module.only_expert for module in bundle.model.modules() if hasattr(module, "only_expert")]
+    towers = [(tower.num_experts_per_tok, tower.hidden_act) for tower in (config.vision_config, config.text_config)]
+    switches = [experts, towers, config.text_config.eos_token_id]
+    weights = model_id or model_fingerprint(bundle.model)
+    return [weights, switches, bundle.image_size, bundle.image_mean, bundle.image_std, bundle.context_length]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -340,10 +284,3 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
-
-
-def _switches(model: torch.nn.Module) -> list[Any]:
-    """What changes embeddings besides the tensors: experts per token, the one expert selected, activations."""
-    towers = (model.config.vision_config, model.config.text_config)
-    experts = [module.only_expert for module in model.modules() if hasattr(module, "only_expert")]
-    return [experts, [(tower.num_experts_per_tok, tower.hidden_act) for tower in towers], towers[1].eos_token_id]

@@ -21,6 +21,8 @@ from ..data.arrays import array_fits, create_array, open_array, write_rows
 
 DONE = "features.json"
 KINDS = ("image", "text")
+Chunks = list[tuple[int, int]]
+"""Ranges of rows: first, and one past the last."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,21 @@ class Embeddings:
 
 
 class FeatureFolder:
-    """The files of one encoding: process 0 creates them, and every process writes its own rows."""
+    """The files of one encoding: process 0 creates them, and every process writes its own share of rows.
 
-    def __init__(self, path: Path, key: str, shapes: dict[str, tuple[int, int]], dtype: str, rank: int) -> None:
-        self.path, self.key, self.shapes, self.dtype, self.rank = path, key, shapes, np.dtype(dtype), rank
+    key: names the model, data and settings. counts: rows of each kind. width: P.
+    """
+
+    def __init__(
+        self, path: Path, key: str, counts: dict[str, int], width: int, dtype: str, rank: int, world: int
+    ) -> None:
+        self.path, self.key, self.counts, self.rank, self.world = path, key, counts, rank, world
+        self.dtype, self.shapes = np.dtype(dtype), {kind: (counts[kind], width) for kind in KINDS}
+        self.progress = path / f"progress-{rank}.json"
         self.mine: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
 
     def array(self, kind: str) -> Path:
         return self.path / f"{kind}.npy"
-
-    @property
-    def progress(self) -> Path:
-        return self.path / f"progress-{self.rank}.json"
 
     @property
     def complete(self) -> bool:
@@ -76,27 +81,33 @@ class FeatureFolder:
         except OSError as error:
             raise _no_space(self.path, error) from error
 
-    def done_rows(self) -> dict[str, np.ndarray]:
-        """True for the rows that any process has written, by kind; also takes up this process's own progress."""
-        done = {kind: np.zeros(self.shapes[kind][0], bool) for kind in KINDS}
-        for path in sorted(self.path.glob("progress-*.json")):
+    def left_to_do(self, size: int) -> tuple[dict[str, Chunks], int]:
+        """-> (chunks of `size` rows of this process's contiguous share that nobody has written yet, by kind; how many
+        rows of the share are written)."""
+        written = {kind: np.zeros(count, bool) for kind, count in self.counts.items()}
+        for path in self.path.glob("progress-*.json"):
             content = _read_progress(path)
-            if content.get("key") != self.key:
-                continue
-            for kind, start, stop in ((k, a, b) for k in KINDS for a, b in content[k]):
-                done[kind][start:stop] = True
-            if path == self.progress:
-                self.mine = {kind: content[kind] for kind in KINDS}
-        return done
+            if content.get("key") == self.key:
+                for kind in KINDS:
+                    for start, stop in content[kind]:
+                        written[kind][start:stop] = True
+                if path == self.progress:
+                    self.mine = {kind: content[kind] for kind in KINDS}
+        left, done = {}, 0
+        for kind, count in self.counts.items():
+            begin, end = count * self.rank // self.world, count * (self.rank + 1) // self.world
+            chunks = [(start, min(start + size, end)) for start in range(begin, end, size)]
+            left[kind] = [(start, stop) for start, stop in chunks if not written[kind][start:stop].all()]
+            done += end - begin - sum(stop - start for start, stop in left[kind])
+        return left, done
 
     def write(self, kind: str, start: int, embeddings: torch.Tensor) -> None:
         """Write the rows from `start` on: to the disk first, then into the progress file."""
-        values = embeddings.numpy()
         try:
-            write_rows(self.array(kind), start, values, durable=True)
+            write_rows(self.array(kind), start, embeddings.numpy(), durable=True)
         except OSError as error:
             raise _no_space(self.path, error) from error
-        self.mine[kind] = _merge([*self.mine[kind], [start, start + len(values)]])
+        self.mine[kind].append([start, start + len(embeddings)])
         write_json(self.progress, {"key": self.key, **self.mine})
 
     def finish(self, facts: dict[str, Any]) -> None:
@@ -114,16 +125,6 @@ def _read_progress(path: Path) -> dict[str, Any]:
         return read_json(path)
     except (OSError, ValueError):  # it cannot be trusted, so its rows are made again
         return {}
-
-
-def _merge(ranges: list[list[int]]) -> list[list[int]]:
-    merged: list[list[int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], stop)
-        else:
-            merged.append([start, stop])
-    return merged
 
 
 def _no_space(path: Path, error: OSError) -> SaveError:

@@ -118,9 +118,9 @@ class DMU(Mixture):
             if run.accelerator.is_main_process:
                 with run.timed("clusters", f"stage{number}"):
                     found = cluster_stage(embeddings.image, embeddings.text, c.clusters, c.seed + 2 * number)
-                    save_clusters(path, found)
+                    found.save(path)
             run.accelerator.wait_for_everyone()
-        return load_clusters(path)
+        return StageClusters.load(path)
 
     # ------------------------------------------------------------------------------------------------- the mixture
 

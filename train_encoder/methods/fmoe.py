@@ -20,7 +20,7 @@ from llava_clipmoe.files import atomic_directory, load_tensors, save_tensors, wr
 from llava_clipmoe.upcycling import default_fusion_layers, expert_state, ffn_state, fuse, is_expert_or_gate, moe_config
 
 from ..config import TrainConfig
-from ..features.clusters import NestedClusters, load_nested, nested_clusters, save_nested
+from ..features.clusters import NestedClusters, nested_clusters
 from ..training.alone import Alone
 from .base import Training
 from .mixture import Mixture
