@@ -145,6 +145,7 @@ def test_what_was_measured_is_said_and_kept(tmp_path, capsys):
         "peak_memory_bytes": 72 * GIB,
         "total_memory_bytes": 80 * GIB,
     }
+    assert chunks.kept_chunks(tmp_path) == {"stage1": kept} and chunks.kept_chunks(tmp_path / "none") == {}
     smaller = SimulatedCard(5 * GIB, 0.5 * GIB, 20 * GIB)
     assert choose("auto", 800, tmp_path, smaller) == 134 and not smaller.tried
     assert "chunks of 134 images, as measured on simulated when this training began" in capsys.readouterr().out

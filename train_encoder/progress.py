@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from typing import Any
+from datetime import timedelta
 
 import torch
 from rich.console import Console
@@ -26,12 +26,7 @@ def is_main_process() -> bool:
 
 def clock(seconds: float | None) -> str:
     """Seconds as h:mm:ss, with days when there are some; "-:--:--" when unknown."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-:--:--"
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
+    return str(timedelta(seconds=int(seconds))) if seconds is not None and math.isfinite(seconds) else "-:--:--"
 
 
 class Rate:
@@ -78,12 +73,10 @@ class Bar:
         self.console = console or Console()
         self.main = is_main_process() if main is None else main
         # Not console.is_terminal: FORCE_COLOR, which CI services set, makes that true for a pipe.
-        file = self.console.file
-        self.live = bool(getattr(file, "isatty", lambda: False)()) and not self.console.is_dumb_terminal
-        self.values: dict[str, Any] = {}
+        self.live = self.console.file.isatty() and not self.console.is_dumb_terminal
+        self.values: dict[str, float] = {}
         self.rate = Rate()
         self._progress: Progress | None = None
-        self._task: Any = None
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -98,12 +91,12 @@ class Bar:
                 console=self.console,
             )
             self._progress.start()
-            self._task = self._progress.add_task(self.description, total=self.total, completed=self.done, text="")
+            self._progress.add_task(self.description, total=self.total, completed=self.done, text="")
         elif self.main:
             self._print_line()
         return self
 
-    def advance(self, n_images: int = 1, **values: Any) -> None:
+    def advance(self, n_images: int = 1, **values: float) -> None:
         """Count `n_images` more, and show `values` (a loss) beside the bar."""
         self.done += n_images
         self.values.update(values)
@@ -112,7 +105,7 @@ class Bar:
         now = time.monotonic()
         self.rate.add(now, self.done)
         if self._progress is not None:
-            self._progress.update(self._task, completed=self.done, text=self.text())
+            self._progress.update(self._progress.task_ids[0], completed=self.done, text=self.text())
         elif now - self._last_line >= self.interval:
             self._print_line()
 
@@ -125,35 +118,25 @@ class Bar:
 
     def text(self) -> str:
         """Everything but the description and the drawn bar, as one line."""
-        elapsed, rate = time.monotonic() - self._start, self.rate.per_second
-        parts = []
-        if self.total:
-            parts.append(f"{100 * min(self.done / self.total, 1):3.0f}%")
-        count = f"{self.done:,}/{self.total:,}" if self.total is not None else f"{self.done:,}"
-        parts.append(f"{count} {self.unit}")
-        parts.append(f"{rate:,.1f} {self.unit}/s" if rate is not None else f"- {self.unit}/s")
-        left = (self.total - self.done) / rate if self.total is not None and rate else None
-        parts.append(f"elapsed {clock(elapsed)}")
-        parts.append(f"left {clock(left)}")
-        parts += [f"{name} {_short(value)}" for name, value in self.values.items()]
-        return "  ".join(parts)
+        rate, of_total, left = self.rate.per_second, "", None
+        parts = [f"{100 * min(self.done / self.total, 1):3.0f}%"] if self.total else []
+        if self.total is not None:
+            of_total, left = f"/{self.total:,}", (self.total - self.done) / rate if rate else None
+        speed = f"{rate:,.1f}" if rate is not None else "-"
+        parts += [f"{self.done:,}{of_total} {self.unit}", f"{speed} {self.unit}/s"]
+        parts += [f"elapsed {clock(time.monotonic() - self._start)}", f"left {clock(left)}"]
+        return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in self.values.items())])
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         print(f"{self.description}: {self.text()}", file=self.console.file, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self.main:
             return
         if self._progress is not None:
-            self._progress.update(self._task, text=self.text(), refresh=True)
+            self._progress.update(self._progress.task_ids[0], text=self.text(), refresh=True)
             self._progress.stop()
             self._progress = None
         else:
             self._print_line()
-
-
-def _short(value: Any) -> str:
-    value = value.item() if hasattr(value, "item") else value
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -7,6 +7,8 @@ import hashlib
 import time
 from pathlib import Path
 
+import numpy as np
+
 from llava_clipmoe.files import leftovers, read_json, remove_leftovers, write_json
 
 from .config import TrainConfig, differences, to_dict
@@ -20,7 +22,7 @@ class RunError(ValueError):
 
 
 class RunDirectory:
-    """`runs/NAME`: paths of its pieces (docs/train-encoder.md)."""
+    """`runs/NAME`: paths of its pieces (docs/train-encoder.md), and the run's settings as JSON values."""
 
     def __init__(self, config: TrainConfig):
         self.path = Path(config.output_dir)
@@ -56,11 +58,8 @@ class RunDirectory:
         return [folder.name for folder in self.checkpoints("").glob("*")]
 
     def claim(self, main_process: bool) -> None:
-        """Make the directory this run's. Raises RunError when it holds another run, or is in use by one.
-
-        The run's settings are in `config` afterwards: where they leave the chunk open ("auto"), it is the one that
-        the run began with.
-        """
+        """Make the directory this run's; a chunk that the settings leave open ("auto") is then the one that the run
+        began with. Raises RunError when the directory holds another run, or is in use by one."""
         config_file = self.path / "config.json"
         if not main_process:
             self._keep_chunk(read_json(config_file))
@@ -74,8 +73,7 @@ class RunDirectory:
         if config_file.exists():
             old = read_json(config_file)
             self._keep_chunk(old)
-            changed = differences(old, self.config)
-            if changed:
+            if changed := differences(old, self.config):
                 raise RunError(
                     f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                     "Repeat its own command to resume it, or give another --output-dir."
@@ -89,7 +87,6 @@ class RunDirectory:
         write_json(config_file, self.config)
 
     def _keep_chunk(self, old: dict) -> None:
-        """Take the chunk of the run that is here into the settings, unless they name one themselves."""
         if self.config["engine"]["chunk_size"] == "auto":
             self.config["engine"]["chunk_size"] = old["engine"]["chunk_size"]
 
@@ -114,21 +111,15 @@ class RunDirectory:
     def check_data(self, fingerprint: str, main_process: bool) -> None:
         """Raises RunError when the data is not what this run started with."""
         file = self.path / "data.json"
-        if file.exists():
-            if read_json(file)["fingerprint"] != fingerprint:
-                raise RunError(
-                    f"the data is not what the run in {self.path} started with (other rows or another order). "
-                    "Restore it to resume, or give another --output-dir."
-                )
-        elif main_process:
+        if main_process and not file.exists():
             write_json(file, {"fingerprint": fingerprint})
+        if file.exists() and read_json(file)["fingerprint"] != fingerprint:
+            raise RunError(
+                f"the data is not what the run in {self.path} started with (other rows or another order). "
+                "Restore it to resume, or give another --output-dir."
+            )
 
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, shortened."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            if hasattr(hashlib, "file_digest")
-            else (hashlib.sha256(file.read()).hexdigest()[:16])
-        )
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]

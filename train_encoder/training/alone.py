@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +16,12 @@ class Alone:
     num_processes, process_index, is_main_process = 1, 0, True
 
     def __init__(self, accelerator: Accelerator):
+        self.device, self.unwrap_model = accelerator.device, accelerator.unwrap_model
         self._together = accelerator
-        self.device = accelerator.device
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """On the device and under the run's autocast, but not wrapped in DDP."""
         return self._together.prepare_model(model, evaluation_mode=True)
-
-    def unwrap_model(self, model: nn.Module, **options: Any) -> nn.Module:
-        return self._together.unwrap_model(model, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -36,9 +32,8 @@ class Alone:
     def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
         return value
 
-    @contextlib.contextmanager
-    def no_sync(self, model: nn.Module) -> Iterator[None]:
-        yield
+    def no_sync(self, model: nn.Module) -> Any:
+        return nullcontext()
 
     def wait_for_everyone(self) -> None:
         pass

@@ -1,8 +1,8 @@
 """Resume state of a training: trained tensors, optimiser moments and the step, as safetensors and JSON.
 
 A checkpoint is a new directory that appears by one rename, and the older ones go only after that: whenever the
-process dies, one whole checkpoint is there. There is no random state in it: everything random in a step is seeded by
-the step's number (see `loop.py`), so the step number is enough to go on exactly.
+process dies, one whole checkpoint is there. No random state is kept: whatever is random in a step is seeded by the
+step's number (`step.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
     """Restore the newest checkpoint in place and return its step; 0 when there is none."""
+    remove_leftovers(folder)
     found = _checkpoints(folder)
     if not found:
         return 0

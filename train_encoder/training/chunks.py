@@ -2,8 +2,7 @@
 
     small chunks are run and measured -> a line through them meets the limit -> the chunk there is run before it counts
 
-Nothing is guessed: what counts has run forward and backward, on the card, with the model and what is trainable. The
-search knows nothing of torch; a `Gauge` says what a piece of work took.
+Nothing is guessed: what counts has run forward and backward, on the card, with the model and what is trainable.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,20 +43,6 @@ class ChunkError(ValueError):
     """The memory is too small for a step; the message says what to change."""
 
 
-class Gauge(Protocol):
-    """The memory of one device."""
-
-    name: str
-    total: int
-    """Bytes."""
-
-    def limit(self) -> int:
-        """Bytes that may be in use at once."""
-
-    def peak(self, work: Callable[[], None]) -> int | None:
-        """Do the work -> the most bytes in use meanwhile; None when memory ran out."""
-
-
 # ---------------------------------------------------------------------------------------------------- the search
 
 
@@ -77,11 +62,10 @@ def largest_chunk(share: int, limit: Callable[[], int], trial: Trial) -> tuple[i
     fits, fails = -1, len(sizes)  # places of the largest size that fits and of the smallest that does not
     place = bisect.bisect_right(sizes, FIRST) - 1
     for _ in range(MOST_TRIALS):
-        size = sizes[place]
-        peak = trial(size)
+        peak = trial(sizes[place])
         bound = limit()  # after the trial: what libraries have allocated for themselves is no longer free
         if peak is not None:
-            peaks[size] = peak
+            peaks[sizes[place]] = peak
         if peak is not None and peak <= bound:
             fits = place
         else:
@@ -117,7 +101,7 @@ def _wanted(sizes: list[int], peaks: dict[int, int], fits: int, fails: int, boun
 
 
 class Card:
-    """A CUDA device, by the counters of torch's allocator and of the driver."""
+    """The memory of a CUDA device in bytes, by the counters of torch's allocator and of the driver."""
 
     def __init__(self, device: torch.device):
         self.device, self.name = device, torch.cuda.get_device_name(device)
@@ -129,7 +113,8 @@ class Card:
         return int(USABLE * (free + torch.cuda.memory_reserved(self.device)))
 
     def peak(self, work: Callable[[], None]) -> int | None:
-        """Leaves no block behind that another chunk could not use."""
+        """Do the work -> the most bytes in use meanwhile; None when memory ran out. Leaves no block behind that other
+        work could not use."""
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             work()
@@ -145,7 +130,7 @@ class Card:
         return None
 
 
-def gauge_of(device: torch.device) -> Gauge | None:
+def gauge_of(device: torch.device) -> Card | None:
     """What measures the device's memory; None where nothing does."""
     return Card(device) if device.type == "cuda" else None
 
@@ -159,8 +144,8 @@ def choose_chunk(
     share: int,
     file: Path,
     accelerator: Accelerator,
-    gauge: Gauge | None,
-    measured: Callable[[Gauge], Trial],
+    gauge: Card | None,
+    measured: Callable[[Card], Trial],
 ) -> int | None:
     """Images of a chunk of the training `name`; None: the process's `share` of the batch in one piece.
 
@@ -184,20 +169,18 @@ def choose_chunk(
         chunk, peak = min(least)
     if accelerator.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            file,
-            {
-                "images": chunk,
-                "share": share,
-                "device": gauge.name,
-                "peak_memory_bytes": peak,
-                "total_memory_bytes": gauge.total,
-            },
-        )
+        facts = {"images": chunk, "share": share, "device": gauge.name}
+        write_json(file, {**facts, "peak_memory_bytes": peak, "total_memory_bytes": gauge.total})
     accelerator.wait_for_everyone()
     pieces = "in one piece, " if chunk >= share else "chunks of "
     _say(f"{name}: {pieces}{chunk} images: {peak / 2**30:.1f} of {gauge.total / 2**30:.1f} GiB")
     return chunk
+
+
+def kept_chunks(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was measured in a run (its folder `chunks/`), by training: "images" of a chunk, "share" (a process's images
+    of a batch), "device", "peak_memory_bytes" and "total_memory_bytes"."""
+    return {file.stem: read_json(file) for file in sorted(folder.glob("*.json"))}
 
 
 def _say(text: str) -> None:
@@ -208,21 +191,15 @@ def _say(text: str) -> None:
 # ------------------------------------------------------------------------------------------------ out of memory
 
 
-def ran_out_of_memory(error: BaseException) -> bool:
+def ran_out_of_memory(error: RuntimeError) -> bool:
     """True for the errors by which torch and its libraries say that the memory is full, on a GPU or a CPU."""
-    words = str(error)
-    return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and (
-            should_reduce_batch_size(error)
-            or "CUDA error: out of memory" in words
-            or "CUBLAS_STATUS_ALLOC_FAILED" in words
-        )
-    )
+    if isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 @contextmanager
-def out_of_memory_names_the_flag(name: str, chunk: int | None, share: int, gauge: Gauge | None) -> Iterator[None]:
+def out_of_memory_names_the_flag(name: str, chunk: int | None, share: int, gauge: Card | None) -> Iterator[None]:
     """Inside the `with`, running out of memory becomes a ChunkError that says how to go on."""
     try:
         yield
@@ -235,7 +212,7 @@ def out_of_memory_names_the_flag(name: str, chunk: int | None, share: int, gauge
         raise ChunkError(f"{name} ran out of memory {pieces} ({cause}). {too_little(chunk, share, gauge)}") from error
 
 
-def too_little(chunk: int, share: int, gauge: Gauge | None) -> str:
+def too_little(chunk: int, share: int, gauge: Card | None) -> str:
     """What to do when `chunk` images do not fit."""
     where = f"The card ({gauge.name}) has {gauge.total / 2**30:.1f} GiB" if gauge else "This machine has no GPU"
     smaller = sorted({even(share, max(1, chunk * part // 4)) for part in (3, 2)} - {chunk}, reverse=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.configuration_clipmoe import CLIPMoEConfig
-from llava_clipmoe.files import remove_leftovers
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 from ..config import EngineConfig, OptimConfig
@@ -32,7 +30,7 @@ from ..data.pairs import DataError
 from ..progress import Bar
 from .alone import Alone
 from .checkpoint import MOMENTS, load_checkpoint, save_checkpoint
-from .chunks import Gauge, Trial, choose_chunk, gauge_of, out_of_memory_names_the_flag
+from .chunks import Card, Trial, choose_chunk, gauge_of, out_of_memory_names_the_flag
 from .losses import make_objective
 from .memory import reset_peak_memory
 from .metrics import Began, Metrics
@@ -62,55 +60,52 @@ def train(
     After a kill the same call goes on from the last checkpoint and ends with the same bits (CPU) as one that was
     never stopped. chunk_file: where the chunk is kept that was measured for this training.
     """
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    clip, o = stage.bundle.model.to(device), stage.optim
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    clip, o, size = stage.bundle.model.to(device), stage.optim, stage.optim.global_batch_size
     clip._set_gradient_checkpointing(engine.activation_checkpointing)
     trained = _set_trainable(clip, stage)
     optimizer = torch.optim.AdamW(
         list(trained.values()), o.learning_rate, o.betas, o.epsilon, weight_decay=o.weight_decay, fused=True
     )
-    remove_leftovers(checkpoints)
     start = load_checkpoint(checkpoints, trained, optimizer)
     metrics.truncate_after(stage.name, start)
-    sampler = InClusterBatchSampler(stage.cluster_ids, o.global_batch_size, o.epochs, stage.seed, rank, world, start)
+    sampler = InClusterBatchSampler(stage.cluster_ids, size, o.epochs, stage.seed, rank, world, start, stage.rows)
     towers = accelerator.prepare_model(TwoTowers(stage.bundle).train())
     objective = make_objective(o, rank, world)
-    gauge, share = gauge_of(device), o.global_batch_size // world
+    gauge, share = gauge_of(device), size // world
     trials = partial(step_trials, stage, towers, optimizer, accelerator, share)
     chunk = choose_chunk(engine.chunk_size, stage.name, share, chunk_file, accelerator, gauge, trials)
     reset_peak_memory(device)
     began, truncated = Began(), 0
-
-    total, done = sampler.steps * o.global_batch_size, start * o.global_batch_size
     explained = out_of_memory_names_the_flag(stage.name, chunk, share, gauge)
-    with explained, Bar(f"training {stage.name}", total, completed=done) as bar:
+    with explained, Bar(f"training {stage.name}", sampler.steps * size, completed=start * size) as bar:
         for step, batch in enumerate(_loader(stage, sampler, engine, device), start=start):
             _refuse_bad_images(batch)
             truncated += batch.truncated
             losses = forward_backward(towers, batch, objective, accelerator, chunk, (stage.seed, step))
-            last = step + 1 == sampler.steps
+            rate, last = learning_rate(o, step, sampler.steps), step + 1 == sampler.steps
             logs = (step + 1) % engine.log_every == 0 or last or step == start
-            norm = _optimizer_step(optimizer, trained, stage, accelerator, learning_rate(o, step, sampler.steps), logs)
+            norm = _optimizer_step(optimizer, trained, stage, accelerator, rate, logs)
             if logs:
                 values = {name: float(accelerator.reduce(value, "mean")) for name, value in losses.items()}
                 _check_finite(values, stage.name, step)
-                metrics.log(_log_row(stage, sampler, step, values, norm, bar.rate.per_second))
+                place = {"step": step + 1, "steps": sampler.steps, "epoch": (step + 1) / sampler.steps_per_epoch}
+                values |= {"learning_rate": rate, "grad_norm": float(norm), "images_per_second": bar.rate.per_second}
+                metrics.log({"stage": stage.name, **place, **values, "time": time.time()})
                 bar.values["loss"] = values["loss"]
-            bar.advance(o.global_batch_size)
+            bar.advance(size)
             if (step + 1) % engine.checkpoint_every == 0 or last:
                 if accelerator.is_main_process:
                     save_checkpoint(checkpoints, step + 1, trained, optimizer)
                 accelerator.wait_for_everyone()
-
     clip.requires_grad_(False).eval()
     accelerator.unwrap_model(towers, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    truncated = int(accelerator.reduce(torch.tensor(truncated, device=device), "sum"))
-    if truncated:
-        bar.write(f"{truncated} of {total - done} captions were longer than {stage.bundle.context_length} tokens: cut")
-    in_one_piece = chunk is None or chunk >= share
-    facts = {"images": total - done, "truncated_captions": truncated, "chunk_size": None if in_one_piece else chunk}
-    metrics.done("train", stage.name, began, device, **facts)
+    images, cut = len(sampler) * size, int(accelerator.reduce(torch.tensor(truncated, device=device), "sum"))
+    if cut:
+        bar.write(f"{cut} of {images} captions were longer than {stage.bundle.context_length} tokens: cut")
+    chunk = None if chunk is None or chunk >= share else chunk
+    metrics.done("train", stage.name, began, device, images=images, truncated_captions=cut, chunk_size=chunk)
 
 
 def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
@@ -128,7 +123,7 @@ def _set_trainable(clip: CLIPMoEModel, stage: Stage) -> dict[str, nn.Parameter]:
 
 def _loader(stage: Stage, sampler: InClusterBatchSampler, engine: EngineConfig, device: torch.device) -> DataLoader:
     return DataLoader(
-        _Rows(stage.dataset, stage.rows),
+        stage.dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=engine.workers,
@@ -145,8 +140,7 @@ def _optimizer_step(
     rate: float,
     wants_norm: bool,
 ) -> torch.Tensor | None:
-    """One step at this learning rate, with clipped gradients where the settings say so -> the gradient's norm where it
-    was needed."""
+    """One step at this learning rate -> the norm of the gradient, where it is wanted or clipped."""
     o, norm = stage.optim, None
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -160,35 +154,8 @@ def _optimizer_step(
     return norm
 
 
-def _log_row(
-    stage: Stage,
-    sampler: InClusterBatchSampler,
-    step: int,
-    values: dict[str, float],
-    norm: torch.Tensor,
-    images_per_second: float | None,
-) -> dict[str, Any]:
-    """A line of metrics.jsonl."""
-    return {
-        "stage": stage.name,
-        "step": step + 1,
-        "steps": sampler.steps,
-        "epoch": (step + 1) / sampler.steps_per_epoch,
-        **values,
-        "learning_rate": learning_rate(stage.optim, step, sampler.steps),
-        "grad_norm": float(norm),
-        "images_per_second": images_per_second,
-        "time": time.time(),
-    }
-
-
 def step_trials(
-    stage: Stage,
-    towers: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    share: int,
-    gauge: Gauge,
+    stage: Stage, towers: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, share: int, gauge: Card
 ) -> Trial:
     """-> a trial, which measures a step of this training in chunks of a given size, of a process's `share` images.
 
@@ -252,17 +219,3 @@ def _check_finite(values: dict[str, float], name: str, step: int) -> None:
             f"the loss of {name} is {values['loss']} at step {step + 1}. Lower its learning rate, or use "
             "--engine.precision fp32. The last checkpoint is kept."
         )
-
-
-class _Rows(torch.utils.data.Dataset):
-    """The usable rows of a dataset: sampler positions -> dataset rows."""
-
-    def __init__(self, dataset: EncoderDataset, rows: np.ndarray):
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        position, epoch = key
-        return self.dataset[int(self.rows[position]), epoch]

@@ -34,7 +34,7 @@ class Contrastive:
     """CLIP's own objective: every image against one caption each (CLIP-MoE paper, eq. 1)."""
 
     captions = 1
-    """Captions of an image that a step needs: 1, or 2 for the long one and its first sentence."""
+    """Captions of an image that it needs: 1, or 2 (the whole one and its first sentence)."""
 
     def __init__(self, label_smoothing: float, rank: int = 0, world_size: int = 1):
         self.pair = SmoothedClipLoss(label_smoothing, rank, world_size)
@@ -86,8 +86,7 @@ class LongShort(Contrastive):
 
 
 def principal_components(x: torch.Tensor, components: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [B,P] -> their mean [P] and an orthonormal basis [P,k] of their k = min(components, B, P) directions of
-    largest variance."""
+    """Points [B,P] -> their mean [P], and an orthonormal basis [P,components] of the directions of largest variance."""
     mean = x.mean(0)
     _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
     return mean, directions[:components].T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -27,26 +28,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
-def _is_cuda(device: str | torch.device | None) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
-
-
-def peak_memory_bytes(device: str | torch.device | None = None) -> int:
-    """Most memory in use since the last `reset_peak_memory`, in bytes.
-
-    On CUDA what torch allocated on the device; elsewhere the resident memory of this process (Linux, macOS).
-    """
-    if _is_cuda(device):
+def peak_memory_bytes(device: str | torch.device) -> int:
+    """Most memory in use since the last `reset_peak_memory`, in bytes: what torch allocated on a CUDA device; elsewhere
+    the resident memory of this process (Linux, macOS)."""
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
 
 
-def reset_peak_memory(device: str | torch.device | None = None) -> bool:
+def reset_peak_memory(device: str | torch.device) -> bool:
     """Start a new peak. False where the system cannot forget the old one (CPU outside Linux, some containers)."""
-    if _is_cuda(device):
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     with contextlib.suppress(OSError):

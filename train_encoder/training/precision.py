@@ -1,4 +1,4 @@
-"""Frozen weights in the dtype that they are used in: under bf16 autocast, frozen fp32 matrices are cast every time.
+"""Frozen weights in the dtype that they are used in.
 
 Autocast keeps its casts of trainable weights for the length of a step, but not those of frozen ones: a router training
 of ViT-L would turn 1.2 billion fp32 numbers into bf16 for every chunk of images.
@@ -20,11 +20,8 @@ MATRICES = (nn.Linear, nn.Conv2d, StackedLinear)
 @contextlib.contextmanager
 def frozen_in(model: nn.Module, dtype: torch.dtype, trainable: Callable[[str], bool]) -> Iterator[None]:
     """Inside the `with`, the frozen matrices of `model` (all but those `trainable` by name) are stored in `dtype`;
-    afterwards they are what they were, to the bit.
-
-    The originals wait in the CPU's memory. What autocast leaves in fp32 (norms, embeddings) stays in fp32, so the
-    numbers that come out are the same ones.
-    """
+    their originals wait in the CPU's memory. What autocast leaves in fp32 (norms, embeddings) stays so, so the numbers
+    are the same."""
     held = [(parameter, parameter.data.cpu()) for parameter in _frozen(model, trainable)]
     for parameter, original in held:
         parameter.data = original.to(parameter.device, dtype)

@@ -97,18 +97,6 @@ class Run:
             )
         self.rows = np.flatnonzero(good)
 
-    def _dataset(self, source: PairSource, optim: OptimConfig) -> EncoderDataset:
-        return EncoderDataset(
-            source,
-            self.start.tokenizer,
-            self.transform,
-            self.start.context_length,
-            self.config.data.captions,
-            self.config.seed,
-            cache=self.cache,
-            short=make_objective(optim).captions == 2,
-        )
-
     # ------------------------------------------------------------------------------------------------------ base
 
     def _open_base(self) -> ClipBundle:
@@ -160,18 +148,22 @@ class Run:
         rows = self.rows if rows is None else rows
         if cluster_ids is None:
             cluster_ids = np.zeros((len(rows), 0), dtype=np.int64)
-        dataset, seed = self._dataset(source or self.source, optim), training_seed(self.config.seed, name)
-        stage = Stage(name, bundle, dataset, rows, cluster_ids, trainable, optim, seed)
-        gpu_bf16 = accelerator.device.type == "cuda" and self.config.engine.precision == "bf16"
+        start, settings = self.start, self.config
+        dataset = EncoderDataset(
+            source or self.source,
+            start.tokenizer,
+            self.transform,
+            start.context_length,
+            settings.data.captions,
+            settings.seed,
+            cache=self.cache,
+            short=make_objective(optim).captions == 2,
+        )
+        stage = Stage(name, bundle, dataset, rows, cluster_ids, trainable, optim, training_seed(settings.seed, name))
+        files = self.folder.checkpoints(name), self.folder.chunk(name)
+        gpu_bf16 = accelerator.device.type == "cuda" and settings.engine.precision == "bf16"
         with frozen_in(bundle.model, torch.bfloat16, trainable) if gpu_bf16 else nullcontext():
-            train(
-                stage,
-                accelerator,
-                self.config.engine,
-                self.metrics,
-                checkpoints=self.folder.checkpoints(name),
-                chunk_file=self.folder.chunk(name),
-            )
+            train(stage, accelerator, settings.engine, self.metrics, *files)
         bundle.model.cpu()
 
     def features(self, name: str, bundle: ClipBundle, weights: Path, captions: Captions = "first") -> Embeddings:
@@ -193,11 +185,11 @@ class Run:
                 cache=self.cache,
                 accelerator=self.accelerator,
                 model_id=file_digest(weights),
-                progress=Bar(f"features of {name}", (1 + (captions != "none")) * len(self.rows), unit="items"),
+                progress=Bar(f"features of {name}", None, unit="items"),
             )
 
     def card(self, **facts: str) -> dict[str, str]:
-        """`facts` and the base's name for a model card: by the settings alone, so that a resumed run says the same."""
+        """`facts` and the base's name for a model card, by the settings alone: a resumed run says the same."""
         base = self.config.base.source
         name = ClipBundle.name if base == "scratch" else public_name(base)
         return {"name": name, "base": name, **facts}
@@ -213,8 +205,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def discard(self, name: str, everywhere: bool = False) -> None:
-        """Drop the resume state of a training whose result is saved. everywhere: on this process even if it is not
-        process 0."""
+        """Drop the resume state of a training whose result is saved. everywhere: not on process 0 alone."""
         if everywhere or self.accelerator.is_main_process:
             discard_checkpoints(self.folder.checkpoints(name))
 

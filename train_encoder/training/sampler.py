@@ -14,11 +14,8 @@ import numpy as np
 
 @dataclass
 class EpochPlan:
-    """`batches` [steps, global batch] of row numbers; `depth` [steps]: how many stages of clusters a batch shares
-    (0: drawn from everything)."""
-
-    batches: np.ndarray
-    depth: np.ndarray
+    batches: np.ndarray  # [steps, global batch] row numbers
+    depth: np.ndarray  # [steps] how many stages of clusters the rows of a batch share (0: drawn from everything)
 
 
 def plan_epoch(cluster_ids: np.ndarray, batch_size: int, seed: int, epoch: int) -> EpochPlan:
@@ -67,7 +64,7 @@ def _groups(rows: np.ndarray, cluster_ids: np.ndarray) -> Iterator[np.ndarray]:
 class InClusterBatchSampler:
     """Yields this process's share of every global batch as a list of (row, epoch), from step `start` on.
 
-    Args: cluster_ids [N,S] as in `plan_epoch`; `epochs` may be a fraction; process `rank` of `world`.
+    cluster_ids [N,S] as in `plan_epoch`; epochs may be a fraction; rows [N]: other names of the rows 0 to N-1.
     """
 
     def __init__(
@@ -79,6 +76,7 @@ class InClusterBatchSampler:
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        rows: np.ndarray | None = None,
     ):
         if batch_size % world:
             raise ValueError(
@@ -87,7 +85,7 @@ class InClusterBatchSampler:
             )
         self.cluster_ids, self.batch_size, self.seed = cluster_ids, batch_size, seed
         self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self.start = start
+        self.start, self.rows = start, np.arange(len(cluster_ids)) if rows is None else rows
         self.steps_per_epoch = len(cluster_ids) // batch_size
         if not self.steps_per_epoch:
             plan_epoch(cluster_ids, batch_size, seed, 0)  # raises the error that explains
@@ -102,4 +100,4 @@ class InClusterBatchSampler:
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != planned:
                 plan, planned = plan_epoch(self.cluster_ids, self.batch_size, self.seed, epoch), epoch
-            yield [(int(row), epoch) for row in plan.batches[within][self.share]]
+            yield [(int(row), epoch) for row in self.rows[plan.batches[within][self.share]]]

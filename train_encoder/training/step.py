@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from llava_clipmoe.losses_clipmoe import (
     router_losses,
     weighted,
 )
-from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 
 from ..data.dataset import Batch
 from ..data.decode import normalise
@@ -40,20 +40,21 @@ class TwoTowers(nn.Module):
         """uint8 [b,3,R,R], ids [b,T] of each caption, and `kept_tokens` of each -> image features [b,P], a list of text
         features [b,P] (all L2-normalised, fp32), exp(logit_scale), router logits of every block ([tokens,E], text
         padding removed)."""
-        clip: CLIPMoEModel = self.clip
-        # The loss reads pooled tokens, and the router losses every token of the blocks that have routers.
-        pooled = {
-            name: t.num_hidden_layers - 1 not in t.moe_layers
-            for name, t in (("vision", clip.config.vision_config), ("text", clip.config.text_config))
-        }
-        vision = clip.vision_model(normalise(pixels, self.mean, self.std), pooled_only=pooled["vision"])
-        texts = [clip.text_model(ids, pooled_only=pooled["text"]) for ids in captions]
+        clip = self.clip
+        vision = clip.vision_model(
+            normalise(pixels, self.mean, self.std), pooled_only=_needs_pooled(clip.config.vision_config)
+        )
+        texts = [clip.text_model(ids, pooled_only=_needs_pooled(clip.config.text_config)) for ids in captions]
         image_features = nn.functional.normalize(clip.visual_projection(vision.pooler_output).float(), dim=-1)
-        text_features = [
-            nn.functional.normalize(clip.text_projection(text.pooler_output).float(), dim=-1) for text in texts
-        ]
+        projected = [clip.text_projection(text.pooler_output).float() for text in texts]
+        text_features = [nn.functional.normalize(features, dim=-1) for features in projected]
         blocks = block_logits(vision.router_logits, [text.router_logits for text in texts], kept)
         return image_features, text_features, clip.logit_scale.float().exp(), blocks
+
+
+def _needs_pooled(tower: Any) -> bool:
+    """True where only the pooled tokens of the last block are read; router losses read all tokens of their blocks."""
+    return tower.num_hidden_layers - 1 not in tower.moe_layers
 
 
 def forward_backward(
@@ -67,8 +68,8 @@ def forward_backward(
     """Gradients of the loss over the GLOBAL batch into the trainable parameters -> the parts of the loss (detached).
 
     With a chunk smaller than this process's share: gradient caching (Gao et al. 2021, "Scaling deep contrastive
-    learning batch size under memory limited setup"): features without a graph, the loss's gradient with respect to
-    them, then one chunk at a time with a graph. The same gradients as the plain step.
+    learning batch size under memory limited setup"), features without a graph, then one chunk at a time with a graph.
+    The same gradients as the plain step.
     """
     size = chunk_size or len(batch.pixel_values)
     eos = accelerator.unwrap_model(towers).clip.config.text_config.eos_token_id
@@ -85,15 +86,11 @@ Chunk = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 def _on_device(pixels: torch.Tensor, captions: list[torch.Tensor], eos_token_id: int, device: torch.device) -> Chunk:
     """Lengths are computed here, where the ids are on the CPU: on a GPU, Python would have to wait for them."""
-    captions = [trimmed(ids, eos_token_id) for ids in captions]
+    # Ids up to the end of the longest caption: padding comes after the pooled token, and the mask is causal.
+    captions = [ids[:, : int(end_of_text(ids, eos_token_id).max()) + 1] for ids in captions]
     kept = [kept_tokens(ids, eos_token_id) for ids in captions]
     pixels, *others = (part.to(device, non_blocking=True) for part in (pixels, *captions, *kept))
     return pixels, others[: len(captions)], others[len(captions) :]
-
-
-def trimmed(ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Ids [b,T] up to the end of the longest caption: padding comes after the pooled token, and the mask is causal."""
-    return ids[:, : int(end_of_text(ids, eos_token_id).max()) + 1]
 
 
 def _plain_step(towers, chunk: Chunk, objective, accelerator, seed) -> dict[str, torch.Tensor]:

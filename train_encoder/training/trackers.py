@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llava_clipmoe.files import read_json, write_json
-
-
-class Tracker(Protocol):
-    """Where training steps go besides metrics.jsonl."""
-
-    def log(self, stage: str, step: int, numbers: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoardTracker:
     """One TensorBoard run a stage, under `run_dir/tensorboard/STAGE`."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "tensorboard"
         self.writers: dict[str, Any] = {}
 
@@ -44,13 +37,14 @@ class HostedTracker:
     """Weights & Biases or trackio, which share one interface. Project: $TRACKER_PROJECT or "clip-moe"."""
 
     def __init__(self, package: str, run_dir: Path, config: dict[str, Any]) -> None:
-        self.module = __import__(package)
+        self.module = importlib.import_module(package)
+        file = run_dir / "tracker.json"
+        if not file.exists():  # kept with the run: when it is resumed, it continues its own curve
+            write_json(file, {"id": uuid.uuid4().hex[:8]})
+        identity = f"{run_dir.resolve().name}-{read_json(file)['id']}"
         project = os.environ.get("TRACKER_PROJECT", "clip-moe")
-        identity = f"{run_dir.resolve().name}-{_run_identity(run_dir)}"
-        arguments: dict[str, Any] = {"project": project, "name": identity, "config": config, "resume": "allow"}
-        if package == "wandb":
-            arguments |= {"id": identity, "dir": str(run_dir)}
-        self.run = self.module.init(**arguments)
+        own = {"id": identity, "dir": str(run_dir)} if package == "wandb" else {}
+        self.module.init(project=project, name=identity, config=config, resume="allow", **own)
         self.stages: set[str] = set()
 
     def log(self, stage: str, step: int, numbers: dict[str, float]) -> None:
@@ -65,28 +59,19 @@ class HostedTracker:
         self.module.finish()
 
 
-def _run_identity(run_dir: Path) -> str:
-    """A name that is kept with the run: when it is resumed, it continues its own curve at a hosted tracker."""
-    path = run_dir / "tracker.json"
-    if not path.exists():
-        write_json(path, {"id": uuid.uuid4().hex[:8]})
-    return read_json(path)["id"]
-
-
-TRACKERS = {
-    "tensorboard": TensorBoardTracker,
-    "wandb": lambda run_dir, config: HostedTracker("wandb", run_dir, config),
-    "trackio": lambda run_dir, config: HostedTracker("trackio", run_dir, config),
-}
+def make_trackers(
+    names: Iterable[str], run_dir: Path, config: dict[str, Any]
+) -> list[TensorBoardTracker | HostedTracker]:
+    return [
+        TensorBoardTracker(run_dir) if name == "tensorboard" else HostedTracker(name, run_dir, config) for name in names
+    ]
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise now, not after the first stage, when a tracker does not exist or its package is missing."""
+    """Raise ImportError now, not after the first stage, when a tracker's package is missing."""
     for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"there is no tracker {name!r}; choose among {', '.join(TRACKERS)}.")
         try:
-            __import__(name)
+            importlib.import_module(name)
         except ImportError as error:
             raise ImportError(
                 f"tracker {name!r} needs the package {name!r} ({error}). Install it with `pip install {name}`, "
