@@ -12,9 +12,15 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
 
 from ..config import DataConfig
 from .image_files import readable_formats
+
+
+class DataError(ValueError):
+    """A data source that cannot be used; the message names the cause and what to do next."""
 
 
 class BadImage(Exception):
@@ -99,26 +105,20 @@ MAX_ASPECT = 32
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """CLIP's preprocessing up to uint8 pixels: shorter side to `size` (bicubic), centre crop, uint8.
+    """CLIP's preprocessing up to uint8 pixels: shorter side to `size` (bicubic), centre crop.
 
-    Rounds as OpenAI's code does (torchvision), so the pixels are the ones that the pretrained weights have seen.
+    By torchvision, as OpenAI's code does it, so the pixels are the ones that the pretrained weights have seen.
     """
 
     size: int
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> uint8 [3, size, size]."""
-        short = min(image.size)
-        if max(image.size) > MAX_ASPECT * short:
-            image = self._centre_crop(image, *(min(side, MAX_ASPECT * short) for side in image.size))
-        width, height = (self.size * side // short for side in image.size)
-        image = self._centre_crop(image.resize((width, height), Image.Resampling.BICUBIC), self.size, self.size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-    @staticmethod
-    def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return image.crop((left, top, left + width, top + height))
+        most = MAX_ASPECT * min(image.size)
+        if max(image.size) > most:
+            image = transforms.center_crop(image, [min(image.height, most), min(image.width, most)])
+        image = transforms.resize(image, self.size, InterpolationMode.BICUBIC)
+        return transforms.pil_to_tensor(transforms.center_crop(image, self.size)).contiguous()
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -84,7 +84,7 @@ def _open_text(paths: list[Path], config: DataConfig) -> PairSource:
             pairs = json_pairs(itertools.chain(first, values), columns, path)
         while chunk := list(itertools.islice(pairs, CHUNK_ROWS)):
             rows.add_pairs(chunk, folder)
-    return rows.source_of_files(root, paths)
+    return PairSource.of_files(rows, root, paths)
 
 
 def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
@@ -116,11 +116,11 @@ def _open_parquet(paths: list[Path], config: DataConfig) -> PairSource:
     for path, file, own, folder in zip(paths, files, columns, folders, strict=True):
         rows.add_tables(_batches(path, file, own.wanted(by_name)), own, by_name, folder if by_name else "")
     if by_name:
-        return rows.source_of_files(root, paths)
+        return PairSource.of_files(rows, root, paths)
     places = [(path, i) for path, file in zip(paths, files, strict=True) for i in range(file.num_row_groups)]
     starts = np.cumsum([0, *(group.num_rows for group in groups)])
     store = ParquetStore(places, starts, image, None if config.image_root is None else root)
-    return rows.source(store, by_name=False, files=paths)
+    return PairSource(rows, store, by_name=False, files=paths)
 
 
 def _batches(path: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.Table]:
@@ -147,7 +147,7 @@ def _open_image_folder(tree: Tree, folder: Path, config: DataConfig) -> PairSour
     if orphans:
         message = "%s: %d .txt files have no picture beside them that can be read, such as %s"
         logger.warning(message, config.source, len(orphans), visible(str(min(orphans))))
-    return rows.source(FileStore(folder, rows.true_names), by_name=False)
+    return PairSource(rows, FileStore(folder, rows.true_names), by_name=False)
 
 
 def _lines(path: Path | None) -> list[str]:
@@ -169,8 +169,8 @@ def _dataset_source(dataset: Any, config: DataConfig, root: Path | None = None) 
     tables = dataset.select_columns(columns.wanted(by_name)).with_format("arrow")
     rows.add_tables(tables.iter(CHUNK_ROWS), columns, by_name)
     if by_name:
-        return rows.source_of_files(root)
-    return rows.source(DatasetStore(dataset.select_columns([columns.image]), root), by_name=False)
+        return PairSource.of_files(rows, root)
+    return PairSource(rows, DatasetStore(dataset.select_columns([columns.image]), root), by_name=False)
 
 
 # --- finding the format ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -14,13 +14,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ..config import DataConfig, digest
-from .decode import decode_image
+from .decode import DataError, decode_image
+from .rows import Rows
+from .stores import FileStore
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """A data source that cannot be used; the message names the cause and what to do next."""
 
 
 class ImageStore(Protocol):
@@ -35,42 +33,43 @@ class PairSource:
     rows that name more than one.
     """
 
-    def __init__(
-        self,
-        names: pa.ChunkedArray,
-        texts: pa.ChunkedArray,
-        text_rows: np.ndarray,
-        store: ImageStore,
-        config: DataConfig,
-        *,
-        by_name: bool,
-        size: int = 0,
-        several: int = 0,
-    ) -> None:
-        """names [rows] (null: no image); texts [captions], and text_rows [captions]: the row of each.
-
-        by_name: rows of one name are one image. size: bytes of the data files, for the fingerprint. several: how many
-        of the rows without a name have more than one image. Raises DataError when no image has a caption.
-        """
-        image_of_row, row_of_image = _images_of_rows(names, by_name)
-        image_of_text = image_of_row[text_rows]
+    def __init__(self, rows: Rows, store: ImageStore, *, by_name: bool, files: Iterable[Path] = ()) -> None:
+        """by_name: rows of one name are one image. files: those of the data. Raises DataError when no image has a
+        caption."""
+        config = rows.config
+        if rows.count == 0:
+            raise DataError(f"{config.source} has no rows. Check data.source and data.split.")
+        self._names, self._texts, self._store = pa.chunked_array(rows.names), pa.chunked_array(rows.texts), store
+        image_of_row, row_of_image = _images_of_rows(self._names, by_name)
+        image_of_text = image_of_row[np.concatenate(rows.text_rows)]
         # A text is blank unless it has a character that str.strip keeps; this needs no trimmed copy of all texts.
-        filled = pc.match_substring_regex(texts, r"[^\s\p{Z}\p{Cc}]").fill_null(False).to_numpy()
+        filled = pc.match_substring_regex(self._texts, r"[^\s\p{Z}\p{Cc}]").fill_null(False).to_numpy()
         kept = np.flatnonzero(filled & (image_of_text >= 0))
         counts = np.bincount(image_of_text[kept], minlength=len(row_of_image))
         self._order = kept[np.argsort(image_of_text[kept], kind="stable")]  # texts, image by image
         stop = None if config.limit is None else config.limit + 1
         self._offsets = np.concatenate([[0], np.cumsum(counts[counts > 0])])[:stop]
         self._row_of_image = row_of_image[counts > 0][: config.limit]
-        self._names, self._texts, self._store = names, texts, store
         self.max_pixels = config.max_pixels
-        self.dropped_empty = int((counts == 0).sum())
-        self.dropped_imageless, self.dropped_several = int(names.null_count) - several, several
+        self.dropped_empty, self.dropped_several = int((counts == 0).sum()), rows.several
+        self.dropped_imageless = int(self._names.null_count) - rows.several
         self._report_dropped(config)
         ends = [(self.name(i), self.captions(i)) for i in (0, len(self) - 1)]
+        size = sum(file.stat().st_size for file in files)
         # Only the last part of the source's path counts: a data folder that was moved is still the same data.
         facts = Path(config.source).name, config.split, size, len(self), int(self._offsets[-1])
         self.fingerprint = digest(*facts, ends)
+
+    @classmethod
+    def of_files(cls, rows: Rows, root: Path, files: Iterable[Path] = ()) -> PairSource:
+        """A source of rows that name image files below `root`."""
+        first = next((array.drop_null()[0].as_py() for array in rows.names if array.null_count < len(array)), "")
+        if re.match(r"https?://", first):
+            raise DataError(
+                f"{rows.config.source} names images by URL ({first}). Download them first, for example with "
+                "img2dataset, and give its output as data.source."
+            )
+        return cls(rows, FileStore(root, rows.true_names), by_name=True, files=files)
 
     def _report_dropped(self, config: DataConfig) -> None:
         dropped = {
@@ -134,8 +133,6 @@ def choose_caption(captions: Sequence[str], how: str, seed: int, row: int, epoch
 
 
 def first_sentence(caption: str) -> str:
-    """The caption up to the end of its first sentence: the short caption of Long-CLIP and CLIP-FMoE.
-
-    Long-CLIP's rule (the text before the first full stop that a space follows), and a line's end.
-    """
+    """The short caption of Long-CLIP and CLIP-FMoE: the text up to its first line's end or full stop that a space
+    follows (Long-CLIP's rule)."""
     return re.split(r"(?<=\S)\.\s|\n", caption.strip(), maxsplit=1)[0].strip()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..config import DataConfig
-from .pairs import DataError, ImageStore, PairSource
-from .stores import FileStore
+from .decode import DataError
 from .tables import SEVERAL, Columns, caption_texts, image_name, visible
 
 TEXTS = pa.list_(pa.string())
@@ -71,24 +68,6 @@ class Rows:
                 failed = pc.not_equal(status, "success").fill_null(False)
                 names = pc.if_else(failed, pa.scalar(None, pa.string()), names)
             self.add(names, [table[name].combine_chunks() for name in columns.captions], folder)
-
-    def source(self, store: ImageStore, *, by_name: bool, files: Iterable[Path] = ()) -> PairSource:
-        """The source of what was added, read from the data `files`. Raises DataError when that is nothing."""
-        if self.count == 0:
-            raise DataError(f"{self.config.source} has no rows. Check data.source and data.split.")
-        names, texts = pa.chunked_array(self.names), pa.chunked_array(self.texts, pa.string())
-        counts = {"size": sum(file.stat().st_size for file in files), "several": self.several}
-        return PairSource(names, texts, np.concatenate(self.text_rows), store, self.config, by_name=by_name, **counts)
-
-    def source_of_files(self, root: Path, files: Iterable[Path] = ()) -> PairSource:
-        """A source of rows that name image files below `root`."""
-        first = next((array.drop_null()[0].as_py() for array in self.names if array.null_count < len(array)), "")
-        if re.match(r"https?://", first):
-            raise DataError(
-                f"{self.config.source} names images by URL ({first}). Download them first, for example with "
-                "img2dataset, and give its output as data.source."
-            )
-        return self.source(FileStore(root, self.true_names), by_name=True, files=files)
 
     def _named(self, cells: Iterable[Any]) -> pa.Array:
         names: list[str | None] = []

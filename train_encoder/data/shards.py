@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
+from .decode import DataError
 from .image_files import image_suffixes
-from .pairs import DataError, PairSource
+from .pairs import PairSource
 from .rows import Rows
 from .stores import TarStore
 from .tables import CAPTION_COLUMNS, SEVERAL, caption_texts, visible
@@ -36,7 +37,7 @@ def open_tar(paths: list[Path], config: DataConfig) -> PairSource:
             ) from error
         rows.add_pairs(pairs)
     shard, offset, size = np.array(places, np.int64).reshape(-1, 3).T.copy()
-    return rows.source(TarStore(paths, shard, offset, size), by_name=False, files=paths)
+    return PairSource(rows, TarStore(paths, shard, offset, size), by_name=False, files=paths)
 
 
 def _tar_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, list[str]]]:

@@ -7,23 +7,15 @@ import re
 from pathlib import Path
 
 from ..config import DataConfig
+from .decode import DataError
 from .image_files import Tree, is_image_name
-from .pairs import DataError
 from .tables import visible
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-"""Words in the names of files and folders -> what they mean."""
+WORDS = {"train": ["training"], "validation": ["val", "valid", "dev"], "test": ["testing"]}
+"""Splits, and other words for them in the names of files and folders."""
+SPLITS = {word: split for split, words in WORDS.items() for word in [split, *words]}
 
 
 def files_of_split(files: list[Path], folder: Path, config: DataConfig) -> list[Path]:

@@ -19,8 +19,8 @@ from typing import Any
 from llava_clipmoe.files import replace_surrogates
 from train_encoder.config import DataConfig
 
+from .decode import DataError
 from .image_files import is_image_name
-from .pairs import DataError
 
 # Looked for in this order, whatever their case. `conversations` is the shape of LLaVA and ShareGPT4V.
 IMAGE_COLUMNS = (

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llava_clipmoe.files import SaveError, atomic_file
 
 from ..progress import is_main_process
 from .memory import peak_memory_bytes
-from .trackers import check_trackers, make_trackers
+from .trackers import check_trackers, make_tracker
 
 METRICS = "metrics.jsonl"
 _NON_FINITE = {"nan", "inf", "-inf"}
@@ -54,10 +54,8 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read `metrics.jsonl`, also while another process writes to it.
-
-    Returns the rows, and how many lines could not be read (a torn last line counts). A missing file gives ([], 0).
-    """
+    """The rows of `metrics.jsonl` (none without the file), also while another process writes to it, and how many lines
+    could not be read (a torn last line counts)."""
     if not path.exists():
         return [], 0
     rows = [_decode(line) for line in path.read_bytes().split(b"\n") if line.strip()]
@@ -76,17 +74,12 @@ class Metrics:
     """Append-only `metrics.jsonl` of a run, and the trackers that the user asked for.
 
     Every line is handed to the operating system when it is logged, so a killed run loses at most the line it was
-    writing; that torn line is dropped when the run goes on.
-
-    Raises SaveError when the file cannot be written, ImportError when the package of a tracker is missing.
+    writing; a torn one is dropped when the run goes on. Raises SaveError when the file cannot be written, ImportError
+    when the package of a tracker is missing.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        trackers: Iterable[str] = (),
-        config: dict[str, Any] | None = None,
-        main: bool | None = None,
+        self, run_dir: Path, trackers: Sequence[str] = (), config: dict | None = None, main: bool | None = None
     ) -> None:
         self.path = run_dir / METRICS
         self.main = is_main_process() if main is None else main
@@ -95,7 +88,7 @@ class Metrics:
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._drop_torn_tail()
-            self.trackers = make_trackers(trackers, run_dir, config or {})
+            self.trackers = [make_tracker(name, run_dir, config or {}) for name in trackers]
 
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []

@@ -23,8 +23,8 @@ def plan_epoch(cluster_ids: np.ndarray, batch_size: int, seed: int, epoch: int) 
 
     cluster_ids [N,S]: a row's cluster in every stage ([N,0] for plain shuffled batches); rows with the same first s of
     them share a cluster of depth s. Rows that do not fill a batch in their cluster go up to its parent (one stage
-    fewer), and so on to the root; only what is left there, fewer than a batch, waits for the next epoch. (The official
-    code drops them in every epoch: 20-35% of the samples at stage 3.)
+    fewer), and so on to the root; fewer than a batch are left there, for the next epoch. (The official code drops them
+    in every cluster: 20-35% of the samples at stage 3.)
     """
     rows = len(cluster_ids)
     if rows < batch_size:
@@ -83,9 +83,9 @@ class InClusterBatchSampler:
                 f"the global batch of {batch_size} does not divide over {world} processes: "
                 f"use a multiple of {world}, for example {-(-batch_size // world) * world}."
             )
-        self.cluster_ids, self.batch_size, self.seed = cluster_ids, batch_size, seed
+        self.cluster_ids, self.batch_size, self.seed, self.start = cluster_ids, batch_size, seed, start
+        self.rows = np.arange(len(cluster_ids)) if rows is None else rows
         self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self.start, self.rows = start, np.arange(len(cluster_ids)) if rows is None else rows
         self.steps_per_epoch = len(cluster_ids) // batch_size
         if not self.steps_per_epoch:
             plan_epoch(cluster_ids, batch_size, seed, 0)  # raises the error that explains

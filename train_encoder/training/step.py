@@ -72,12 +72,16 @@ def forward_backward(
     The same gradients as the plain step.
     """
     size = chunk_size or len(batch.pixel_values)
-    eos = accelerator.unwrap_model(towers).clip.config.text_config.eos_token_id
-    parts = zip(*(whole.split(size) for whole in (batch.pixel_values, *batch.texts)), strict=True)
-    chunks = [_on_device(pixels, captions, eos, accelerator.device) for pixels, *captions in parts]
-    if len(chunks) > 1:
-        return _cached_step(towers, chunks, objective, accelerator, seed)
-    return _plain_step(towers, chunks[0], objective, accelerator, seed)
+    config = accelerator.unwrap_model(towers).clip.config
+    split = zip(*(whole.split(size) for whole in (batch.pixel_values, *batch.texts)), strict=True)
+    eos, device = config.text_config.eos_token_id, accelerator.device
+    chunks = [_on_device(pixels, captions, eos, device) for pixels, *captions in split]
+    step = _plain_step if len(chunks) == 1 else _cached_step
+    parts = step(towers, chunks, objective, accelerator, config, seed)
+    total = parts["contrastive"]
+    if "balance" in parts:
+        total = total + config.router_aux_loss_coef * parts["balance"] + config.router_z_loss_coef * parts["router_z"]
+    return {"loss": total, **parts}
 
 
 Chunk = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
@@ -93,10 +97,9 @@ def _on_device(pixels: torch.Tensor, captions: list[torch.Tensor], eos_token_id:
     return pixels, others[: len(captions)], others[len(captions) :]
 
 
-def _plain_step(towers, chunk: Chunk, objective, accelerator, seed) -> dict[str, torch.Tensor]:
-    config = accelerator.unwrap_model(towers).clip.config
+def _plain_step(towers, chunks: list[Chunk], objective, accelerator, config, seed) -> dict[str, torch.Tensor]:
     _seed_step(seed, accelerator.process_index, chunk=0)
-    image, texts, scale, blocks = towers(*chunk)
+    image, texts, scale, blocks = towers(*chunks[0])
     clip_loss = objective(image, texts, scale)
     parts, router_part = {"contrastive": clip_loss.detach()}, 0.0
     if blocks:
@@ -104,11 +107,10 @@ def _plain_step(towers, chunk: Chunk, objective, accelerator, seed) -> dict[str,
         router_part, values = _router_part(blocks, counts, config, accelerator)
         parts |= values
     accelerator.backward(clip_loss + router_part)
-    return _with_total(parts, config)
+    return parts
 
 
-def _cached_step(towers, chunks: list[Chunk], objective, accelerator, seed) -> dict[str, torch.Tensor]:
-    config = accelerator.unwrap_model(towers).clip.config
+def _cached_step(towers, chunks: list[Chunk], objective, accelerator, config, seed) -> dict[str, torch.Tensor]:
     features, counts = [], None
     with torch.no_grad():
         for i, chunk in enumerate(chunks):
@@ -139,9 +141,9 @@ def _cached_step(towers, chunks: list[Chunk], objective, accelerator, seed) -> d
             if blocks:
                 router_part, values = _router_part(blocks, counts, config, accelerator)
                 surrogate = surrogate + router_part
-                parts = {**parts, **{k: parts.get(k, 0) + v for k, v in values.items()}}
+                parts |= {name: parts.get(name, 0) + value for name, value in values.items()}
             accelerator.backward(surrogate)
-    return _with_total(parts, config)
+    return parts
 
 
 def _over_processes(counts: RouterCounts, accelerator: Accelerator) -> RouterCounts:
@@ -158,13 +160,6 @@ def _router_part(blocks, counts: RouterCounts, config, accelerator) -> tuple[tor
     balance, z = router_losses(blocks, counts)
     world = accelerator.num_processes
     return weighted(balance, z, config) * world, {"balance": balance.detach() * world, "router_z": z.detach() * world}
-
-
-def _with_total(parts: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
-    total = parts["contrastive"]
-    if "balance" in parts:
-        total = total + config.router_aux_loss_coef * parts["balance"] + config.router_z_loss_coef * parts["router_z"]
-    return {"loss": total, **parts}
 
 
 def _seed_step(seed: tuple[int, int], rank: int, chunk: int) -> None:

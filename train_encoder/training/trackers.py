@@ -59,12 +59,8 @@ class HostedTracker:
         self.module.finish()
 
 
-def make_trackers(
-    names: Iterable[str], run_dir: Path, config: dict[str, Any]
-) -> list[TensorBoardTracker | HostedTracker]:
-    return [
-        TensorBoardTracker(run_dir) if name == "tensorboard" else HostedTracker(name, run_dir, config) for name in names
-    ]
+def make_tracker(name: str, run_dir: Path, config: dict[str, Any]) -> TensorBoardTracker | HostedTracker:
+    return TensorBoardTracker(run_dir) if name == "tensorboard" else HostedTracker(name, run_dir, config)
 
 
 def check_trackers(names: Iterable[str]) -> None:
