@@ -188,10 +188,10 @@ def test_a_killed_run_goes_on_bit_identically_and_repeats_no_finished_chunk(tmp_
     assert before == list(range(14))
     assert run_killed(folder, log) == 0
     assert Counted(20, log).read()[len(before) :] == list(range(12, 20))  # chunks of 6: 0 to 11 were finished
-    whole = encode_source(make_bundle(), Pictures(20), tmp_path / "whole", **SETTINGS)
+    # In a process of its own too: what earlier tests have set in this one (numerical libraries) may change last bits.
+    assert run_killed(tmp_path / "whole", tmp_path / "log of the whole") == 0
     for name in ("image", "text", "text_image", "rows"):
         assert (folder / f"{name}.npy").read_bytes() == (tmp_path / "whole" / f"{name}.npy").read_bytes()
-    assert open_embeddings(folder).image.tolist() == whole.image.tolist()
     assert not list(folder.glob("progress-*"))
 
 

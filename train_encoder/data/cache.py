@@ -1,8 +1,4 @@
-"""One pass over all images before a training: it finds those that cannot be read and, if asked, keeps the pixels on
-disk.
-
-good = check_images(source, workers=8, max_bad_fraction=0.01, skipped_path=run / "skipped.jsonl")
-"""
+"""One pass over all images before a training: it finds those that cannot be read and, if asked, keeps the pixels."""
 
 from __future__ import annotations
 

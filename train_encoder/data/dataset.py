@@ -1,8 +1,5 @@
 """What a training step reads: pixels and tokens of rows, and the batches that they make.
 
-    dataset = EncoderDataset(source, tokenizer, ImageTransform(336), context_length=248, captions="random", seed=0)
-    loader = DataLoader(dataset, batch_sampler=..., num_workers=8, collate_fn=collate)
-
 Decoding and tokenising happen in the loader's workers. Which caption a row shows depends only on (seed, row, epoch).
 """
 

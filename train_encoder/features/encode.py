@@ -98,11 +98,9 @@ def encode_texts(
     batch_size: int = 256,
 ) -> torch.Tensor:
     """Captions -> L2-normalised embeddings [M,P] fp32 on the CPU, in the captions' order. Raises NotFinite."""
-    device = pick_device(device)
+    device, ids = pick_device(device), _sorted_ids(bundle.tokenizer, captions, bundle.context_length)
     with inference(bundle, device, precision):
-        return _encode_sorted(
-            bundle, _sorted_ids(bundle.tokenizer, captions, bundle.context_length), device, batch_size
-        )
+        return _encode_sorted(bundle, ids, device, batch_size)
 
 
 SortedIds = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

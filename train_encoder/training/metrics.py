@@ -1,11 +1,4 @@
-"""What a run keeps of its training steps: `metrics.jsonl`, and the trackers that the user asked for.
-
-    metrics = Metrics(run_dir, trackers=("tensorboard",))
-    metrics.truncate_after("stage1", checkpoint_step)          # after a resume: no point of the curve twice
-    metrics.log({"stage": "stage1", "step": 1, "steps": 1500, "loss": 0.71})
-
-Only process 0 of a distributed run writes; the calls do nothing on the others.
-"""
+"""What a run keeps of its training steps: `metrics.jsonl`, and the trackers that the user asked for."""
 
 from __future__ import annotations
 
@@ -71,7 +64,7 @@ class Began:
 
 
 class Metrics:
-    """Append-only `metrics.jsonl` of a run, and the trackers that the user asked for.
+    """Writes `metrics.jsonl` and to the trackers, on process 0 of a distributed run; on the others it does nothing.
 
     Every line is handed to the operating system when it is logged, so a killed run loses at most the line it was
     writing; a torn one is dropped when the run goes on. Raises SaveError when the file cannot be written, ImportError

@@ -23,8 +23,8 @@ def plan_epoch(cluster_ids: np.ndarray, batch_size: int, seed: int, epoch: int) 
 
     cluster_ids [N,S]: a row's cluster in every stage ([N,0] for plain shuffled batches); rows with the same first s of
     them share a cluster of depth s. Rows that do not fill a batch in their cluster go up to its parent (one stage
-    fewer), and so on to the root; fewer than a batch are left there, for the next epoch. (The official code drops them
-    in every cluster: 20-35% of the samples at stage 3.)
+    fewer), and so on to the root; fewer than a batch are left there, for the next epoch. (The official code drops what
+    does not fill a batch in its own cluster: 20-35% of the samples at stage 3.)
     """
     rows = len(cluster_ids)
     if rows < batch_size:
