@@ -1,6 +1,10 @@
 """The loss of a step is the same however its batch is cut."""
 
+import subprocess
+import sys
+
 import pytest
+import tiny_run
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -210,6 +214,25 @@ def test_principal_components_are_those_of_scikit_learn():
         atol=1e-5,
         rtol=0,
     )
+
+
+ALONE = """
+import torch, torch.distributed as dist
+from train_encoder.training.losses import LongShort
+
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    x = torch.eye(4)
+    LongShort(2, 0.1)(x, [x, x], torch.tensor(1.0))
+dist.barrier()
+"""
+
+
+def test_an_objective_of_one_process_waits_for_no_other(tmp_path):
+    """As in the trials of a chunk, and where an expert is trained by one process of several."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, tmp_path / "alone.py"], env=tiny_run.environment(), check=True, timeout=120)
 
 
 def test_the_settings_name_the_objective():

@@ -81,24 +81,21 @@ class LongShort(Contrastive):
     def coarse(self, image: torch.Tensor) -> torch.Tensor:
         """Features [b,P] -> the same with only the principal components kept, not normalised again."""
         image = image.float()
-        mean, basis = principal_components(gather_all(image.detach()), self.components)
+        points = image.detach().contiguous()
+        if self.pair.world_size > 1:  # the training's processes; a run may have more (see `Alone`)
+            parts = [torch.empty_like(points) for _ in range(self.pair.world_size)]
+            dist.all_gather(parts, points)
+            points = torch.cat(parts)
+        mean, basis = principal_components(points, self.components)
         return mean + (image - mean) @ basis @ basis.T
 
 
 def principal_components(x: torch.Tensor, components: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [B,P] -> their mean [P], and an orthonormal basis [P,components] of the directions of largest variance."""
+    """Points [B,P] -> their mean [P], and an orthonormal basis [P,k] of the directions of largest variance: k is
+    `components`, or B or P where that is less."""
     mean = x.mean(0)
     _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
     return mean, directions[:components].T
-
-
-def gather_all(x: torch.Tensor) -> torch.Tensor:
-    """[b,P] of every process -> [B,P], in the order of the ranks, without gradient."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 
 def make_objective(optim: OptimConfig, rank: int = 0, world_size: int = 1) -> Contrastive:
