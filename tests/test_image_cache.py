@@ -25,7 +25,7 @@ from train_encoder.progress import Bar
 
 source, folder = open_source(DataConfig(source=sys.argv[1])), Path(sys.argv[2])
 
-def fill():  # the cache itself is a sparse file
+def fill(done):  # the cache itself is a sparse file
     try:
         with open(folder / "filler", "wb", buffering=0) as file:
             while file.write(bytes(4096)):
@@ -33,7 +33,7 @@ def fill():  # the cache itself is a sparse file
     except OSError:
         pass
 
-def die():
+def die(done):
     os.kill(os.getpid(), signal.SIGKILL)
 
 bar = Bar("caching", len(source))

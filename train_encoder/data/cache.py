@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import shutil
@@ -87,13 +86,14 @@ def _bad_images(scan: _Scan, workers: int, bar: Bar | None) -> list[tuple[int, s
     # does not scan, would then train on other random numbers.
     loader = DataLoader(scan, batch_size=32, num_workers=workers, collate_fn=list, generator=torch.Generator())
     bad = []
-    for row, error in enumerate(itertools.chain.from_iterable(loader)):
-        if isinstance(error, OSError):
-            raise error
-        if error is not None:
-            bad.append((row, error))
+    for number, errors in enumerate(loader):
+        for row, error in enumerate(errors, start=number * loader.batch_size):
+            if isinstance(error, OSError):
+                raise error
+            if error is not None:
+                bad.append((row, error))
         if bar is not None:
-            bar.advance()
+            bar.advance(len(errors))
     return bad
 
 
