@@ -50,9 +50,6 @@ MAX_FILES = 1_000_000
 """Most files that a pattern such as `a-{000..999}.tar` may stand for."""
 
 
-# --- formats --------------------------------------------------------------------------------------------------------
-
-
 def _roots(paths: Sequence[Path], config: DataConfig) -> tuple[Path, list[str]]:
     """-> the folder that all images are below, and for each data file what its relative names start with.
 
@@ -171,9 +168,6 @@ def _dataset_source(dataset: Any, config: DataConfig, root: Path | None = None) 
     if by_name:
         return PairSource.of_files(rows, root)
     return PairSource(rows, DatasetStore(dataset.select_columns([columns.image]), root), by_name=False)
-
-
-# --- finding the format ---------------------------------------------------------------------------------------------
 
 
 OPENERS = {"csv": _open_text, "json": _open_text, "parquet": _open_parquet, "tar": open_tar}

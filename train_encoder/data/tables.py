@@ -33,9 +33,6 @@ CAPTION_COLUMNS = (
 KEY_COLUMNS = ("key", "__key__", "image_id", "id")
 
 
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Columns:
     image: str
@@ -82,9 +79,6 @@ def name_columns(columns: Sequence[str]) -> str:
     return ", ".join(shown + ["..."] * (len(columns) > 30))
 
 
-# --- cells ----------------------------------------------------------------------------------------------------------
-
-
 def caption_texts(value: Any) -> list[str]:
     """The captions in one cell: a text, a list of texts, {"raw": text}, or a conversation's first answer.
 
@@ -119,9 +113,6 @@ def image_name(value: Any) -> Any:
 def visible(name: str) -> str:
     """A file's name as text that can be stored and printed; bytes that are not UTF-8 as escapes ("caf\\udce9.png")."""
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-# --- CSV and TSV ----------------------------------------------------------------------------------------------------
 
 
 def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, list[str]]]:
@@ -212,9 +203,6 @@ def _refuse_swallowed_rows(row: list[str], number: int, image: int, path: Path) 
                 "it belongs to the text, write it twice in a quoted cell; if that line is text, save the table as JSON "
                 "lines."
             )
-
-
-# --- JSON -----------------------------------------------------------------------------------------------------------
 
 
 def json_rows(path: Path) -> Iterator[dict]:

@@ -1,8 +1,4 @@
-"""Encode a whole data set once: L2-normalised embeddings as memory-mapped fp16 files that survive a killed run.
-
-embeddings = encode_source(bundle, source, run / "features" / "stage0", captions="first", device="cuda")
-embeddings.image, embeddings.text            # [N,P], [M,P]
-"""
+"""Encode a whole data set once: L2-normalised embeddings as memory-mapped fp16 files that survive a killed run."""
 
 from __future__ import annotations
 
@@ -39,9 +35,6 @@ Precision = Literal["bf16", "fp32"]
 
 class NotFinite(ValueError):
     """A model gave NaN or infinite embeddings: every number computed from them would be meaningless."""
-
-
-# --- one batch ------------------------------------------------------------------------------------------------------
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -139,9 +132,6 @@ def _finish(features: torch.Tensor, kind: str) -> torch.Tensor:
             "if it was evaluated in bf16, try --precision fp32."
         )
     return embeddings
-
-
-# --- a whole source -------------------------------------------------------------------------------------------------
 
 
 class _Images(Dataset):

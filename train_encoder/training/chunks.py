@@ -43,9 +43,6 @@ class ChunkError(ValueError):
     """The memory is too small for a step; the message says what to change."""
 
 
-# ---------------------------------------------------------------------------------------------------- the search
-
-
 def even(share: int, most: int) -> int:
     """The chunk of at most `most` images that cuts `share` images into the fewest pieces, all of nearly one size."""
     return math.ceil(share / math.ceil(share / most))
@@ -97,9 +94,6 @@ def _wanted(sizes: list[int], peaks: dict[int, int], fits: int, fails: int, boun
     return sizes[-1] if WHOLE_SLACK * meets >= sizes[-1] else SLACK * meets
 
 
-# ------------------------------------------------------------------------------------------------- one GPU's memory
-
-
 class Card:
     """The memory of a CUDA device in bytes, by the counters of torch's allocator and of the driver."""
 
@@ -133,9 +127,6 @@ class Card:
 def gauge_of(device: torch.device) -> Card | None:
     """What measures the device's memory; None where nothing does."""
     return Card(device) if device.type == "cuda" else None
-
-
-# ------------------------------------------------------------------------------------------- the chunk of a training
 
 
 def choose_chunk(
@@ -186,9 +177,6 @@ def kept_chunks(folder: Path) -> dict[str, dict[str, Any]]:
 def _say(text: str) -> None:
     if is_main_process():
         print(text, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------ out of memory
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

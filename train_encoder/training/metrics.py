@@ -17,7 +17,7 @@ from llava_clipmoe.files import SaveError, atomic_file
 
 from ..progress import is_main_process
 from .memory import peak_memory_bytes
-from .trackers import check_trackers, make_tracker
+from .trackers import TRACKERS, check_trackers
 
 METRICS = "metrics.jsonl"
 _NON_FINITE = {"nan", "inf", "-inf"}
@@ -81,7 +81,7 @@ class Metrics:
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._drop_torn_tail()
-            self.trackers = [make_tracker(name, run_dir, config or {}) for name in trackers]
+            self.trackers = [TRACKERS[name](name, run_dir, config or {}) for name in trackers]
 
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []

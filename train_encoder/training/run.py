@@ -73,8 +73,6 @@ class Run:
         self.config = dataclasses.replace(config, engine=engine)  # the chunk that a run of this folder began with
         self.metrics = Metrics(self.folder.path, config.engine.trackers, self.folder.config)
 
-    # ------------------------------------------------------------------------------------------------------ data
-
     def read_data(self) -> None:
         """Open the training data, look at every image once, and keep decoded images where asked to."""
         data, engine = self.config.data, self.config.engine
@@ -96,8 +94,6 @@ class Run:
                 cache=self.cache,
             )
         self.rows = np.flatnonzero(good)
-
-    # ------------------------------------------------------------------------------------------------------ base
 
     def _open_base(self) -> ClipBundle:
         """The base as it was given: a saved one of this run, a pretrained model, or a fresh small one."""
@@ -124,8 +120,6 @@ class Run:
         card = self.card(role="the dense base of a CLIP-MoE run")
         self.save(lambda: save_bundle(self.base, self.folder.base, card=card))
         self.discard("base")
-
-    # -------------------------------------------------------------------------------------------- for the methods
 
     def train(
         self,
@@ -171,7 +165,6 @@ class Run:
         of its weights, or of those that differ from the base's."""
         engine = self.config.engine
         with self.timed("features", name, captions=0 if captions == "none" else len(self.rows)):
-            bundle.model.to(self.accelerator.device)
             return encode_source(
                 bundle,
                 self.source,
@@ -179,7 +172,6 @@ class Run:
                 captions=captions,
                 rows=self.rows,
                 batch_size=self.config.evaluation.batch_size,
-                device=self.accelerator.device,
                 precision=engine.precision,
                 workers=engine.workers,
                 cache=self.cache,

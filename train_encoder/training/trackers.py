@@ -15,7 +15,7 @@ from llava_clipmoe.files import read_json, write_json
 class TensorBoardTracker:
     """One TensorBoard run a stage, under `run_dir/tensorboard/STAGE`."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, name: str, run_dir: Path, config: dict[str, Any]) -> None:
         self.folder = run_dir / "tensorboard"
         self.writers: dict[str, Any] = {}
 
@@ -36,14 +36,14 @@ class TensorBoardTracker:
 class HostedTracker:
     """Weights & Biases or trackio, which share one interface. Project: $TRACKER_PROJECT or "clip-moe"."""
 
-    def __init__(self, package: str, run_dir: Path, config: dict[str, Any]) -> None:
-        self.module = importlib.import_module(package)
+    def __init__(self, name: str, run_dir: Path, config: dict[str, Any]) -> None:
+        self.module = importlib.import_module(name)
         file = run_dir / "tracker.json"
         if not file.exists():  # kept with the run: when it is resumed, it continues its own curve
             write_json(file, {"id": uuid.uuid4().hex[:8]})
         identity = f"{run_dir.resolve().name}-{read_json(file)['id']}"
         project = os.environ.get("TRACKER_PROJECT", "clip-moe")
-        own = {"id": identity, "dir": str(run_dir)} if package == "wandb" else {}
+        own = {"id": identity, "dir": str(run_dir)} if name == "wandb" else {}
         self.module.init(project=project, name=identity, config=config, resume="allow", **own)
         self.stages: set[str] = set()
 
@@ -59,8 +59,7 @@ class HostedTracker:
         self.module.finish()
 
 
-def make_tracker(name: str, run_dir: Path, config: dict[str, Any]) -> TensorBoardTracker | HostedTracker:
-    return TensorBoardTracker(run_dir) if name == "tensorboard" else HostedTracker(name, run_dir, config)
+TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": HostedTracker, "trackio": HostedTracker}
 
 
 def check_trackers(names: Iterable[str]) -> None:
