@@ -63,7 +63,7 @@ class SourceOptions:
                 workers=workers,
                 max_bad_fraction=self.max_bad_fraction,
                 skipped_path=skipped,
-                progress=lambda done, _: bar.advance(done - bar.done),
+                bar=bar,
             )
         if good.all():
             shutil.rmtree(skipped.parent)

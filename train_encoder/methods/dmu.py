@@ -19,7 +19,7 @@ from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
 
 from ..config import LoraConfig, TrainConfig
 from ..evaluate.run import Variant
-from ..features.clusters import StageClusters, accumulate, cluster_stage, load_clusters, save_clusters
+from ..features.clusters import StageClusters, accumulate, cluster_stage
 from ..training.run import Run
 from ..training.sampler import plan_epoch
 from .base import Training

@@ -62,9 +62,9 @@ class FMoE(Mixture):
             if run.accelerator.is_main_process:
                 with run.timed("clusters", "base"):
                     made = nested_clusters(embeddings.image, c.moe.num_experts, c.fmoe.sub_clusters, c.clusters, c.seed)
-                    save_nested(path, made)
+                    made.save(path)
             run.accelerator.wait_for_everyone()
-        return load_nested(path)
+        return NestedClusters.load(path)
 
     def make_expert(self, number: int, found: NestedClusters) -> None:
         """Train expert `number` on its own cluster, in this process alone."""
