@@ -1,7 +1,7 @@
 """Finds blind pairs: pictures that the dense CLIP embeds as the same while a reference sees them apart.
 
-llava-clipmoe mine-pairs photos --output-dir runs/pairs
-llava-clipmoe mine-pairs openmoji --questions runs/llava-quickstart/data/heldout.jsonl --only-with-questions
+    llava-clipmoe mine-pairs photos --output-dir runs/pairs
+    llava-clipmoe mine-pairs openmoji --questions runs/llava-quickstart/data/heldout.jsonl --only-with-questions
 
 IMAGES is a folder of pictures (at any depth, no captions needed), a CSV/TSV/JSON/JSONL file with a column of paths,
 `openmoji`, or any other image-caption source that train-encoder reads. The result is a folder that can be given away:
@@ -19,14 +19,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from llava_clipmoe.files import atomic_directory, remove_leftovers, replace_surrogates, write_json
 from train_encoder.data.decode import BadImage
 from train_encoder.data.pairs import DataError
+from train_encoder.report.document import Table
 
 from .contact_sheet import draw_contact_sheet
 from .duplicates import NearDuplicates
@@ -34,7 +32,7 @@ from .encode import Encoded, encode_pictures
 from .encoders import DENSE, DINOV2, EXPERTS, MOE, open_towers
 from .images import Pictures, open_pictures
 from .pairs import PICTURES, ROWS, SHEET, SUMMARY, BlindPair, save_picture, write_pairs
-from .questions import Questions
+from .questions import Asked, read_questions, shared_questions
 from .search import Criteria, Found, exact_cosines, search
 
 OUTCOMES = {
@@ -95,8 +93,9 @@ class Settings:
     device: str = "auto"
     """auto (the GPU where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["bf16", "fp32"] = "fp32"
-    """bf16 encodes faster on a GPU."""
+    """Of the encoders: bf16 is faster on a GPU."""
     batch_size: int = 64
+    """Pictures encoded at a time."""
     workers: int = 4
     """Processes that decode pictures; 0 does it in this one."""
 
@@ -105,8 +104,9 @@ class Settings:
         """What `reference` is called in the result."""
         return self.reference if self.reference in (MOE, EXPERTS) else DINOV2
 
-    def criteria(self) -> Criteria:
-        return Criteria(self.dense_threshold, self.reference_threshold, self.top, self.per_image, self.candidates)
+    def is_reference(self, encoder: str) -> bool:
+        """Whether this encoder is the reference, or one of the experts whose smallest cosine it is."""
+        return encoder.startswith("expert") if self.reference == EXPERTS else encoder == self.reference_name
 
 
 def check(s: Settings) -> None:
@@ -117,10 +117,11 @@ def check(s: Settings) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be between {low} and {high:,}, not {value}.")
     if s.only_with_questions and s.questions is None:
         raise ValueError("--only-with-questions needs --questions FILE.jsonl.")
-    strangers = s.output_dir / PICTURES
-    if strangers.exists() and not (s.output_dir / SUMMARY).exists():
-        message = "exists and was not made by this command, which would replace it. Give another --output-dir."
-        raise ValueError(f"{strangers} {message}")
+    pictures = s.output_dir / PICTURES
+    if pictures.exists() and not (s.output_dir / SUMMARY).exists():
+        raise ValueError(
+            f"{pictures} exists and was not made by this command, which would replace it. Give another --output-dir."
+        )
 
 
 def mine(s: Settings) -> Path:
@@ -128,26 +129,28 @@ def mine(s: Settings) -> Path:
 
     Raises ValueError or OSError that a user can mend.
     """
-    start, console = time.monotonic(), Console()
+    start = time.monotonic()
     check(s)
     pictures = open_pictures(s.images, split=s.split, leave_out=s.output_dir)
-    questions = None if s.questions is None else Questions(s.questions, pictures)
+    asked = read_questions(s.questions, pictures) if s.questions else {}
     towers = open_towers(s.dense, s.moe, s.reference)
     loading = {"device": s.device, "precision": s.precision, "batch_size": s.batch_size, "workers": s.workers}
     encoded = encode_pictures(pictures, towers, s.cache or s.output_dir / "cache", **loading)
-    found, near_duplicates = _search(s, pictures, encoded, questions)
+    found, near_duplicates = _search(s, pictures, encoded, asked)
     counts = {"images": len(pictures), "skipped": len(encoded.bad), "encoded_now": encoded.encoded}
     counts |= {"above_dense_threshold": found.above, "near_duplicates": near_duplicates, "kept": len(found.first)}
-    skipped = [(_shown(pictures.names[row]), replace_surrogates(error)) for row, error in encoded.bad.items()]
+    skipped = [
+        {"image": _shown(pictures.names[row]), "error": replace_surrogates(error)} for row, error in encoded.bad.items()
+    ]
     summary = {
         "outcome": found.outcome,
         "counts": counts,
         "models": {tower.encoders[0]: tower.name for tower in towers},
         "settings": {name: _without_folders(value) for name, value in asdict(s).items()},
-        "skipped": [{"image": name, "error": error} for name, error in skipped],
+        "skipped": skipped,
     }
-    pairs = _write(s, pictures, encoded, found, questions, summary)
-    _report(console, s, pairs, found, summary, time.monotonic() - start)
+    pairs = _write(s, pictures, encoded, found, asked, summary)
+    _report(s, pairs, found, summary, time.monotonic() - start)
     return s.output_dir
 
 
@@ -158,27 +161,31 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _search(s: Settings, pictures: Pictures, encoded: Encoded, questions: Questions | None) -> tuple[Found, int]:
+def _shown(name: str) -> str:
+    """A picture's name for the result: without this machine's folders, too."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _search(s: Settings, pictures: Pictures, encoded: Encoded, asked: Asked) -> tuple[Found, int]:
     """-> the pairs, and how many near duplicates were left out. Raises DataError where no pair is left."""
-    duplicates = NearDuplicates(encoded.looks, s.duplicate_bits, s.duplicate_colour)
-    good = np.array([row for row in range(len(pictures)) if row not in encoded.bad], np.int64)
-    if s.only_with_questions:
-        good = good[np.isin(good, list(questions.of))]
+    near_duplicates = NearDuplicates(encoded.looks, s.duplicate_bits, s.duplicate_colour)
+    usable = asked if s.only_with_questions else range(len(pictures))
+    good = np.array(sorted(set(usable) - set(encoded.bad)), np.int64)
     if len(good) < 2:
         raise DataError(f"{s.images} has {len(good)} pictures to compare; a pair needs two.")
     dropped = 0
 
     def accept(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         nonlocal dropped
-        kept = ~duplicates(first, second)
+        kept = ~near_duplicates(first, second)
         dropped += int((~kept).sum())
         if s.only_with_questions:
-            kept[kept] = questions.any_shared(first[kept], second[kept])
+            kept[kept] = [bool(shared_questions(asked, *pair)) for pair in zip(first[kept], second[kept], strict=True)]
         return kept
 
-    experts = [array for encoder, array in encoded.embeddings.items() if encoder.startswith("expert")]
-    references = experts if s.reference == EXPERTS else [encoded.embeddings[s.reference_name]]
-    found = search(encoded.embeddings[DENSE], references, s.criteria(), numbers=good, accept=accept, device=s.device)
+    references = [array for encoder, array in encoded.embeddings.items() if s.is_reference(encoder)]
+    criteria = Criteria(s.dense_threshold, s.reference_threshold, s.top, s.per_image, s.candidates)
+    found = search(encoded.embeddings[DENSE], references, criteria, numbers=good, accept=accept, device=s.device)
     if not len(found.first):
         questionless = ", or had no question in common" if s.only_with_questions else ""
         raise DataError(
@@ -189,7 +196,7 @@ def _search(s: Settings, pictures: Pictures, encoded: Encoded, questions: Questi
 
 
 def _write(
-    s: Settings, pictures: Pictures, encoded: Encoded, found: Found, questions: Questions | None, summary: dict
+    s: Settings, pictures: Pictures, encoded: Encoded, found: Found, asked: Asked, summary: dict
 ) -> list[BlindPair]:
     """Write the folder of the result. An old pairs.jsonl is removed first and the new one is written last, so that it
     never names a picture that is not there; mining.json marks the pictures as ours."""
@@ -198,56 +205,38 @@ def _write(
     remove_leftovers(folder)
     write_json(folder / SUMMARY, summary)
     (folder / ROWS).unlink(missing_ok=True)
-    files: dict[int, str] = {}
+    images = list(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    files: dict[int, Path] = {}
     with atomic_directory(folder / PICTURES) as temporary:
-        for image in dict.fromkeys(np.stack([found.first, found.second], 1).reshape(-1).tolist()):
+        for image in dict.fromkeys(np.ravel(images).tolist()):
             name = pictures.names[image]
             try:
-                files[image] = save_picture(pictures.image(image), temporary, name, len(files))
+                file = save_picture(pictures.image(image), temporary, name, len(files))
             except BadImage as error:
-                raise DataError(
-                    f"{name} could be read before, but not now ({error}). Run the command again."
-                ) from error
-    pairs = _pairs(s, pictures, encoded, found, questions, files)
+                message = f"{name} could be read before, but not now ({error}). Run the command again."
+                raise DataError(message) from error
+            files[image] = (folder / PICTURES / file).resolve()
+    each = {name: exact_cosines(array, found.first, found.second) for name, array in encoded.embeddings.items()}
+    pairs = []
+    for number, (first, second) in enumerate(images):
+        cosines = {name: round(float(values[number]), 6) for name, values in each.items()}
+        reference = min(cosine for name, cosine in cosines.items() if s.is_reference(name))
+        pair = BlindPair(
+            images=(files[first], files[second]),
+            names=(_shown(pictures.names[first]), _shown(pictures.names[second])),
+            cosines=cosines,
+            reference=s.reference_name,
+            gap=round(cosines[DENSE] - reference, 6),
+            passed=found.outcome == "both",
+            questions=shared_questions(asked, first, second),
+        )
+        pairs.append(pair)
     draw_contact_sheet(pairs, folder / SHEET, f"{len(pairs)} blind pairs; reference: {s.reference_name}")
     write_pairs(folder, pairs, summary)
     return pairs
 
 
-def _pairs(
-    s: Settings, pictures: Pictures, encoded: Encoded, found: Found, questions: Questions | None, files: dict[int, str]
-) -> list[BlindPair]:
-    folder = (s.output_dir / PICTURES).resolve()
-    each = {name: exact_cosines(array, found.first, found.second) for name, array in encoded.embeddings.items()}
-    pairs = []
-    for position, images in enumerate(zip(found.first.tolist(), found.second.tolist(), strict=True)):
-        cosines = {name: round(float(values[position]), 6) for name, values in each.items()}
-        reference = _lowest_expert(cosines) if s.reference == EXPERTS else cosines[s.reference_name]
-        pairs.append(
-            BlindPair(
-                images=tuple(folder / files[image] for image in images),
-                names=tuple(_shown(pictures.names[image]) for image in images),
-                cosines=cosines,
-                reference=s.reference_name,
-                gap=round(cosines[DENSE] - reference, 6),
-                passed=found.outcome == "both",
-                questions=() if questions is None else questions.shared(*images),
-            )
-        )
-    return pairs
-
-
-def _lowest_expert(cosines: dict[str, float]) -> float:
-    return min(value for name, value in cosines.items() if name.startswith("expert"))
-
-
-def _shown(name: str) -> str:
-    """A picture's name for the result, which may be given away: without this machine's folders."""
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _report(console: Console, s: Settings, pairs: Sequence[BlindPair], found: Found, summary, seconds: float) -> None:
-    console.print(_table(pairs[:10]))
+def _report(s: Settings, pairs: Sequence[BlindPair], found: Found, summary: dict, seconds: float) -> None:
     counts, skipped = summary["counts"], summary["skipped"]
     lines = [
         f"{counts['images']:,} pictures, {counts['skipped']:,} skipped, {counts['encoded_now']:,} encoded now; "
@@ -260,24 +249,21 @@ def _report(console: Console, s: Settings, pairs: Sequence[BlindPair], found: Fo
     if skipped:
         names = ", ".join(f"{row['image']} ({row['error']})" for row in skipped[:3])
         lines.append(f"Skipped: {names}{', ...' if len(skipped) > 3 else ''}")
-    files = ", ".join((ROWS, SHEET, f"{PICTURES}/", SUMMARY))
-    lines.append(f"Written to {s.output_dir}: {files}")
-    for line in lines:
-        console.print(replace_surrogates(line), markup=False, highlight=False)
+    lines.append(f"Written to {s.output_dir}: {ROWS}, {SHEET}, {PICTURES}/, {SUMMARY}")
+    console = Console()
+    console.print(_table(pairs[:10]))
+    console.print(replace_surrogates("\n".join(lines)), markup=False, highlight=False)
 
 
 def _table(pairs: Sequence[BlindPair]) -> Table:
-    table = Table(box=box.SIMPLE, title="Blind pairs, the widest gap first")
     reference = pairs[0].reference
-    columns = [DENSE, MOE, *([reference] if reference in (DINOV2, EXPERTS) else [])]
-    for column in ("", "first", "second", "gap", *columns, "asks"):
-        table.add_column(column, justify="left" if column in ("first", "second", "asks") else "right", overflow="fold")
+    other = [] if reference == MOE else [reference]
+    rows = []
     for number, pair in enumerate(pairs, start=1):
-        cosines = {**pair.cosines, EXPERTS: _lowest_expert(pair.cosines)}
-        shown = [f"{cosines[column]:.3f}" for column in columns]
-        names = [Text(name) for name in pair.names]  # not markup: a "[" may be in a name
-        table.add_row(str(number), *names, f"{pair.gap:.3f}", *shown, Text(", ".join(pair.attributes)))
-    return table
+        dense = pair.cosines[DENSE]
+        cosines = [pair.gap, dense, pair.cosines[MOE], *[dense - pair.gap for _ in other]]
+        rows.append([str(number), *pair.names, *(f"{cosine:.3f}" for cosine in cosines), ", ".join(pair.attributes)])
+    return Table(["", "first", "second", "gap", DENSE, MOE, *other, "asks"], rows, "Blind pairs, the widest gap first")
 
 
 def main(argv: list[str] | None = None) -> int:

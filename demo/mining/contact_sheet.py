@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llava_clipmoe.files import atomic_file
@@ -28,7 +27,6 @@ def draw_contact_sheet(pairs: Sequence[BlindPair], path: Path, title: str) -> No
     rows = -(-len(pairs) // COLUMNS)
     height = HEIGHT * rows + 0.6
     figure = Figure(figsize=(WIDTH * COLUMNS, height), dpi=100)
-    FigureCanvasAgg(figure)
     figure.text(0.02, 1 - 0.3 / height, title, fontsize=13, va="center", parse_math=False)
     for number, pair in enumerate(pairs):
         left, top = number % COLUMNS / COLUMNS, 1 - (0.6 + HEIGHT * (number // COLUMNS)) / height

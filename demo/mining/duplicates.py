@@ -8,12 +8,10 @@ from PIL import Image
 
 HASH_SIDE, THUMB_SIDE = 8, 16
 HASH_BYTES = HASH_SIDE**2 // 8
-LOOKS = HASH_BYTES + 3 * THUMB_SIDE**2
-"""Bytes of `looks`."""
 
 
 def looks(image: Image.Image) -> np.ndarray:
-    """RGB picture -> uint8 [LOOKS]: its perceptual hash (64 bits, packed), then a small RGB thumbnail.
+    """RGB picture -> uint8 [B]: its perceptual hash (64 bits, packed), then a small RGB thumbnail.
 
     The hash sees no colour; the thumbnail sees a clock's hands, which an 8 x 8 one would not.
     """
@@ -23,15 +21,13 @@ def looks(image: Image.Image) -> np.ndarray:
 
 
 class NearDuplicates:
-    """Tells which pairs of pictures are copies of each other, by their looks.
-
-    They are when at most `max_bits` bits of their hashes differ AND no pixel of their thumbnails differs by more than
-    `max_colour` (of 255) in a channel. Hashes alone are not enough: a red and a blue circle have the same one, and are
-    just such a pair as mining looks for.
+    """Tells which pictures are copies: at most `max_bits` bits of their hashes differ AND no pixel of their thumbnails
+    differs by more than `max_colour` (of 255) in a channel. Hashes alone are not enough: a red and a blue circle have
+    the same one, and are just such a pair as mining looks for.
     """
 
     def __init__(self, looks: np.ndarray, max_bits: int, max_colour: int) -> None:
-        """looks: uint8 [N, LOOKS], perhaps memory-mapped."""
+        """looks: uint8 [N, B], perhaps memory-mapped."""
         self.hashes = np.ascontiguousarray(looks[:, :HASH_BYTES]).view(np.uint64).reshape(-1)
         self.looks, self.max_bits, self.max_colour = looks, max_bits, max_colour
 

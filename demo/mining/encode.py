@@ -2,9 +2,9 @@
 
     towers = open_towers("runs/quickstart/base", "runs/quickstart/clip-moe", "clip-moe")
     encoded = encode_pictures(pictures, towers, Path("runs/pairs/cache"))
-    encoded.embeddings["dense"]          # [N,P] fp16, memory-mapped; a skipped picture's row is 0
+    encoded.embeddings["dense"]          # [N,P] fp16, memory-mapped
 
-`train_encoder.features` encodes a source by ONE model, with captions, and would decode every picture once a model.
+`train_encoder.features` encodes a source with captions by one model, and would decode every picture once a model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.files import remove_leftovers
-from train_encoder.config import digest
+from train_encoder.config import DataConfig, digest
 from train_encoder.data.decode import BadImage
 from train_encoder.data.pairs import DataError
 from train_encoder.features.encode import Precision, pick_device
@@ -37,11 +38,12 @@ FLUSH_SECONDS = 10.0
 """A killed run repeats at most this much work."""
 MAX_BAD = 0.5
 """Share of unreadable pictures that stops the run: it is the wrong folder, or a broken disk."""
+LOOKS = "looks"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Embeddings of N pictures, N rows each, memory-mapped. A skipped picture has a row of zeros."""
+    """N pictures, a row each, memory-mapped; the row of a skipped picture means nothing."""
 
     embeddings: dict[str, np.ndarray]
     """By encoder."""
@@ -64,110 +66,71 @@ def encode_pictures(
 ) -> Encoded:
     """Every picture by every encoder of `towers`, each decoded once; what `cache` has of them is used.
 
-    Other pictures, weights or precision have another key there, so that nothing stale is read; the batch size is no
-    part of the key. Raises DataError when over half of the pictures cannot be read, NotFinite, SaveError (what is done
-    is kept).
+    Other pictures, weights or precision have another key there; the batch size is no part of it. Raises DataError when
+    over half of the pictures cannot be read, NotFinite, SaveError (what is done is kept).
     """
     cache.mkdir(parents=True, exist_ok=True)
     remove_leftovers(cache)
-    count, known = len(pictures), (FORMAT, pictures.fingerprint, pictures.max_pixels)
-    looks_store = Store(cache, "looks", digest(*known), count, "uint8")
-    stores = {
-        encoder: Store(cache, encoder, digest(*known, tower.fingerprint, precision), count, "float16")
-        for tower in towers
-        for encoder in tower.encoders
-    }
-    start = min(store.done for store in (looks_store, *stores.values()))
-    bad = dict(looks_store.state["bad"])
+    count, known = len(pictures), (FORMAT, pictures.fingerprint, DataConfig.max_pixels)
+    stores = {LOOKS: Store(cache, LOOKS, digest(*known), count, "uint8")}
+    for tower in towers:
+        key = digest(*known, tower.fingerprint, precision)
+        stores |= {encoder: Store(cache, encoder, key, count, "float16") for encoder in tower.encoders}
+    start, bad = min(store.done for store in stores.values()), dict(stores[LOOKS].bad)
     if start < count:
         left = [tower for tower in towers if any(stores[encoder].done < count for encoder in tower.encoders)]
-        work = _Encoding(pictures, left, stores, looks_store, bad, pick_device(device), precision)
-        work.run(start, batch_size, workers)
-    arrays = {encoder: store.array() for encoder, store in stores.items()}
-    return Encoded(arrays, looks_store.array(), {int(row): error for row, error in bad.items()}, count - start)
-
-
-@dataclass
-class _Encoding:
-    """One pass over the pictures that are not in every store yet."""
-
-    pictures: Pictures
-    towers: Sequence[Tower]
-    stores: dict[str, Store]
-    looks: Store
-    bad: dict[str, str]
-    device: torch.device
-    precision: Precision
-
-    def run(self, start: int, batch_size: int, workers: int) -> None:
-        """Encode the pictures from number `start` on."""
-        count, flushed = len(self.pictures), time.monotonic()
-        views = {tower.view: tower.preprocess() for tower in self.towers}
-        batches = DataLoader(
-            _Decoded(self.pictures, views),
-            batch_size,
-            sampler=range(start, count),
-            num_workers=workers,
-            collate_fn=_collate,
-        )
+        views = {tower.view: tower.preprocess() for tower in left}
+        batches = DataLoader(_Decoded(pictures, views), batch_size, sampler=range(start, count), num_workers=workers)
+        flushed, device = time.monotonic(), pick_device(device)
         with Bar("encoding", count, completed=start) as bar:
             for batch in batches:
-                stop = self._batch(batch)
+                rows = batch["row"].tolist()
+                bad |= {str(row): error for row, error in zip(rows, batch["error"], strict=True) if error}
+                _refuse_too_many(bad, pictures)
+                stop = rows[-1] + 1
+                _write(batch, stop, stores, left, device, precision)
                 if time.monotonic() - flushed >= FLUSH_SECONDS or stop == count:
-                    for store in (*self.stores.values(), self.looks):
-                        store.flush(stop, self.bad)
+                    for store in stores.values():
+                        store.flush(stop, bad)
                     flushed = time.monotonic()
-                bar.advance(len(batch["rows"]))
+                bar.advance(len(rows))
+    embeddings = {name: store.array() for name, store in stores.items()}
+    found = embeddings.pop(LOOKS)
+    return Encoded(embeddings, found, {int(row): error for row, error in bad.items()}, count - start)
 
-    def _batch(self, batch: dict[str, Any]) -> int:
-        """Write what the stores lack of one batch; -> the number after its last picture."""
-        begin, stop, good = int(batch["rows"][0]), int(batch["rows"][-1]) + 1, batch["good"]
-        self.bad.update(batch["bad"])
-        _refuse_too_many(self.bad, self.pictures)
-        if not good.any():
-            return stop
-        for tower in self.towers:
-            for encoder in tower.encoders:
-                if stop > self.stores[encoder].done:
-                    found = tower.encode(encoder, batch["pixels"][tower.view], self.device, self.precision)
-                    self.stores[encoder].write(begin, _spread(found.numpy(), good))
-        if stop > self.looks.done:
-            self.looks.write(begin, _spread(batch["looks"], good))
-        return stop
+
+def _write(
+    batch: dict[str, Any],
+    stop: int,
+    stores: dict[str, Store],
+    towers: Sequence[Tower],
+    device: torch.device,
+    precision: Precision,
+) -> None:
+    """Write what the stores lack of one batch; `stop`: the number after its last picture."""
+    start = int(batch["row"][0])
+    if stores[LOOKS].done < stop:
+        stores[LOOKS].write(start, batch["looks"].numpy())
+    for tower in towers:
+        for encoder in tower.encoders:
+            if stores[encoder].done < stop:
+                embeddings = tower.encode(encoder, batch["pixels"][tower.view], device, precision)
+                stores[encoder].write(start, embeddings.numpy())
 
 
 class _Decoded(Dataset):
-    """A picture's number -> its looks, and its pixels by view, or the error. Runs in the loader's workers."""
+    """A picture's number -> its looks and its pixels by view; those of a blank one, and the error, if it is bad."""
 
     def __init__(self, pictures: Pictures, views: dict[str, Callable]) -> None:
         self.pictures, self.views = pictures, views
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         try:
-            image = self.pictures.image(i)
-        except BadImage as error:
-            return {"row": i, "error": str(error)}
-        return {"row": i, "looks": looks(image), "pixels": {view: make(image) for view, make in self.views.items()}}
-
-
-def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack in the worker: a batch then travels as a few tensors and not as hundreds."""
-    good = [item for item in items if "error" not in item]
-    views = good[0]["pixels"] if good else ()
-    return {
-        "rows": np.array([item["row"] for item in items]),
-        "good": np.array(["error" not in item for item in items]),
-        "bad": {str(item["row"]): item["error"] for item in items if "error" in item},
-        "looks": np.stack([item["looks"] for item in good]) if good else None,
-        "pixels": {view: torch.stack([item["pixels"][view] for item in good]) for view in views},
-    }
-
-
-def _spread(values: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """Rows of the good pictures -> rows of all, 0 for the others."""
-    rows = np.zeros((len(good), values.shape[1]), values.dtype)
-    rows[good] = values
-    return rows
+            image, error = self.pictures.image(row), ""
+        except BadImage as reason:
+            image, error = Image.new("RGB", (64, 64)), str(reason)
+        pixels = {view: transform(image) for view, transform in self.views.items()}
+        return {"row": row, "error": error, "looks": looks(image), "pixels": pixels}
 
 
 def _refuse_too_many(bad: dict[str, str], pictures: Pictures) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import local_directory, read_config
 from llava_clipmoe.transformer_clipmoe import only_expert
@@ -26,8 +29,7 @@ DENSE, MOE, DINOV2, EXPERTS = "dense", "clip-moe", "dinov2", "experts"
 class ClipTower:
     """A dense CLIP (one encoder), or a CLIP-MoE: its mixture and every expert alone. Weights are read when needed.
 
-    name: of the directory. encoders: names. fingerprint: changes with the weights. view: towers of one view take the
-    same pixels, which are made once.
+    Towers of one `view` take the same pixels, which are made once.
     """
 
     def __init__(self, source: str, *, dense: bool) -> None:
@@ -39,26 +41,26 @@ class ClipTower:
             wanted = "dense CLIP" if dense else "CLIP-MoE"
             raise ValueError(f"--{flag} {source} is a {is_a}. Give a {wanted} there, and this one as --{other}.")
         self.name = self.directory.resolve().name
-        experts = tuple(f"expert{e}" for e in range(config.num_experts))
-        self.encoders = (DENSE,) if dense else (MOE, *experts)
+        self.encoders = (DENSE,) if dense else (MOE, *(f"expert{e}" for e in range(config.num_experts)))
         self.fingerprint = weights_fingerprint(self.directory)
         self.size = config.vision_config.image_size
         self.view = f"clip {self.size}"
-        self._bundle: Any = None
 
     def preprocess(self) -> ImageTransform:
         return ImageTransform(self.size)
 
+    @cached_property
+    def _bundle(self) -> ClipBundle:
+        bundle = load_bundle(self.directory)
+        bundle.model.text_model = None  # a third of the memory, and never used here
+        return bundle
+
     def encode(self, encoder: str, pixels: torch.Tensor, device: torch.device, precision: Precision) -> torch.Tensor:
         """uint8 [B,3,R,R] -> L2-normalised [B,P] fp32 on the CPU. Raises NotFinite."""
-        if self._bundle is None:
-            self._bundle = load_bundle(self.directory)
-            self._bundle.model.text_model = None  # a third of the memory, and never used here
-        settings = {"device": device, "precision": precision, "batch_size": len(pixels)}
-        if encoder in (DENSE, MOE):
-            return encode_images(self._bundle, pixels, **settings)
-        with only_expert(self._bundle.model, int(encoder.removeprefix("expert"))):
-            return encode_images(self._bundle, pixels, **settings)
+        expert = encoder.removeprefix("expert")
+        alone = only_expert(self._bundle.model, int(expert)) if expert.isdecimal() else contextlib.nullcontext()
+        with alone:
+            return encode_images(self._bundle, pixels, device=device, precision=precision, batch_size=len(pixels))
 
 
 class DinoTower:
@@ -77,7 +79,6 @@ class DinoTower:
                 "current transformers (model.save_pretrained)."
             )
         self.fingerprint = weights_fingerprint(self.directory)
-        self._model: Any = None
 
     def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
         from transformers import AutoImageProcessor  # takes a second, and only this tower needs it
@@ -85,16 +86,16 @@ class DinoTower:
         processor = AutoImageProcessor.from_pretrained(self.directory, local_files_only=True)
         return lambda image: torch.as_tensor(np.asarray(processor(images=image)["pixel_values"][0]))
 
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(self.directory, local_files_only=True, use_safetensors=True).eval()
+
     def encode(self, encoder: str, pixels: torch.Tensor, device: torch.device, precision: Precision) -> torch.Tensor:
         """float [B,3,R,R] -> the class token, L2-normalised [B,P] fp32 on the CPU. Raises NotFinite."""
-        if self._model is None:
-            from transformers import AutoModel
-
-            model = AutoModel.from_pretrained(self.directory, local_files_only=True, use_safetensors=True)
-            self._model = model.to(device).eval()
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), autocast:
-            tokens = self._model(pixel_values=pixels.to(device)).last_hidden_state
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            tokens = self._model.to(device)(pixel_values=pixels.to(device)).last_hidden_state
         found = F.normalize(tokens[:, 0].float(), dim=-1).cpu()
         if not found.isfinite().all():
             raise NotFinite(f"{self.name} gave NaN or infinite embeddings: its weights are damaged.")

@@ -1,12 +1,11 @@
 """Pictures to mine, whatever holds them: a folder, a table of paths, a data set.
 
-pictures = open_pictures("photos")             # a folder, a table of paths, or any source of train_encoder
+pictures = open_pictures("photos")
 pictures.image(0), pictures.names[0]
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,17 +26,13 @@ class Pictures:
     """Pictures by number. Can be sent to a loader's workers."""
 
     names: list[str]
-    """For people: the path below the folder, or the row's key. Bytes of a file's name that are not UTF-8 are U+FFFD
-    here: neither files nor figures take the surrogates that Python has for them."""
+    """For people: the path below the folder, or the row's key; U+FFFD for bytes of a file's name that are not UTF-8,
+    since neither files nor figures take the surrogates that Python has for them."""
     paths: list[Path] | None
-    """Where each is, when they are files of their own."""
+    """Where each is, when they are files of their own; else they are in `source`."""
     fingerprint: str
     """Changes with the pictures and their order."""
-    max_pixels: int
     source: PairSource | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", [replace_surrogates(name) for name in self.names])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,7 +42,7 @@ class Pictures:
         if self.paths is None:
             return self.source.image(i)
         with FileStore(Path()).open(i, str(self.paths[i])) as file:
-            return decode_image(file, self.max_pixels)
+            return decode_image(file, DataConfig.max_pixels)
 
 
 def open_pictures(images: str, *, split: str = "train", leave_out: Path | None = None) -> Pictures:
@@ -59,39 +54,36 @@ def open_pictures(images: str, *, split: str = "train", leave_out: Path | None =
     if images == "openmoji":
         from train_encoder.openmoji.drawings import build_openmoji, list_emoji
 
-        folder = build_openmoji()
-        pictures = _files(sorted(image_files(folder / "images")), folder, DataConfig().max_pixels)
-        called = {f"images/{emoji.key}.png": emoji.name for emoji in list_emoji()}
-        return dataclasses.replace(pictures, names=[called.get(name, name) for name in pictures.names])
+        called = {f"{emoji.key}.png": emoji.name for emoji in list_emoji()}
+        paths = sorted(image_files(build_openmoji() / "images"))
+        return _files(paths, [f"images/{path.name}" for path in paths], [called.get(p.name, p.name) for p in paths])
     path = Path(images).expanduser()
     if path.is_dir() and not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
-        found = sorted(image_files(path, leave_out))
-        if found:
-            return _files(found, path, DataConfig().max_pixels)
+        if paths := sorted(image_files(path, leave_out)):
+            return _files(paths, [found.relative_to(path).as_posix() for found in paths])
     config = DataConfig(source=images, split=split)
     kind = FILE_KINDS.get(path.suffix.lower()) if path.is_file() else None
     if kind in ("csv", "json"):
         # A picture's own path is its caption: rows without one would be left out, and none is needed here.
         column = _image_column(path, kind)
         config = DataConfig(source=images, split=split, image_column=column, caption_columns=(column,))
-        source = open_source(config)
-        names = [source.name(i) for i in range(len(source))]
-        return _files([path.parent / name for name in names], path.parent, config.max_pixels, names)
     source = open_source(config)
     names = [source.name(i) for i in range(len(source))]
-    fingerprint = digest(source.fingerprint, source.images_fingerprint)
-    return Pictures(names, None, fingerprint, config.max_pixels, source)
+    if kind in ("csv", "json"):
+        return _files([path.parent / name for name in names], names)
+    return Pictures(names, None, digest(source.fingerprint, source.images_fingerprint), source)
 
 
-def _files(paths: list[Path], root: Path, max_pixels: int, names: list[str] | None = None) -> Pictures:
-    names = names or [path.relative_to(root).as_posix() for path in paths]
-    return Pictures(names, paths, digest(list(zip(names, map(_stamp, paths), strict=True))), max_pixels)
+def _files(paths: list[Path], names: list[str], shown: list[str] | None = None) -> Pictures:
+    fingerprint = digest(list(zip(names, map(_stamp, paths), strict=True)))
+    return Pictures([replace_surrogates(name) for name in shown or names], paths, fingerprint)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change; None for what is not there, which is skipped when its turn comes."""
     try:
         found = path.stat()
-    except (OSError, ValueError):  # missing, or no possible path: it is skipped when its turn comes
+    except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""A folder of blind pairs: pictures that the dense tower embeds as the same though they differ.
+"""A folder of blind pairs: pictures that the dense CLIP embeds as the same though they differ.
 
     FOLDER/pairs.jsonl          a line per pair, the widest gap first
     FOLDER/pictures/            the pictures of the pairs, PNG
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -66,10 +66,8 @@ class BlindPair:
 
 
 def save_picture(image: Image.Image, folder: Path, name: str, number: int) -> str:
-    """Write a picture into `folder` as PNG, without metadata, its long side at most LONG_SIDE; -> the file's name.
-
-    `number` tells apart pictures whose names are equal.
-    """
+    """Write a picture into `folder` as PNG, without metadata, its long side at most LONG_SIDE; -> the file's name, in
+    which `number` tells apart pictures of one name."""
     stem = re.sub(r"[^\w-]+", "_", PurePosixPath(name.replace("\\", "/")).stem)[:40].strip("_")
     file = f"{number:05}{'-' if stem else ''}{stem}.png"
     image = image.convert("RGB")
@@ -79,42 +77,37 @@ def save_picture(image: Image.Image, folder: Path, name: str, number: int) -> st
     return file
 
 
-def write_pairs(folder: Path, pairs: Sequence[BlindPair], summary: Mapping[str, Any]) -> Path:
-    """Write pairs.jsonl and mining.json into `folder`, where the pictures are already; -> pairs.jsonl.
-
-    Raises ValueError for a picture that is not inside the folder.
-    """
-    folder = Path(folder).resolve()
-    rows = []
+def write_pairs(folder: Path, pairs: Sequence[BlindPair], summary: dict[str, Any]) -> None:
+    """Write pairs.jsonl and mining.json into `folder`, where the pictures are already."""
+    folder = folder.resolve()
+    lines = []
     for pair in pairs:
         row = asdict(pair)
-        row["images"] = [Path(image).resolve().relative_to(folder).as_posix() for image in pair.images]
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_json(folder / SUMMARY, dict(summary))
-    write_text(folder / ROWS, "".join(rows))
-    return folder / ROWS
+        row["images"] = [image.resolve().relative_to(folder).as_posix() for image in pair.images]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json(folder / SUMMARY, summary)
+    write_text(folder / ROWS, "".join(lines))
 
 
-def read_pairs(path: str | Path) -> list[BlindPair]:
-    """The pairs of a folder (or of its pairs.jsonl), in the file's order, the pictures' paths absolute.
+def read_pairs(path: Path) -> list[BlindPair]:
+    """The pairs of a folder (or of its pairs.jsonl), in the file's order.
 
     Raises FileNotFoundError where there is no such file, or a picture is missing; ValueError, with the line's number,
     for a row that is malformed or names a picture outside the folder.
     """
-    path = Path(path)
-    file = path / ROWS if path.is_dir() or path.suffix != ".jsonl" else path
+    file = path if path.suffix == ".jsonl" and not path.is_dir() else path / ROWS
     if not file.is_file():
         raise FileNotFoundError(f"there are no mined pairs at {file}. {HOW}")
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may be in a question
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}). {HOW}") from error
-    folder, pairs = file.parent.resolve(), []
+    pairs = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            pairs.append(_pair(parse_json(line), folder))
+            pairs.append(_pair(parse_json(line), file.parent.resolve()))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{file}, line {number}: {error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -123,49 +116,43 @@ def read_pairs(path: str | Path) -> list[BlindPair]:
     return pairs
 
 
-def _pair(row: dict[str, Any], folder: Path) -> BlindPair:
+def _pair(row: Any, folder: Path) -> BlindPair:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    reference, passed = row["reference"], row["passed"]
-    if not isinstance(reference, str) or not isinstance(passed, bool):
+    if not isinstance(row["reference"], str) or not isinstance(row["passed"], bool):
         raise ValueError("`reference` must be a name and `passed` true or false")
-    cosines = {str(name): _cosine(value, name) for name, value in row["cosines"].items()}
+    cosines = {name: _number(value, f"cosines.{name}", 1) for name, value in row["cosines"].items()}
     if "dense" not in cosines:
         raise ValueError("`cosines` has no 'dense'")
-    first, second = _two(row["images"], "images")
+    first, second = _two_texts(row, "images")
     return BlindPair(
         images=(_inside(folder, first), _inside(folder, second)),
-        names=_two(row["names"], "names"),
+        names=_two_texts(row, "names"),
         cosines=cosines,
-        reference=reference,
-        gap=_number(row["gap"], "gap"),
-        passed=passed,
+        reference=row["reference"],
+        gap=_number(row["gap"], "gap", 2),
+        passed=row["passed"],
         questions=tuple(_question(question) for question in row.get("questions", ())),
     )
 
 
 def _question(row: dict[str, Any]) -> Question:
-    attribute, question = row["attribute"], row["question"]
-    if not isinstance(attribute, str) or not isinstance(question, str):
+    if not isinstance(row["attribute"], str) or not isinstance(row["question"], str):
         raise ValueError("`attribute` and `question` of a question must be text")
-    return Question(attribute, question, _two(row["answers"], "answers"))
+    return Question(row["attribute"], row["question"], _two_texts(row, "answers"))
 
 
-def _two(value: Any, name: str) -> tuple[str, str]:
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
-        raise ValueError(f"`{name}` must be two texts")
-    return value[0], value[1]
+def _two_texts(row: dict[str, Any], key: str) -> tuple[str, str]:
+    texts = row[key]
+    if not isinstance(texts, list) or len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`{key}` must be two texts")
+    return texts[0], texts[1]
 
 
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -2.01 <= value <= 2.01:  # also not NaN
-        raise ValueError(f"`{name}` must be a number between -2 and 2, found {value!r}")
-    return float(value)
-
-
-def _cosine(value: Any, name: str) -> float:
-    if abs(_number(value, f"cosines.{name}")) > 1.01:
-        raise ValueError(f"`cosines.{name}` is not a cosine: {value}")
+def _number(value: Any, name: str, most: int) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= most + 0.01:  # cosines are rounded; NaN is in no range
+        raise ValueError(f"`{name}` must be a number between -{most} and {most}, found {value!r}")
     return float(value)
 
 

@@ -26,20 +26,13 @@ def quickstart_pairs(left: Path, right: Path, folder: Path) -> Path | None:
         return None
     if (folder / ROWS).is_file() and (folder / ROWS).stat().st_mtime >= results.stat().st_mtime:
         return folder
-    towers = _towers(left, right)
-    if towers is None:
-        return None
-    dense, moe = towers
-    how = {"questions": heldout, "only_with_questions": True, "per_image": PER_IMAGE, "workers": 0}
-    return mine(Settings(str(heldout), dense, moe, folder, **how))
-
-
-def _towers(*llavas: Path) -> tuple[str, str] | None:
-    """(dense, MoE) directories of the two LLaVAs' towers, whichever side they are on."""
-    found = {}
-    for directory in llavas:
+    towers = {}
+    for directory in (left, right):
         tower = read_json(directory / "config.json")["mm_vision_tower"]
         config = Path(tower) / "config.json"
         if config.is_file():
-            found[read_json(config).get("model_type") == MODEL_TYPE] = tower
-    return (found[False], found[True]) if len(found) == 2 else None
+            towers["moe" if read_json(config).get("model_type") == MODEL_TYPE else "dense"] = tower
+    if len(towers) < 2:
+        return None
+    how = {"questions": heldout, "only_with_questions": True, "per_image": PER_IMAGE, "workers": 0}
+    return mine(Settings(str(heldout), output_dir=folder, **towers, **how))

@@ -9,8 +9,10 @@ pairs the lower numbers win; the result does not depend on timing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,30 +56,24 @@ class Found:
     none was above it; the widest gaps among the highest dense cosines."""
     above: int
     """Pairs above the dense threshold, near duplicates among them."""
-    refused: int
-    """Those of them (or of the closest) that `accept` refused."""
     forgotten: bool
     """The pool was too small for all pairs, so that a pair of a picture in very many pairs may be missing."""
 
 
-class Rows:
-    """Embeddings [N,P] as L2-normalised fp32 on a device, by slice or numbers; only those are in memory."""
+Rows = Callable[[slice | np.ndarray], torch.Tensor]
+"""Positions among the compared pictures -> their embeddings [n,P], L2-normalised, fp32 on the device."""
 
-    def __init__(self, array: np.ndarray, numbers: np.ndarray, device: torch.device) -> None:
-        """`numbers`: the rows that are used, ascending; row i is array[numbers[i]]."""
-        self.array, self.numbers, self.device = array, numbers, device
 
-    def __getitem__(self, index: slice | np.ndarray) -> torch.Tensor:
-        part = torch.from_numpy(np.asarray(self.array[self.numbers[index]]))
-        return F.normalize(part.to(self.device, torch.float32), dim=-1)
+def _normalised(array: np.ndarray, numbers: np.ndarray, device: torch.device, some: slice | np.ndarray) -> torch.Tensor:
+    part = torch.from_numpy(np.asarray(array[numbers[some]]))
+    return F.normalize(part.to(device, torch.float32), dim=-1)
 
 
 def cosines(rows: Rows, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Cosines of n pairs of one tile, fp32 [n], by one product of the rows and columns that occur in them."""
     a, i = _occurring(first)
     b, j = _occurring(second)
-    product = rows[a] @ rows[b].T
-    return product[torch.from_numpy(i).to(product.device), torch.from_numpy(j).to(product.device)].cpu().numpy()
+    return (rows(a) @ rows(b).T).cpu().numpy()[i, j]
 
 
 def _occurring(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +97,7 @@ class Pool:
     """The `keep` pairs with the largest keys, and at most `per_row` of a row. Holds 2 * keep at most, ever."""
 
     def __init__(self, count: int, keep: int, per_row: int) -> None:
-        self.keep, self.per_row, self.size, self.largest = keep, per_row, 0, 0
+        self.keep, self.per_row, self.size = keep, per_row, 0
         self.pairs, self.keys = np.empty((2, 2 * keep), np.int64), np.empty(2 * keep, np.float64)
         self.floor = -np.inf
         self.floors = np.full(count, -np.inf)  # by row: the key that a pair of it must exceed
@@ -111,18 +107,14 @@ class Pool:
         """Whether a pair has been forgotten."""
         return bool(self.floor > -np.inf or (self.floors > -np.inf).any())
 
-    def wanted(self, first: np.ndarray, second: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        return keys > np.maximum(self.floor, np.maximum(self.floors[first], self.floors[second]))
-
     def add(self, first: np.ndarray, second: np.ndarray, keys: np.ndarray) -> None:
         while len(keys):
-            some = self.wanted(first, second, keys)
+            some = keys > np.maximum(self.floor, np.maximum(self.floors[first], self.floors[second]))
             first, second, keys = first[some], second[some], keys[some]
             n = min(len(keys), 2 * self.keep - self.size)
             place = slice(self.size, self.size + n)
-            self.pairs[0, place], self.pairs[1, place], self.keys[place] = first[:n], second[:n], keys[:n]
+            self.pairs[:, place], self.keys[place] = (first[:n], second[:n]), keys[:n]
             self.size += n
-            self.largest = max(self.largest, self.size)
             first, second, keys = first[n:], second[n:], keys[n:]
             if self.size == 2 * self.keep:
                 self._shrink()
@@ -159,9 +151,9 @@ def close_pairs(
     `above` is asked before each tile; `advance` is told how many pairs have been looked at.
     """
     for i in range(0, count, TILE):
-        a = rows[i : i + TILE]
+        a = rows(slice(i, i + TILE))
         for j in range(i, count, TILE):
-            tile = a @ rows[j : j + TILE].T
+            tile = a @ rows(slice(j, j + TILE)).T
             mask = tile > above()
             if i == j:
                 mask = mask.triu_(1)
@@ -183,40 +175,38 @@ def search(
 ) -> Found:
     """The blind pairs of N pictures. dense [N,P]; references: [N,P'] each, the smallest of their cosines counts.
 
-    `numbers`: the pictures to compare (default all). Where no pair passes both thresholds, the widest gaps of those
-    above the dense one are kept; where none is above it, the widest gaps of the `candidates` closest.
+    `numbers`: the pictures to compare (default all), ascending. Where no pair passes both thresholds, the widest gaps
+    of those above the dense one are kept; where none is above it, the widest gaps of the `candidates` closest.
     """
     numbers = np.arange(len(dense)) if numbers is None else np.asarray(numbers, np.int64)
     count, place = len(numbers), pick_device(device)
-    dense_rows, others = Rows(dense, numbers, place), [Rows(array, numbers, place) for array in references]
-    counts = {"above": 0, "refused": 0}
 
-    def accepted(first, second, cosine):
-        good = np.ones(len(first), bool) if accept is None else accept(numbers[first], numbers[second])
-        counts["refused"] += int((~good).sum())
+    def accepted(first: np.ndarray, second: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, ...]:
+        good = slice(None) if accept is None else accept(numbers[first], numbers[second])
         return first[good], second[good], cosine[good]
 
+    rows, *others = (partial(_normalised, array, numbers, place) for array in (dense, *references))
+    above = 0
     pool = Pool(count, criteria.pool, LOOSE * criteria.per_image)
     with torch.inference_mode(), full_precision():
         with Bar("comparing", count * (count - 1) // 2, unit="pairs") as bar:
-            for pairs in close_pairs(dense_rows, count, lambda: criteria.dense_threshold, bar.advance):
-                counts["above"] += len(pairs[0])
+            for pairs in close_pairs(rows, count, lambda: criteria.dense_threshold, bar.advance):
+                above += len(pairs[0])
                 first, second, cosine = accepted(*pairs)
                 if len(first):
-                    reference = np.min([cosines(rows, first, second) for rows in others], axis=0)
+                    reference = np.min([cosines(other, first, second) for other in others], axis=0)
                     # Pairs that pass get keys above 2, more than any gap: a wider gap alone does not push them out.
                     passed = reference < criteria.reference_threshold
                     pool.add(first, second, cosine.astype(np.float64) - reference + 4 * passed)
         first, second, keys = pool.sorted()
-        outcome = "both" if len(keys) and keys[0] > 2 else "dense"
+        outcome = "closest" if not len(keys) else "both" if keys[0] > 2 else "dense"
         if outcome == "both":
             first, second = first[keys > 2], second[keys > 2]
-        if not len(keys):
-            outcome, counts["refused"] = "closest", 0
-            first, second = _closest(dense_rows, count, criteria.candidates, accepted)
+        if outcome == "closest":
+            first, second = _closest(rows, count, criteria.candidates, accepted)
     first, second = _by_gap(dense, references, numbers[first], numbers[second])
     kept = _few_of_each(first, second, criteria.per_image, criteria.top)
-    return Found(first[kept], second[kept], outcome, **counts, forgotten=pool.full and len(kept) < criteria.top)
+    return Found(first[kept], second[kept], outcome, above, forgotten=pool.full and len(kept) < criteria.top)
 
 
 def _closest(rows: Rows, count: int, candidates: int, accepted: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -238,12 +228,10 @@ def _by_gap(dense, references, first, second) -> tuple[np.ndarray, np.ndarray]:
 
 def _few_of_each(first: np.ndarray, second: np.ndarray, per_image: int, top: int) -> list[int]:
     """Positions of the first `top` pairs, without those whose pictures are in `per_image` earlier pairs already."""
-    uses: dict[int, int] = {}
+    uses: Counter[int] = Counter()
     kept: list[int] = []
     for position, pair in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        if len(kept) == top:
-            break
-        if all(uses.get(image, 0) < per_image for image in pair):
+        if len(kept) < top and all(uses[image] < per_image for image in pair):
             kept.append(position)
-            uses.update({image: uses.get(image, 0) + 1 for image in pair})
+            uses.update(pair)
     return kept
