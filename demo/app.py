@@ -1,8 +1,8 @@
-"""The command `llava-clipmoe demo`: a page that puts the answers of two LLaVAs beside each other.
+"""A page that puts the answers of two LLaVAs beside each other.
 
     llava-clipmoe demo                                             # the two of `make llava-quickstart`
     llava-clipmoe demo --left DIR --right DIR --pairs FOLDER       # any two LLaVA directories, your own mined pairs
-    llava-clipmoe demo --language-model LLM --left STAGE1 --right STAGE1     # one language model, two eyes
+    llava-clipmoe demo --language-model LLM --left STAGE1 --right STAGE1     # one language model, two vision towers
 
 It listens on this machine only. Votes and scores are kept in --output-dir.
 """
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from .session import Demo
 
-# Imported inside functions: Gradio and what imports it, since it reads the environment when it is imported; and what
-# imports transformers, so that --help answers at once.
+# Imported inside functions: Gradio, which reads the environment then, and transformers, so that --help answers at once.
 
 TITLE = "llava-clipmoe: what CLIP cannot see"
 QUEUE = 64
@@ -82,6 +81,7 @@ def prepare(settings: Settings, console: Console) -> Demo:
     before anything is loaded."""
     from .llava.load import load_llavas, prepare_upstream
     from .mining.quickstart import quickstart_pairs
+    from .session import Demo
 
     check_models(settings.models)
     left, right = settings.models.left, settings.models.right
@@ -89,13 +89,10 @@ def prepare(settings: Settings, console: Console) -> Demo:
     pairs = read_pairs(folder) if folder else []
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     prepare_upstream()
-    from .session import Demo
-
     console.print("loading both models ...")
     llavas = load_llavas(settings.models, console.print)
-    return Demo(
-        llavas, pairs, settings.output_dir, Uploads(settings.served, settings.upload_limits), settings.generation
-    )
+    uploads = Uploads(settings.served, settings.upload_limits)
+    return Demo(llavas, pairs, settings.output_dir, uploads, settings.generation)
 
 
 def build_page(demo: Demo) -> gr.Blocks:
@@ -124,8 +121,7 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 def launch(demo: Demo, settings: Settings) -> gr.Blocks:
-    """Start serving the page, in threads, in a process that has `environment`; -> the page, with `local_url`,
-    `block_thread()` and `close()`."""
+    """Start serving the page, in threads, in a process that has `environment`; -> the page."""
     import gradio as gr
 
     from .same_origin import middleware

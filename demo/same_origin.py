@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,73 +44,57 @@ MOST_ASKED = 2**20
 ASKED = ("data", "fn_index", "session_hash", "event_data", "trigger_id")
 PICTURES = {".png": "image/png", ".webp": "image/webp"}
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
-class SameOriginOnly:
-    """ASGI middleware: 403 for a request whose Origin is not the address that it was sent to."""
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        headers = Headers(raw=scope.get("headers") or [])
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
-            refused = PlainTextResponse("This page takes nothing from other pages.", status_code=403)
-            await refused(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-
-class AsDeclared:
-    """ASGI middleware: tells the browser to trust the content type of every answer and never to guess a web page."""
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        async def declared(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
-            await send(message)
-
-        await self.app(scope, receive, declared)
-
-
-class OnlyWhatIsUsed:
-    """ASGI middleware: the page's own requests pass, uploads and pictures are handled here, anything else gets 404."""
+class Guard:
+    """ASGI middleware: the page's own requests pass, uploads and pictures are handled here, anything else gets 404, and
+    another site 403. Every answer tells the browser to trust its content type and never to guess a web page."""
 
     def __init__(self, app: Any, uploads: Uploads):
         self.app, self.uploads = app, uploads
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        async def declared(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
         if scope["type"] != "http":  # the server's start and end: no address of Gradio's takes a websocket
             return await self.app(scope, receive, send)
-        reads, writes, path = scope["method"] in ("GET", "HEAD"), scope["method"] == "POST", scope["path"]
-        answer: Response = PlainTextResponse("This page has nothing here.", status_code=404)
-        if (reads and READ.fullmatch(path)) or (writes and path in WRITTEN):
-            return await self.app(scope, receive, send)
-        if writes and path == JOIN:
-            asked = _event(await _body(receive, MOST_ASKED), self.uploads.served)
-            if asked is not None:
-                return await self.app(scope, _again(asked, receive), send)
-            answer = PlainTextResponse("This is nothing that the page asks.", status_code=400)
+        headers = Headers(scope=scope)
+        origin, path, method = headers.get("origin"), scope["path"], scope["method"]
+        reads, writes = method in ("GET", "HEAD"), method == "POST"
+        answer: Any = PlainTextResponse("This page has nothing here.", status_code=404)
+        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+            answer = PlainTextResponse("This page takes nothing from other pages.", status_code=403)
+        elif (reads and READ.fullmatch(path)) or (writes and path in WRITTEN):
+            answer = self.app
+        elif writes and path == JOIN:
+            event = _event(await _body(receive, MOST_ASKED), self.uploads.served)
+            if event is None:
+                answer = PlainTextResponse("This is nothing that the page asks.", status_code=400)
+            else:
+                answer, receive = self.app, _again(event, receive)
         elif writes and path == UPLOAD:
             answer = await self._upload(scope, receive)
         elif reads and path == PROGRESS:  # Gradio did not see the upload, but the page waits for its end
             answer = PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         elif reads and path.startswith(FILE):
-            answer = self._file(path.removeprefix(FILE), answer)
-        await answer(scope, receive, send)
+            file = inside(self.uploads.served, path.removeprefix(FILE))
+            if file is not None and file.suffix in PICTURES and file.is_file():
+                locked = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+                answer = FileResponse(file, media_type=PICTURES[file.suffix], headers=locked)
+        await answer(scope, receive, declared)
 
     async def _upload(self, scope: dict[str, Any], receive: Receive) -> Response:
         """Answer an upload as Gradio would, with a list of paths: here of one picture."""
-        body = await _body(receive, self.uploads.limits.max_bytes + 2**16)  # 2**16: what a form adds around the file
+        most = self.uploads.limits.max_bytes
+        body = await _body(receive, most + 2**16)  # 2**16: what a form adds around the file
         if body is None:
-            most = f"{self.uploads.limits.max_bytes:,}"
-            return PlainTextResponse(f"Too large: at most one file of {most} bytes is taken.", status_code=413)
+            return PlainTextResponse(f"Too large: at most one file of {most:,} bytes is taken.", status_code=413)
         try:
             async with Request(scope, _again(body, receive)).form(max_files=1, max_fields=1) as form:
                 files = [await part.read() for part in form.getlist("files") if isinstance(part, UploadFile)]
@@ -119,13 +103,6 @@ class OnlyWhatIsUsed:
         if not files:
             return PlainTextResponse("One file at a time is taken here.", status_code=400)
         return JSONResponse([await run_in_threadpool(self.uploads.take, files[0])])
-
-    def _file(self, name: str, otherwise: Response) -> Response:
-        path = inside(self.uploads.served, name)
-        kind = PICTURES.get(path.suffix) if path and path.is_file() else None
-        if kind is None:
-            return otherwise
-        return FileResponse(path, media_type=kind, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
 
 def _event(body: bytes | None, served: Path) -> bytes | None:
@@ -167,18 +144,13 @@ def _again(body: bytes, receive: Receive) -> Receive:
     """A `receive` for the next reader of the request: gives `body`, then what is still to come."""
     left = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> dict[str, Any]:
+    async def again() -> Message:
         return left.pop() if left else await receive()
 
     return again
 
 
-def middleware(host: str, uploads: Uploads) -> Sequence[Middleware]:
+def middleware(host: str, uploads: Uploads) -> list[Middleware]:
     """For a server that listens on `host`. On all of a machine's addresses its names cannot be known: any is taken."""
     names = ["*"] if host in EVERYWHERE else [*THIS_MACHINE, host]
-    return [
-        Middleware(AsDeclared),
-        Middleware(TrustedHostMiddleware, allowed_hosts=names),
-        Middleware(SameOriginOnly),
-        Middleware(OnlyWhatIsUsed, uploads=uploads),
-    ]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(Guard, uploads=uploads)]

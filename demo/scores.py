@@ -12,7 +12,6 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from llava_clipmoe.files import write_json
 from train_encoder.evaluate.judge import answers_right, pairs_right, same_answer
 
 from .llava.generate import Llava
@@ -51,29 +50,35 @@ class Scores:
     def total(self) -> int:
         return 4 * len(self.items)
 
-    def _answered(self, llava: int) -> list[tuple[Item, list[str]]]:
-        """The items whose two pictures this LLaVA has answered, with its two texts."""
+    def both(self, llava: int) -> list[tuple[str, str]]:
+        """This LLaVA's two answers to each of the items that it has finished."""
         texts = self.texts[llava]
-        return [(self.items[i], texts[2 * i : 2 * i + 2]) for i in range(len(texts) // 2)]
+        return list(zip(texts[::2], texts[1::2], strict=False))
 
     def right(self, llava: int) -> list[bool]:
         """Of the items that this LLaVA has finished: whether both pictures are answered right."""
-        single = [right for item, texts in self._answered(llava) for right in answers_right(texts, item.answers)]
-        return pairs_right(single)
+        answered = zip(self.both(llava), self.items, strict=False)
+        return pairs_right([right for texts, item in answered for right in answers_right(texts, item.answers)])
 
     def same(self, llava: int) -> int:
         """Number of items for which this LLaVA has given one answer for both pictures."""
-        return sum(same_answer(*texts) for _, texts in self._answered(llava))
+        return sum(same_answer(*texts) for texts in self.both(llava))
 
     def as_json(self) -> dict[str, Any]:
-        rows = []
-        for i, item in enumerate(self.items):
-            row = {"pair": item.pair, "attribute": item.attribute, "question": item.question, "answers": item.answers}
-            answers = {name: texts[2 * i : 2 * i + 2] for name, texts in zip(self.names, self.texts, strict=True)}
-            rows.append(row | answers)
-        accuracy = {name: sum(self.right(i)) / max(1, len(self.items)) for i, name in enumerate(self.names)}
-        facts = {"pair_accuracy": accuracy, "pairs_and_questions": len(self.items), "seconds": round(self.seconds, 1)}
-        return {**facts, "sentence": verdict(self), "rows": rows}
+        """What scores.json holds once all answers are there."""
+        answers = [self.both(0), self.both(1)]
+        rows = [
+            {"pair": item.pair, "attribute": item.attribute, "question": item.question, "answers": item.answers}
+            | {name: texts[i] for name, texts in zip(self.names, answers, strict=True)}
+            for i, item in enumerate(self.items)
+        ]
+        return {
+            "pair_accuracy": {name: sum(self.right(i)) / len(self.items) for i, name in enumerate(self.names)},
+            "pairs_and_questions": len(self.items),
+            "seconds": round(self.seconds, 1),
+            "sentence": verdict(self),
+            "rows": rows,
+        }
 
 
 def items_of(pairs: Sequence[BlindPair]) -> list[Item]:
@@ -110,28 +115,18 @@ def score(llavas: tuple[Llava, Llava], pairs: Sequence[BlindPair], stop: threadi
                 yield found
 
 
-def save(scores: Scores, path: Path) -> None:
-    write_json(path, scores.as_json())
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """95% Wilson interval of a share."""
-    found = binomtest(right, count).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
-
-
 def verdict(scores: Scores) -> str:
     """What the two accuracies say about each other, in one sentence (exact McNemar test on the items)."""
-    left, right = (scores.right(llava) for llava in (0, 1))
-    both = list(zip(left, right, strict=False))
+    both = list(zip(scores.right(0), scores.right(1), strict=False))
     if not both:
         return "Nothing is scored yet."
-    only_right, only_left = sum(b and not a for a, b in both), sum(a and not b for a, b in both)
-    name_left, name_right = scores.names
+    left, right = scores.names
+    only_left, only_right = both.count((True, False)), both.count((False, True))
     if only_left + only_right == 0:
-        return f"{name_right} and {name_left} have exactly the same pairs right."
+        return f"{right} and {left} have exactly the same pairs right."
     p = binomtest(only_right, only_left + only_right).pvalue
-    alone = f"{name_right} alone is right on {only_right} and {name_left} alone on {only_left} of {len(both)}"
     chance = "would seldom give such a difference" if p < 0.05 else "gives such a difference too"
-    p_text = f"p = {p:.2f}" if p >= 0.01 else "p < 0.01"
-    return f"{alone}: chance alone {chance} (exact McNemar test, {p_text})."
+    return (
+        f"{right} alone is right on {only_right} and {left} alone on {only_left} of {len(both)}: chance alone {chance} "
+        f"(exact McNemar test, {f'p = {p:.2f}' if p >= 0.01 else 'p < 0.01'})."
+    )

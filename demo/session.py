@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from PIL import Image
 from .llava.generate import Llava, ModelGone
 from .llava.settings import Generation
 from .llava.similarity import Similarity
-from .mining.pairs import BlindPair, Question
-from .uploads import BadUpload, Limits, Uploads, read_picture
+from .mining.pairs import BlindPair
+from .uploads import BadUpload, Uploads, read_picture
 
 
 class Stop(threading.Event):
@@ -36,32 +35,22 @@ class Demo:
     """votes.jsonl and scores.json are written there."""
     uploads: Uploads
     generation: Generation = field(default_factory=Generation)
-    question_limit: int = 2000
-    """Characters."""
 
     def __post_init__(self) -> None:
+        self.names = self.llavas[0].name, self.llavas[1].name
         self.similarity = Similarity(self.llavas)
         self._stops: dict[tuple[str, str | None], Stop] = {}
 
-    @property
-    def names(self) -> tuple[str, str]:
-        return self.llavas[0].name, self.llavas[1].name
-
-    @property
-    def limits(self) -> Limits:
-        return self.uploads.limits
-
-    def choices(self) -> list[tuple[str, int]]:
-        """(a line about it, its index) of every pair: what differs, and how close the dense CLIP finds it."""
-        lines = [
-            f"{pair.difference or ' / '.join(pair.names)} · CLIP {pair.cosines['dense']:.3f}" for pair in self.pairs
-        ]
-        return [(f"{index + 1} · {line}", index) for index, line in enumerate(lines)]
+    def mined(self, pair: int) -> tuple[Image.Image, Image.Image]:
+        """The pictures of a mined pair. Raises BadUpload."""
+        first, second = self.pairs[pair].images
+        limits = self.uploads.limits
+        return read_picture(first, limits).image, read_picture(second, limits).image
 
     def pictures(self, pair: int | None, first: str | None, second: str | None) -> tuple[Image.Image, Image.Image]:
         """The chosen pair's pictures, else the two uploaded ones. Raises BadUpload."""
         if pair is not None:
-            return tuple(read_picture(path, self.limits).image for path in self.pairs[pair].images)
+            return self.mined(pair)
         for number, path in ((1, first), (2, second)):
             if not path:
                 raise BadUpload(f"Picture {number} is missing. Upload it, or choose a mined pair.")
@@ -73,15 +62,6 @@ class Demo:
             if known.question.lower().split() == question.lower().split():
                 return known.answers
         return None
-
-    def any_pair(self, rng: random.Random) -> tuple[int, Question | None]:
-        """A random pair (one with a question, where there are such), and one of its questions."""
-        if not self.pairs:
-            raise BadUpload("There are no mined pairs. Make some with `llava-clipmoe mine-pairs IMAGES`.")
-        asked = [i for i, pair in enumerate(self.pairs) if pair.questions]
-        index = rng.choice(asked or range(len(self.pairs)))
-        questions = self.pairs[index].questions
-        return index, rng.choice(questions) if questions else None
 
     def warn_if_gone(self) -> None:
         """A message on the page for every model directory that has vanished; answers go on from memory."""
@@ -95,8 +75,7 @@ class Demo:
     def stoppable(self, action: str, session: str | None) -> Iterator[Stop]:
         """An event that the visitor's stop button for this action sets. Starting the action again sets it too."""
         key = action, session
-        if before := self._stops.get(key):
-            before.set()
+        self._stop(action, session)
         event = self._stops[key] = Stop()
         try:
             yield event
@@ -108,13 +87,15 @@ class Demo:
         """The handler of a stop button."""
 
         def stop(request: gr.Request) -> None:
-            if event := self._stops.get((action, request.session_hash)):
-                event.set()
+            self._stop(action, request.session_hash)
 
         return stop
 
     def drop(self, action: str, session: str | None) -> None:
         """End the visitor's action without showing more of it: the page shows other pictures by now."""
+        self._stop(action, session, dropped=True)
+
+    def _stop(self, action: str, session: str | None, dropped: bool = False) -> None:
         if event := self._stops.get((action, session)):
-            event.dropped = True
+            event.dropped |= dropped
             event.set()

@@ -5,8 +5,7 @@
     image = uploads.open(path)            # RGB, upright, on white
     question = check_question(text)
 
-`open` and `check_question` raise BadUpload, whose message is for the person at the page: the cause and the next step,
-no paths, no traces.
+The message of a BadUpload is for the person at the page: the cause and the next step, no paths, no traces.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from train_encoder.data.decode import BadImage, decode_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of what is accepted. Its other decoders (some start programs, as EPS does) are never tried."""
-
 GONE = "The uploaded file is not there any more. Please upload it again."
 NEXT_STEP = "Please upload a PNG, JPEG, WebP, GIF, BMP or TIFF picture."
 _IMAGE_TOKEN = re.compile(r"<\s*/?\s*(image|im_start|im_end|im_patch)\s*>", re.IGNORECASE)
@@ -90,16 +88,18 @@ class Uploads:
             note = picture.note
         except BadUpload as refused:
             note = str(refused)
-        if note:
-            with self._lock:
-                self._notes[path.name] = note
-                for oldest in list(self._notes)[: -self.REMEMBERED]:
-                    del self._notes[oldest]
+        with self._lock:
+            self._notes[path.name] = note
+            if len(self._notes) > self.REMEMBERED:
+                del self._notes[next(iter(self._notes))]
         return str(path)
 
     def _keep(self, image: Image.Image, path: Path) -> None:
         image.info = {}  # pixels alone: what else a file holds (where it was taken, whole texts) is shown to nobody
-        self._forget_old()
+        with contextlib.suppress(OSError):  # there is no folder yet, or another thread was faster
+            for old in self.folder.iterdir():
+                if old.lstat().st_mtime < time.time() - self.KEPT_SECONDS:
+                    old.unlink()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
@@ -110,19 +110,13 @@ class Uploads:
                 "space there and upload it again."
             ) from error
 
-    def _forget_old(self) -> None:
-        with contextlib.suppress(OSError):  # there is no folder yet, or another thread was faster
-            for old in self.folder.iterdir():
-                if old.lstat().st_mtime < time.time() - self.KEPT_SECONDS:
-                    old.unlink()
-
     def find(self, path: Any) -> tuple[Path, str]:
         """The value that a visitor sent for a picture -> its file, and the note about it ("" mostly).
 
         Raises BadUpload for anything but a picture that is there, with the reason if the upload was refused.
         """
         found = inside(self.served, path)
-        note = "" if found is None else self._notes.get(found.name, "")
+        note = self._notes.get(found.name, "") if found else ""
         if found is None or not (found.suffix == ".png" and found.is_file()):
             raise BadUpload(note or GONE)
         return found, note
@@ -143,14 +137,22 @@ def inside(folder: Path, path: Any) -> Path | None:
     return found if folder in found.parents else None
 
 
-def read_picture(path: str | Path, limits: Limits = Limits()) -> Picture:
+def read_picture(path: Path, limits: Limits = Limits()) -> Picture:
     """The picture in a file of any name and content. Raises BadUpload."""
-    return picture_of(_read(Path(path), limits), limits)
+    try:
+        with path.open("rb") as file:
+            return picture_of(file.read(limits.max_bytes + 1), limits)
+    except OSError as error:
+        raise BadUpload(GONE) from error
 
 
 def picture_of(data: bytes, limits: Limits = Limits()) -> Picture:
     """The picture in a file's bytes. Raises BadUpload."""
-    _check_bytes(data, limits)
+    if not data:
+        raise BadUpload("This file is empty (0 bytes): perhaps the upload was cut off. Please upload it again.")
+    if len(data) > limits.max_bytes:
+        most = f"{limits.max_bytes / 2**20:,.0f} MB" if limits.max_bytes >= 2**20 else f"{limits.max_bytes:,} bytes"
+        raise BadUpload(f"This file is too large: over {most}. Upload a smaller picture, or save it as a JPEG first.")
     note = _check_header(data, limits)
     try:
         return Picture(decode_image(io.BytesIO(data), limits.max_pixels, FORMATS), note)
@@ -163,99 +165,58 @@ def picture_of(data: bytes, limits: Limits = Limits()) -> Picture:
         raise BadUpload("This picture needs more memory than is free here. Upload a smaller one.") from error
 
 
-def _read(path: Path, limits: Limits) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(limits.max_bytes + 1)
-    except OSError as error:
-        raise BadUpload(GONE) from error
-
-
-def _check_bytes(data: bytes, limits: Limits) -> None:
-    if not data:
-        raise BadUpload("This file is empty (0 bytes): perhaps the upload was cut off. Please upload it again.")
-    if len(data) > limits.max_bytes:
-        raise BadUpload(
-            f"This file is too large: over {_mebibytes(limits.max_bytes)}. Upload a smaller picture, or save it as a "
-            "JPEG first."
-        )
-
-
 def _check_header(data: bytes, limits: Limits) -> str:
     """Check what the header alone says; no pixel is decoded. -> the note. Raises BadUpload."""
+    most = f"At most {limits.max_pixels / 1e6:,.0f} million pixels are allowed: scale it down and upload it again."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "may be a decompression bomb": _check_size decides that
+            warnings.simplefilter("ignore")  # "may be a decompression bomb": that is decided below
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise BadUpload(_what_it_is(data)) from error
+        raise BadUpload(f"{_what_it_is(data)} {NEXT_STEP}") from error
     except Image.DecompressionBombError as error:
-        raise BadUpload(f"This picture is far too large to be read safely. {_most(limits)}") from error
+        raise BadUpload(f"This picture is far too large to be read safely. {most}") from error
     except Exception as error:  # Pillow's readers raise almost anything on a damaged header
         raise BadUpload(f"This picture's header is damaged, so it cannot be read. {NEXT_STEP}") from error
-    with image:
-        _check_size(*image.size, limits)
-        return _note(image)
-
-
-def _check_size(width: int, height: int, limits: Limits) -> None:
+    width, height = image.size
     if min(width, height) < 1:
         raise BadUpload(f"This picture is {width} x {height} pixels: there is nothing in it. {NEXT_STEP}")
     if width * height > limits.max_pixels:
-        raise BadUpload(
-            f"This picture is too large: {width:,} x {height:,} pixels make {width * height / 1e6:,.0f} million. "
-            f"{_most(limits)}"
-        )
+        count = f"{width:,} x {height:,} pixels make {width * height / 1e6:,.0f} million"
+        raise BadUpload(f"This picture is too large: {count}. {most}")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise BadUpload(
             f"This picture is {width:,} x {height:,} pixels, more than {limits.max_aspect:g} times as long as it is "
             "wide; the model would see a thin line. Cut out the part that matters and upload that."
         )
-
-
-def _note(image: Image.Image) -> str:
-    """The note where only the first of several frames is read. (A preview in a phone's JPEG, MPO, is no frame.)"""
-    try:
-        several = getattr(image, "is_animated", False) and image.format != "MPO"
-    except Exception:  # counting frames reads on in the file; whether the first is whole is seen when it is decoded
-        return ""
-    if not several:
-        return ""
-    if image.format == "TIFF":
-        return "This file has several pages: only the first is used."
-    return "This picture is animated: only its first frame is used."
+    with contextlib.suppress(Exception):  # counting frames reads on: whether the first is whole, decoding will show
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's JPEG with a preview
+            if image.format == "TIFF":
+                return "This file has several pages: only the first is used."
+            return "This picture is animated: only its first frame is used."
+    return ""
 
 
 def _what_it_is(data: bytes) -> str:
-    """The message for a file that is none of FORMATS: what it is instead."""
-    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in data[:4096].lower():
-        return f"This is an SVG drawing, which cannot be read here. Export it as a PNG. {NEXT_STEP}"
-    if data[4:8] == b"ftyp":
-        kind = "an AVIF or HEIC photo" if data[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"heif") else "a video"
-        return f"This is {kind}, which cannot be read here. Save it as a JPEG. {NEXT_STEP}"
-    if data.startswith(b"%PDF"):
-        return f"This is a PDF document, not a picture. {NEXT_STEP}"
-    if _is_text(data[:1024]):
-        return f"This file holds text, not a picture, whatever its name says. {NEXT_STEP}"
-    return f"This file is not a picture that can be read here, or its beginning is damaged. {NEXT_STEP}"
-
-
-def _is_text(start: bytes) -> bool:
+    """About a file that is none of FORMATS."""
+    start = data[:1024]
     text = start.decode("utf-8", errors="ignore")
-    return b"\0" not in start and len(text.encode()) > len(start) - 4 and sum(map(_is_control, text)) == 0
+    if b"<svg" in data[:4096].lower() and text.lower().lstrip("\ufeff \t\r\n").startswith(
+        ("<svg", "<?xml", "<!doctype")
+    ):
+        return "This is an SVG drawing, which cannot be read here. Export it as a PNG."
+    if start[4:8] == b"ftyp":
+        kind = "an AVIF or HEIC photo" if start[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"heif") else "a video"
+        return f"This is {kind}, which cannot be read here. Save it as a JPEG."
+    if start.startswith(b"%PDF"):
+        return "This is a PDF document, not a picture."
+    if len(text.encode()) > len(start) - 4 and not any(map(_is_control, text)):  # 4: a letter that was cut
+        return "This file holds text, not a picture, whatever its name says."
+    return "This file is not a picture that can be read here, or its beginning is damaged."
 
 
 def _is_control(letter: str) -> bool:
     return unicodedata.category(letter) == "Cc" and letter not in "\t\r\n"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MB" if count >= 2**20 else f"{count:,} bytes"
-
-
-def _most(limits: Limits) -> str:
-    return f"At most {limits.max_pixels / 1e6:,.0f} million pixels are allowed: scale it down and upload it again."
 
 
 def check_question(text: str | None, limit: int = 2000) -> str:
@@ -265,16 +226,17 @@ def check_question(text: str | None, limit: int = 2000) -> str:
     that holds the word would ask for a picture that is not there. It becomes "image".
     """
     text = text or ""
-    if len(text) > 20 * limit:  # nothing below should have to read a megabyte
-        raise _too_long(len(text), limit)
-    text = "".join(letter for letter in text.replace("\r\n", "\n") if _is_allowed(letter))
-    while _IMAGE_TOKEN.search(text):  # again: what is left of "<<image>>" is "<image>"
-        text = _IMAGE_TOKEN.sub(lambda match: match.group(1), text)
-    text = text.strip()
+    if len(text) <= 20 * limit:  # nothing below should have to read a megabyte
+        text = "".join(letter for letter in text.replace("\r\n", "\n") if _is_allowed(letter))
+        while _IMAGE_TOKEN.search(text):  # again: what is left of "<<image>>" is "<image>"
+            text = _IMAGE_TOKEN.sub(r"\1", text)
+        text = text.strip()
     if not text:
         raise BadUpload("The question is empty. Type a question about the pictures, then ask again.")
     if len(text) > limit:
-        raise _too_long(len(text), limit)
+        raise BadUpload(
+            f"The question has {len(text):,} characters; at most {limit:,} are allowed. Shorten it and ask again."
+        )
     return text
 
 
@@ -283,9 +245,3 @@ def _is_allowed(letter: str) -> bool:
     # in which text is shown, but not that in which the model reads it.
     hidden = "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
     return not (_is_control(letter) or unicodedata.category(letter) == "Cs" or hidden)
-
-
-def _too_long(length: int, limit: int) -> BadUpload:
-    return BadUpload(
-        f"The question has {length:,} characters; at most {limit:,} are allowed. Shorten it and ask again."
-    )

@@ -40,10 +40,9 @@ INK = "#747a85"
 def as_seen(image: Image.Image, processor: Any, aspect_ratio: str | None) -> tuple[Image.Image, torch.Tensor]:
     """-> the square picture that the model sees [R x R] and its pixels [1,3,R,R], normalised.
 
-    aspect_ratio: the LLaVA's `config.image_aspect_ratio`: "pad" pads to a square with the mean colour; "anyres" gives
-    its base picture (the whole one, squeezed into a square); anything else is resized and cropped in the middle.
-    Both come from upstream's own `process_images`; the picture is made from the pixels by undoing the normalisation,
-    so that what is drawn over it fits its patches.
+    aspect_ratio: the LLaVA's `config.image_aspect_ratio`; "anyres" gives its base picture, the whole one squeezed into
+    a square. The pixels come from upstream's own `process_images`, and the picture from the pixels, so that what is
+    drawn over it fits its patches.
     """
     from llava.mm_utils import process_images  # upstream is there wherever a LLaVA is loaded
 
@@ -80,12 +79,6 @@ class Routing:
     def experts(self) -> int:
         return self.weights.shape[-1]
 
-    def layer(self, block: int) -> int:
-        """The row of a block. Raises ValueError for a block that has no experts or is not loaded."""
-        if block not in self.blocks:
-            raise ValueError(f"block {block} has no experts here; those that have: {', '.join(map(str, self.blocks))}.")
-        return self.blocks.index(block)
-
 
 @torch.no_grad()
 def routing_of(tower: Any, pixels_13RR: torch.Tensor) -> Routing:
@@ -105,14 +98,11 @@ def routing_of(tower: Any, pixels_13RR: torch.Tensor) -> Routing:
     if not logits:
         raise NoExperts("None of the blocks that this LLaVA uses has experts, so there is nothing to look at.")
     side = config.image_size // config.patch_size
-    weights = [_mixture(x[0, 1:].cpu(), config.num_experts_per_tok).unflatten(0, (side, side)) for x in logits]
-    return Routing(sorted(config.moe_layers)[: len(logits)], torch.stack(weights).numpy())
-
-
-def _mixture(logits_NE: torch.Tensor, k: int) -> torch.Tensor:
-    """[N,E] mixture weights as the Router makes them (eq. 3 and 5), 0 for the experts that are not among the K."""
-    top_NK, chosen_NK = logits_NE.float().softmax(-1).topk(k, dim=-1)
-    return torch.zeros_like(logits_NE, dtype=torch.float32).scatter(1, chosen_NK, top_NK / top_NK.sum(-1, keepdim=True))
+    logits_LNE = torch.stack([block[0, 1:] for block in logits]).float().cpu()
+    # Mixture weights as the Router makes them (eq. 3 and 5), 0 for the experts that are not among the K.
+    top_LNK, chosen_LNK = logits_LNE.softmax(-1).topk(config.num_experts_per_tok)
+    weights_LNE = torch.zeros_like(logits_LNE).scatter(-1, chosen_LNK, top_LNK / top_LNK.sum(-1, keepdim=True))
+    return Routing(sorted(config.moe_layers)[: len(logits)], weights_LNE.unflatten(1, (side, side)).numpy())
 
 
 @torch.no_grad()
@@ -125,13 +115,11 @@ def difference(tower: Any, pixels_a: torch.Tensor, pixels_b: torch.Tensor, relat
     """
     x_ND, y_ND = (F.normalize(_features(tower, pixels), dim=-1) for pixels in (pixels_a, pixels_b))
     distance_NN = 1 - x_ND @ y_ND.T
-    count = len(distance_NN)
-    side = int(count**0.5)
-    map_N = distance_NN.diagonal().clamp(min=0)
+    count, map_N = len(distance_NN), distance_NN.diagonal().clamp(min=0)
     if relative:
         others = (distance_NN.sum() - distance_NN.trace()) / (count * (count - 1))
         map_N = map_N / others.clamp(min=1e-6)
-    return map_N.reshape(side, side).numpy()
+    return map_N.unflatten(0, (int(count**0.5), -1)).numpy()
 
 
 def _features(tower: Any, pixels_13RR: torch.Tensor) -> torch.Tensor:
@@ -149,7 +137,7 @@ def expert_colours(experts: int) -> np.ndarray:
 
 def overlay(seen: Image.Image, routing: Routing, block: int, side: int = SIDE) -> Image.Image:
     """The picture in grey, each patch tinted by its strongest expert: the more, the larger its weight."""
-    layer = routing.layer(block)
+    layer = routing.blocks.index(block)
     first_SS = routing.first[layer]
     strength_SS = routing.weights[layer].max(-1)
     alpha_SS = 0.2 + 0.6 * strength_SS  # 0.5 for an even pair of experts, 0.8 for one that decides alone
@@ -159,20 +147,17 @@ def overlay(seen: Image.Image, routing: Routing, block: int, side: int = SIDE) -
 def difference_overlay(seen: Image.Image, map_SS: np.ndarray, scale: float, side: int = SIDE) -> Image.Image:
     """The picture in grey, tinted from yellow to red where it differs, not tinted where it does not.
 
-    `scale`: the value of full red, the same for both towers so that their pictures can be compared. Raises ValueError
-    unless it is above 0.
+    `scale`: the value of full red, the same for both towers so that their pictures can be compared.
     """
-    if scale <= 0:
-        raise ValueError(f"the scale of a difference map must be above 0, got {scale}.")
     strength_SS = np.clip(map_SS / scale, 0, 1)
     colours_SS3 = matplotlib.colormaps["autumn_r"](strength_SS)[..., :3]  # yellow and red show on dark and on light
-    return _tint(seen, colours_SS3, 0.85 * strength_SS, None, side)
+    return _tint(seen, colours_SS3, 0.85 * strength_SS, np.zeros(map_SS.shape), side)
 
 
 def _tint(
-    seen: Image.Image, colours_SS3: np.ndarray, alpha_SS: np.ndarray, groups_SS: np.ndarray | None, side: int
+    seen: Image.Image, colours_SS3: np.ndarray, alpha_SS: np.ndarray, groups_SS: np.ndarray, side: int
 ) -> Image.Image:
-    """Lay a colour over each cell of the grey picture, with thin borders, brighter where the group changes."""
+    """Lay a colour over each cell of the grey picture. Faint dark lines part cells of one group, bright ones groups."""
     cell = max(1, round(side / len(alpha_SS)))
     size = cell * len(alpha_SS)
     grey = np.asarray(seen.convert("L").resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
@@ -181,18 +166,16 @@ def _tint(
     muted = 0.1 + 0.82 * grey[..., None]  # neither black nor white: tints show on it
     picture = muted * (1 - alpha) + colours * alpha
     if cell >= 8:
-        _draw_borders(picture, cell, groups_SS if groups_SS is not None else np.zeros(alpha_SS.shape))
+        for rows, groups in (
+            (picture, groups_SS),
+            (picture.swapaxes(0, 1), groups_SS.T),
+        ):  # the second: columns, a view
+            for i in range(1, len(groups)):
+                changes = np.repeat(groups[i] != groups[i - 1], cell)
+                line = rows[i * cell]
+                line[changes] = 0.15 * line[changes] + 0.85
+                line[~changes] *= 0.88
     return Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
-
-
-def _draw_borders(picture: np.ndarray, cell: int, groups_SS: np.ndarray) -> None:
-    """In place: a faint dark line between cells of one group, a bright one between two."""
-    for rows, groups in ((picture, groups_SS), (picture.swapaxes(0, 1), groups_SS.T)):  # the second: columns, as a view
-        for i in range(1, len(groups)):
-            changes = np.repeat(groups[i] != groups[i - 1], cell)
-            line = rows[i * cell]
-            line[changes] = 0.15 * line[changes] + 0.85
-            line[~changes] *= 0.88
 
 
 def strip(seen: Image.Image, routing: Routing, columns: int = 6, side: int = 168) -> Image.Image:

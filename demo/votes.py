@@ -1,24 +1,24 @@
 """Blind votes: one JSON object a line, and what they say so far.
 
-left, right = draw_sides((moe, clip))               # which is A and which is B
+a, b = draw_sides((moe, clip))
 append_vote(path, Vote(...))
 print(tally(read_votes(path), ("CLIP-MoE", "CLIP")))
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import random
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from scipy.stats import binomtest
 
@@ -33,10 +33,6 @@ logger = logging.getLogger(__name__)
 Choice = Literal["a", "b", "tie", "bad"]
 Model = TypeVar("Model")
 _lock = threading.Lock()
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Vote:
     answers_a: list[str]
     answers_b: list[str]
     choice: Choice
-    time: str = field(default_factory=_now)
+    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     """ISO 8601, UTC."""
 
     def __post_init__(self) -> None:
@@ -67,20 +63,30 @@ class Vote:
             raise ValueError("a vote has a question, a time and two models of different names.")
 
 
-def append_vote(path: str | Path, vote: Vote) -> None:
+def append_vote(path: Path, vote: Vote) -> None:
     """Add a vote: on disk when this returns, and safe against other threads and (where there is fcntl) processes.
 
     A torn last line, left by a crash in the middle of a write, becomes a line of its own, which `read_votes` skips.
     Raises SaveError when it cannot be written; the file is then as before.
     """
-    path = Path(path)
     line = json.dumps(asdict(vote), ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock, _locked(path) as fd:
-            size = os.fstat(fd).st_size
-            torn = size > 0 and _last_byte(fd, size) != b"\n"
-            _write(fd, b"\n" * torn + line, size)
+        with _lock, path.open("a+b", buffering=0) as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            try:
+                written = os.write(file.fileno(), line)
+                if written != len(line):
+                    raise OSError(f"only {written} of {len(line)} bytes were written (is the disk full?)")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
     except OSError as error:
         raise SaveError(
             f"could not save the vote to {path}: {error}. No earlier vote was lost. Free some space or choose another "
@@ -88,114 +94,82 @@ def append_vote(path: str | Path, vote: Vote) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The file opened for reading and appending, locked against other processes while the block runs."""
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if fcntl is not None:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _last_byte(fd: int, size: int) -> bytes:
-    os.lseek(fd, size - 1, os.SEEK_SET)
-    return os.read(fd, 1)
-
-
-def _write(fd: int, data: bytes, size: int) -> None:
-    try:
-        written = os.write(fd, data)
-        if written != len(data):
-            raise OSError(f"only {written} of {len(data)} bytes were written (is the disk full?)")
-        os.fsync(fd)
-    except OSError:
-        os.ftruncate(fd, size)
-        raise
-
-
-def read_votes(path: str | Path) -> list[Vote]:
+def read_votes(path: Path) -> list[Vote]:
     """All votes of a file, oldest first; [] where there is none yet. Damaged lines are skipped with a warning."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     votes, damaged = [], 0
     for line in filter(None, map(bytes.strip, lines)):
         try:
-            votes.append(_vote(json.loads(line)))
-        except (ValueError, TypeError):
+            row = json.loads(line)
+            votes.append(Vote(**{f.name: row[f.name] for f in fields(Vote) if f.name in row}))
+        except (ValueError, TypeError):  # no JSON, no object, a part that is missing or no vote's
             damaged += 1
     if damaged:
         logger.warning("%s: skipped %d damaged line(s); the other %d votes are counted", path, damaged, len(votes))
     return votes
 
 
-def _vote(row: Any) -> Vote:
-    if not isinstance(row, dict):
-        raise ValueError("a vote is a JSON object.")
-    return Vote(**{f.name: row[f.name] for f in fields(Vote) if f.name in row})  # TypeError where one is missing
+def interval(right: int, count: int) -> tuple[float, float]:
+    """95% Wilson interval of a share."""
+    found = binomtest(right, count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What the votes between two models say. `str()` gives one sentence.
-
-    share: of the decided votes (neither tie nor both bad), how many the first model won; low, high: its 95% Wilson
-    interval; None where nothing is decided. The interval holds for independent votes that are counted once, at a time
-    fixed beforehand: stopping as soon as it looks good would mislead.
-    """
+    """What the votes between two models say. `str()` gives one sentence."""
 
     models: tuple[str, str]
     wins: tuple[int, int]
     ties: int
     bad: int
-    share: float | None
-    low: float | None
-    high: float | None
 
     @property
     def decided(self) -> int:
+        """Votes that are neither a tie nor both bad."""
         return sum(self.wins)
 
     @property
     def votes(self) -> int:
         return self.decided + self.ties + self.bad
 
+    @property
+    def share(self) -> float:
+        """Of the decided votes, those that the first model won."""
+        return self.wins[0] / self.decided
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the share. It holds for independent votes that are counted once, at a time fixed beforehand: stopping as
+        soon as it looks good would mislead."""
+        return interval(self.wins[0], self.decided)
+
     def __str__(self) -> str:
         rest = [f"{count} {what}" for count, what in ((self.ties, "tied"), (self.bad, "both bad")) if count]
         more = f" ({', '.join(rest)})" if rest else ""
-        if self.share is None:
+        if not self.decided:
             return f"No decided votes yet{more}."
+        low, high = self.interval
+        verdict = "no clear preference" if high - low < 0.2 else "too few to tell"
+        if low > 0.5 or high < 0.5:
+            verdict = f"enough to prefer {self.models[0 if low > 0.5 else 1]}"
         return (
             f"{self.models[0]} preferred in {self.wins[0]} of {self.decided} decided votes{more}: {self.share:.0%} "
-            f"(95% interval {100 * self.low:.0f}–{self.high:.0%}), {self._verdict()}."
+            f"(95% interval {100 * low:.0f}–{high:.0%}), {verdict}."
         )
-
-    def _verdict(self) -> str:
-        if self.low > 0.5 or self.high < 0.5:
-            return f"enough to prefer {self.models[0 if self.low > 0.5 else 1]}"
-        return "no clear preference" if self.high - self.low < 0.2 else "too few to tell"
 
 
 def tally(votes: Sequence[Vote], models: tuple[str, str]) -> Tally:
     """Count the votes between these two models, whichever was A; votes between others are left out."""
-    if models[0] == models[1]:
-        raise ValueError(f"a score compares two models; both are called {models[0]!r}.")
     ours = [vote for vote in votes if {vote.model_a, vote.model_b} == set(models)]
-    winners = [{"a": vote.model_a, "b": vote.model_b}.get(vote.choice, vote.choice) for vote in ours]
-    choices = [vote.choice for vote in ours]
-    wins = tuple(sum(w == model and c in "ab" for w, c in zip(winners, choices, strict=True)) for model in models)
-    share = low = high = None
-    if sum(wins):
-        interval = binomtest(wins[0], sum(wins)).proportion_ci(confidence_level=0.95, method="wilson")
-        share, low, high = wins[0] / sum(wins), float(interval.low), float(interval.high)
-    return Tally(tuple(models), wins, choices.count("tie"), choices.count("bad"), share, low, high)
+    winners = Counter({"a": vote.model_a, "b": vote.model_b}.get(vote.choice) for vote in ours)
+    choices = Counter(vote.choice for vote in ours)
+    return Tally(models, (winners[models[0]], winners[models[1]]), choices["tie"], choices["bad"])
 
 
 def draw_sides(models: Sequence[Model], rng: random.Random | None = None) -> tuple[Model, Model]:
     """The two models in a random order, (A, B), by the system's randomness; `rng` makes it repeatable for tests."""
-    first, second = models
-    return tuple((rng or secrets.SystemRandom()).sample([first, second], 2))
+    return tuple((rng or secrets.SystemRandom()).sample(list(models), 2))

@@ -28,7 +28,8 @@ from demo.mining.pairs import ROWS, BlindPair, Question
 from demo.mining.quickstart import quickstart_pairs
 from demo.page import html
 from demo.page.errors import explain
-from demo.scores import Item, Scores, interval, items_of, save, score, verdict
+from demo.scores import Item, Scores, items_of, score, verdict
+from demo.votes import interval
 from llava_clipmoe.files import read_json, write_json
 
 pytest_plugins = ["tiny.loaded_llavas"]
@@ -110,7 +111,7 @@ def test_the_interval_is_wilsons(right, count, low, high):
 def test_scores_are_saved_with_every_answer(tmp_path):
     found = scores(["red", "blue"], ["red", "red"])
     found.seconds = 1.26
-    save(found, tmp_path / "scores.json")
+    write_json(tmp_path / "scores.json", found.as_json())
     assert read_json(tmp_path / "scores.json") == {
         "pair_accuracy": {"CLIP": 1.0, "CLIP-MoE": 0.0}, "pairs_and_questions": 1, "seconds": 1.3,
         "sentence": verdict(found),

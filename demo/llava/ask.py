@@ -17,9 +17,6 @@ from .turns import Stopped
 REFRESH_SECONDS = 0.1
 """Between two states of the board: faster than one reads, slow enough for a browser on a phone."""
 
-Place = tuple[int, int]
-"""(LLaVA, picture), each 0 or 1."""
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,49 +33,8 @@ class Cell:
     """From the start of the generation until now."""
 
 
-Board = dict[Place, Cell]
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """One question to all: what every cell's thread needs."""
-
-    llavas: Sequence[Llava]
-    pictures: Sequence[Image.Image]
-    question: str
-    how: Generation
-    stop: threading.Event
-    explain: Callable[[Exception], str]
-    news: queue.Queue[tuple[Place, Cell]]
-
-    def answer(self, places: Sequence[Place]) -> None:
-        """Answer in these places, one after the other; every new state goes into `news`."""
-        for place in places:
-            for cell in self._cells(place):
-                self.news.put((place, cell))
-
-    def _cells(self, place: Place) -> Iterator[Cell]:
-        """The states of one cell."""
-        cell, start = Cell(), 0.0
-        llava, picture = self.llavas[place[0]], self.pictures[place[1]]
-
-        def waiting(before: int) -> None:
-            self.news.put((place, Cell(before=before)))
-
-        try:
-            for text in llava.stream(picture, self.question, self.how, self.stop, waiting):
-                if cell.state != "answering":
-                    start = time.monotonic()  # the time in the queue is not the model's
-                    cell = Cell(state="answering")
-                elif cell.first_seconds is None and text:
-                    cell = replace(cell, first_seconds=time.monotonic() - start)
-                cell = replace(cell, text=text, seconds=time.monotonic() - start)
-                yield cell
-            yield replace(cell, state="stopped" if self.stop.is_set() else "done")
-        except Stopped:
-            yield replace(cell, state="stopped")
-        except Exception as error:  # shown in its cell; the other answers go on
-            yield replace(cell, text=self.explain(error), state="failed")
+Board = dict[tuple[int, int], Cell]
+"""By (LLaVA, picture), each 0 or 1."""
 
 
 def ask_all(
@@ -95,18 +51,32 @@ def ask_all(
     all generations, and so does closing the iterator. `explain` turns an error into what its cell shows.
     """
     stop = stop or threading.Event()
-    asking = _Asking(llavas, pictures, question, how, stop, explain, queue.Queue())
+    news: queue.Queue[tuple[tuple[int, int], Cell]] = queue.Queue()
     board: Board = {(i, p): Cell() for i in range(len(llavas)) for p in range(len(pictures))}
-    by_model: dict[int, list[Place]] = {}
-    for place in board:
-        by_model.setdefault(id(llavas[place[0]].llm), []).append(place)
-    threads = [threading.Thread(target=asking.answer, args=(places,), daemon=True) for places in by_model.values()]
+
+    def answer(llm: object) -> None:
+        """Answer, one after the other, in the cells of the LLaVAs with this language model."""
+        for place in board:
+            llava, picture = llavas[place[0]], pictures[place[1]]
+            if llava.llm is llm:
+                _answer(llava, picture, question, how, stop, explain, lambda cell, place=place: news.put((place, cell)))
+
+    models = {id(llava.llm): llava.llm for llava in llavas}.values()
+    threads = [threading.Thread(target=answer, args=(llm,), daemon=True) for llm in models]
     for thread in threads:
         thread.start()
     try:
         yield dict(board)
-        while any(thread.is_alive() for thread in threads) or not asking.news.empty():
-            if _take(asking.news, board):
+        while any(thread.is_alive() for thread in threads) or not news.empty():
+            changed, end = False, time.monotonic() + REFRESH_SECONDS
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    place, cell = news.get(timeout=left)
+                except queue.Empty:
+                    break
+                board[place] = cell
+                changed = True
+            if changed:
                 yield dict(board)
     finally:
         stop.set()
@@ -114,14 +84,28 @@ def ask_all(
             thread.join()
 
 
-def _take(news: queue.Queue[tuple[Place, Cell]], board: Board) -> bool:
-    """Put onto the board what comes in during REFRESH_SECONDS; False when nothing comes."""
-    changed, end = False, time.monotonic() + REFRESH_SECONDS
-    while (left := end - time.monotonic()) > 0:
-        try:
-            place, cell = news.get(timeout=left)
-        except queue.Empty:
-            break
-        board[place] = cell
-        changed = True
-    return changed
+def _answer(
+    llava: Llava,
+    picture: Image.Image,
+    question: str,
+    how: Generation,
+    stop: threading.Event,
+    explain: Callable[[Exception], str],
+    tell: Callable[[Cell], None],
+) -> None:
+    """Tell every state of one cell, the last one done, stopped or failed."""
+    cell, start = Cell(), 0.0
+    try:
+        for text in llava.stream(picture, question, how, stop, lambda before: tell(Cell(before=before))):
+            if cell.state != "answering":
+                start = time.monotonic()  # the time in the queue is not the model's
+                cell = Cell(state="answering")
+            elif cell.first_seconds is None and text:
+                cell = replace(cell, first_seconds=time.monotonic() - start)
+            cell = replace(cell, text=text, seconds=time.monotonic() - start)
+            tell(cell)
+        tell(replace(cell, state="stopped" if stop.is_set() else "done"))
+    except Stopped:
+        tell(replace(cell, state="stopped"))
+    except Exception as error:  # shown in its cell; the other answers go on
+        tell(replace(cell, text=explain(error), state="failed"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 from train_llava.eval.batched import Prompts, answer, prompt_of
@@ -93,14 +93,10 @@ class Llava:
         from llava.mm_utils import process_images, tokenizer_image_token  # upstream: there where a LLaVA is loaded
 
         pixels = process_images([picture], self.processor, self.config)
-        like = {"device": self.llm.model.device, "dtype": self.llm.model.dtype}
         prompt = prompt_of(question, self.config, self.llm.conversation)
         ids = tokenizer_image_token(prompt, self.llm.tokenizer, return_tensors="pt")
-        return {
-            "inputs": ids.unsqueeze(0).to(like["device"]),
-            "images": [part.to(**like) for part in pixels] if isinstance(pixels, list) else pixels.to(**like),
-            "image_sizes": [picture.size],
-        }
+        device, dtype = self.llm.model.device, self.llm.model.dtype
+        return {"inputs": ids[None].to(device), "images": pixels.to(device, dtype), "image_sizes": [picture.size]}
 
     def stream(
         self,
@@ -122,19 +118,28 @@ class Llava:
             streamer = TextIteratorStreamer(
                 self.llm.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=NEXT_TEXT_SECONDS
             )
-            failed: list[BaseException] = []
             arguments = {
                 **self.inputs(picture, question),
                 "streamer": streamer,
                 "use_cache": True,
-                "do_sample": False,
+                "do_sample": how.temperature > 0,
                 "max_new_tokens": how.max_new_tokens,
-                "stopping_criteria": [StopWhenSet(stops)],
+                "stopping_criteria": [_when_set(stops)],
                 "pad_token_id": self.llm.tokenizer.eos_token_id,
             }
             if how.temperature > 0:
-                arguments |= {"do_sample": True, "temperature": how.temperature}
-            thread = threading.Thread(target=_generate, args=(model, arguments, streamer, failed), daemon=True)
+                arguments["temperature"] = how.temperature
+            failed: list[BaseException] = []
+
+            def generate() -> None:
+                try:
+                    with torch.inference_mode():
+                        model.generate(**arguments)
+                except BaseException as error:
+                    failed.append(error)
+                    streamer.end()
+
+            thread = threading.Thread(target=generate, daemon=True)
             thread.start()
             try:
                 yield from _growing(streamer, stops, separator_of(self.llm.conversation))
@@ -155,27 +160,13 @@ class Llava:
         """Greedy answers to one question for each picture file, a batch at a time; others get turns in between."""
         for start in range(0, len(pictures), batch_size):
             part = slice(start, start + batch_size)
-            rows = [
-                {"question_id": i, "text": text, "image": str(picture)}
-                for i, (picture, text) in enumerate(zip(pictures[part], questions[part], strict=True))
-            ]
+            asked = enumerate(zip(pictures[part], questions[part], strict=True))
+            rows = [{"question_id": i, "text": text, "image": str(picture)} for i, (picture, text) in asked]
             with self.in_place(stop) as model:
                 prompts = Prompts(rows, Path(), self.llm.tokenizer, self.processor, self.config, self.llm.conversation)
-                batches = answer(
-                    model, self.llm.tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
-                )
-                texts = next(batches)
+                how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+                texts = next(answer(model, self.llm.tokenizer, prompts, **how))
             yield texts  # after the turn: the reader may take any time before it asks for the next batch
-
-
-def _generate(model: Any, arguments: dict[str, Any], streamer: TextIteratorStreamer, failed: list) -> None:
-    """Body of the generating thread. Puts an error into `failed`, which the reader of the stream raises."""
-    try:
-        with torch.inference_mode():
-            model.generate(**arguments)
-    except BaseException as error:
-        failed.append(error)
-        streamer.end()
 
 
 def _growing(streamer: Iterator[str], stops: Sequence[threading.Event], separator: str) -> Iterator[str]:
@@ -190,14 +181,9 @@ def _growing(streamer: Iterator[str], stops: Sequence[threading.Event], separato
             return
 
 
-class StopWhenSet(StoppingCriteria):
-    """Ends a generation when one of several events is set."""
-
-    def __init__(self, stops: Sequence[threading.Event]):
-        self.stops = stops
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), any(stop.is_set() for stop in self.stops), device=input_ids.device)
+def _when_set(stops: Sequence[threading.Event]) -> Callable[..., torch.Tensor]:
+    """A stopping criterion of transformers that ends a generation when one of several events is set."""
+    return lambda ids, scores, **_: torch.full((len(ids),), any(stop.is_set() for stop in stops), device=ids.device)
 
 
 def separator_of(conversation: str) -> str:

@@ -39,7 +39,14 @@ def load_llavas(models: Models, say: Callable[[str], None] = print) -> tuple[Lla
     check_models(models)
     left = _load(models.left, models, say)
     right = _share(left, models.right, say) if models.language_model else _load(models.right, models, say)
-    left.name, right.name = models.names or _names(left, right)
+    names = models.names
+    if names is None:  # after their towers where these differ in kind, else after their directories
+        names = tuple("CLIP-MoE" if llava.is_moe else "CLIP" for llava in (left, right))
+        if names[0] == names[1]:
+            names = left.directory.name, right.directory.name
+        if names[0] == names[1]:
+            names = f"{names[0]} (left)", f"{names[1]} (right)"
+    left.name, right.name = names
     return left, right
 
 
@@ -48,12 +55,11 @@ def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Llava:
     from llava.model.builder import load_pretrained_model
 
     start = time.monotonic()
-    base = str(models.language_model) if models.language_model else None
     directory = directory.resolve()
     device, name = pick_device(models.device), get_model_name_from_path(str(directory))
-    tokenizer, model, _, _ = load_pretrained_model(
-        str(directory), base, name, device=device.type, **_quantised(models.bits, device)
-    )
+    base = str(models.language_model) if models.language_model else None
+    quantised = _quantised(models.bits, device)
+    tokenizer, model, *_ = load_pretrained_model(str(directory), base, name, device=device.type, **quantised)
     inner = model.get_model()
     _place_tower(inner.vision_tower, model.device)
     llm = LanguageModel(model.eval(), tokenizer, models.conversation or conversation_of(name))
@@ -112,16 +118,11 @@ def _quantised(bits: int, device: torch.device) -> dict[str, Any]:
 
 def conversation_of(name: str) -> str:
     """Upstream's conversation template for a directory of this name (the rule of llava/serve/cli.py)."""
-    name = name.lower()
-    rules = {"llama-2": "llava_llama_2", "mistral": "mistral_instruct", "v1.6-34b": "chatml_direct", "v1": "llava_v1"}
-    rules["mpt"] = "mpt"
-    return next((template for part, template in rules.items() if part in name), "llava_v0")
-
-
-def _names(left: Llava, right: Llava) -> tuple[str, str]:
-    """After their towers where these differ in kind, else after their directories."""
-    kinds = tuple("CLIP-MoE" if llava.is_moe else "CLIP" for llava in (left, right))
-    if kinds[0] != kinds[1]:
-        return kinds
-    names = left.directory.name, right.directory.name
-    return names if names[0] != names[1] else (f"{names[0]} (left)", f"{names[1]} (right)")
+    rules = {
+        "llama-2": "llava_llama_2",
+        "mistral": "mistral_instruct",
+        "v1.6-34b": "chatml_direct",
+        "v1": "llava_v1",
+        "mpt": "mpt",
+    }
+    return next((template for part, template in rules.items() if part in name.lower()), "llava_v0")

@@ -33,15 +33,12 @@ class Similarity:
         found = {}
         with self._lock:  # one pair at a time: the encoders are shared by all visitors
             for llava in self.llavas:
-                bundle = self._bundle(llava.tower_source)
+                source = llava.tower_source
+                if source not in self._bundles:
+                    self._bundles[source] = load_bundle(source)
+                    self._bundles[source].model.text_model = None  # only pictures are compared
+                bundle = self._bundles[source]
                 pixels = torch.stack([ImageTransform(bundle.image_size)(picture) for picture in (first, second)])
                 one, two = encode_images(bundle, pixels, device=llava.llm.model.device)
                 found[llava.name] = float(one @ two)
         return found
-
-    def _bundle(self, source: str) -> ClipBundle:
-        if source not in self._bundles:
-            bundle = load_bundle(source)
-            bundle.model.text_model = None  # only pictures are compared
-            self._bundles[source] = bundle
-        return self._bundles[source]

@@ -29,7 +29,7 @@ class Turns:
         `waiting` is called with the number of those that come first, whenever it changes. Setting `stop` gives up the
         place. Raises QueueFull at once when `most_waiting` wait already, Stopped when `stop` is set before the turn.
         """
-        me = object()
+        me, reported = object(), 0
         with self._changed:
             if len(self._line) > self.most_waiting:
                 raise QueueFull(
@@ -37,21 +37,17 @@ class Turns:
                 )
             self._line.append(me)
         try:
-            self._wait(me, waiting, stop)
+            with self._changed:
+                while before := self._line.index(me):
+                    if waiting is not None and before != reported:
+                        waiting(reported := before)
+                    if stop is not None and stop.is_set():
+                        break
+                    self._changed.wait(timeout=0.2)  # seconds: setting `stop` wakes nobody, so it is polled
+            if stop is not None and stop.is_set():
+                raise Stopped
             yield
         finally:
             with self._changed:
                 self._line.remove(me)
                 self._changed.notify_all()
-
-    def _wait(self, me: object, waiting: Callable[[int], None] | None, stop: threading.Event | None) -> None:
-        reported = 0
-        with self._changed:
-            while before := self._line.index(me):
-                if waiting is not None and before != reported:
-                    waiting(reported := before)
-                if stop is not None and stop.is_set():
-                    raise Stopped
-                self._changed.wait(timeout=0.2)  # seconds: setting `stop` wakes nobody, so it is polled
-        if stop is not None and stop.is_set():
-            raise Stopped

@@ -11,7 +11,7 @@ import gradio as gr
 
 from ..llava.ask import ask_all
 from ..session import Demo
-from ..uploads import check_question, read_picture
+from ..uploads import check_question
 from . import html
 from .errors import explain, for_visitor
 
@@ -23,8 +23,6 @@ NO_PAIRS = (
     "No mined pairs are loaded: upload two pictures. `llava-clipmoe mine-pairs IMAGES` finds pairs in a folder; give "
     "them to the demo with `--pairs FOLDER`."
 )
-
-PLACEHOLDER = "What do you want to know about both pictures?"
 
 
 class Compare(NamedTuple):
@@ -43,9 +41,13 @@ def build(demo: Demo) -> Compare:
     some = bool(demo.pairs)
     gr.Markdown(HELP if some else NO_PAIRS)
     pair = gr.State(0 if some else None)
+    choices = [
+        (f"{i + 1} · {pair.difference or ' / '.join(pair.names)} · CLIP {pair.cosines['dense']:.3f}", i)
+        for i, pair in enumerate(demo.pairs)
+    ]
     with gr.Row(visible=some, equal_height=True):
         picker = gr.Dropdown(
-            demo.choices(), value=0 if some else None, label="Mined pair", scale=4, min_width=220, elem_id="pair-picker"
+            choices, value=0 if some else None, label="Mined pair", scale=4, min_width=220, elem_id="pair-picker"
         )
         surprise = gr.Button("Another pair", scale=1, min_width=120, elem_id="another-pair")
     with gr.Row():
@@ -53,8 +55,9 @@ def build(demo: Demo) -> Compare:
     cosines = gr.HTML(elem_id="cosines")
     known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
     with gr.Row(equal_height=True):
+        what = "What do you want to know about both pictures?"
         question = gr.Textbox(
-            label="Question", placeholder=PLACEHOLDER, scale=4, max_lines=4, min_width=220, elem_id="question"
+            label="Question", placeholder=what, scale=4, max_lines=4, min_width=220, elem_id="question"
         )
         ask = gr.Button("Ask both", variant="primary", scale=1, min_width=110, elem_id="ask")
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
@@ -65,7 +68,7 @@ def build(demo: Demo) -> Compare:
     surprise.click(for_visitor(demo, _another), pair, [picker, *shown])
     for number, picture in enumerate(pictures, start=1):
         changed = [picture, pair, cosines, known, board]
-        picture.upload(for_visitor(demo, partial(_uploaded, number=number)), [picture, pair], changed)
+        picture.upload(for_visitor(demo, partial(_uploaded, number=number)), picture, changed)
         picture.clear(for_visitor(demo, _uploaded), None, changed)
     known.input(lambda text: text, known, question)
     for asked in (ask.click, question.submit):
@@ -80,15 +83,10 @@ def _picture_input(number: int) -> gr.Image:
     look = dict(label=f"Picture {number}", height=260, min_width=140, buttons=["fullscreen"])
     take = dict(type="filepath", format="png", sources=["upload", "clipboard"], elem_id=f"picture-{number}")
     picture = gr.Image(**look, **take)
-    # On this one component, not in a class of its own: Gradio writes a stub file beside every class that has events.
-    picture.preprocess = _path_only
+    # The path that the visitor sent, unopened: Gradio itself would open it, wherever it leads. (On this one component,
+    # not in a class of its own: Gradio writes a stub file beside every class that has events.)
+    picture.preprocess = lambda payload: payload and payload.path
     return picture
-
-
-def _path_only(payload: Any) -> str | None:
-    """The path that the visitor sent, unopened. Gradio itself would open it with Pillow, wherever it leads; here
-    `Uploads` decides what is opened."""
-    return None if payload is None or payload.path is None else str(payload.path)
 
 
 def show(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:
@@ -100,49 +98,42 @@ def show(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:
     texts = list(dict.fromkeys(q.question for q in pair.questions))
     first = texts[0] if texts else "What is in this picture?"
     known = gr.Radio(texts, value=first if texts else None, visible=bool(texts))
-    pictures = (read_picture(path, demo.limits).image for path in pair.images)
-    return index, *pictures, html.cosines(pair.cosines), known, first, ""
+    return index, *demo.mined(index), html.cosines(pair.cosines), known, first, ""
 
 
 def _another(demo: Demo, session: str | None, now: int | None) -> tuple[Any, ...]:
-    others = [index for index in range(len(demo.pairs)) if index != now] or [0]
-    index = random.choice(others)
+    index = random.choice([index for index in range(len(demo.pairs)) if index != now] or [0])
     return index, *show(demo, session, index)
 
 
-def _uploaded(
-    demo: Demo, session: str | None, path: str | None = None, pair: int | None = None, number: int = 0
-) -> tuple[Any, ...]:
+def _uploaded(demo: Demo, session: str | None, path: str | None = None, number: int = 0) -> tuple[Any, ...]:
     """A picture was uploaded (None: removed). One that is refused leaves the place empty and says why."""
     demo.drop("ask", session)
-    found = note = None
+    found = None
     try:
         if path:
             found, note = demo.uploads.find(path)
+            if note:
+                gr.Info(note, title=f"Picture {number}")
     except ValueError as error:
         gr.Warning(explain(error), title=f"Picture {number} was not taken", duration=15)
-    if note:
-        gr.Info(note, title=f"Picture {number}")
     return found, None, "", gr.Radio(visible=False), ""
 
 
 def _ask(
     demo: Demo, session: str | None, index: int | None, first: str | None, second: str | None, text: str
 ) -> Iterator[tuple[Any, ...]]:
-    question = check_question(text, demo.question_limit)
+    question = check_question(text)
     pictures = demo.pictures(index, first, second)
     truth = demo.truth(index, question)
     demo.warn_if_gone()
     with demo.stoppable("ask", session) as stop:
         for cells in ask_all(demo.llavas, pictures, question, demo.generation, stop, explain):
             yield "" if stop.dropped else html.board(cells, demo.names, truth), gr.skip()
-        cosines = _cosines(demo, pictures) if index is None and not stop.dropped else gr.skip()
+        cosines = gr.skip()
+        if index is None and not stop.dropped:
+            try:
+                cosines = html.cosines(demo.similarity.cosines(*pictures), {})
+            except (ValueError, OSError) as error:  # the answers stand; only the cosines are missing
+                gr.Warning(explain(error), title="No cosines")
         yield ("", gr.skip()) if stop.dropped else (gr.skip(), cosines)
-
-
-def _cosines(demo: Demo, pictures: tuple[Any, Any]) -> Any:
-    try:
-        return html.cosines(demo.similarity.cosines(*pictures), {})
-    except (ValueError, OSError) as error:  # the answers stand; only the cosines are missing
-        gr.Warning(explain(error), title="No cosines")
-        return gr.skip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -32,48 +31,24 @@ def explain(error: Exception) -> str:
     return f"Something went wrong that was not foreseen ({type(error).__name__}). The terminal shows where."
 
 
-def explained(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """An event handler (function or generator) whose errors appear as messages on the page."""
-    if inspect.isgeneratorfunction(handler):
-
-        @functools.wraps(handler)
-        def generator(*args: Any, **kwargs: Any):
-            with _errors_as_messages():
-                yield from handler(*args, **kwargs)
-
-        return generator
-
-    @functools.wraps(handler)
-    def function(*args: Any, **kwargs: Any):
-        with _errors_as_messages():
-            return handler(*args, **kwargs)
-
-    return function
-
-
 def for_visitor(demo: Demo, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The event handler that calls `function(demo, session, *values)`, where `session` is the visitor's.
+    """The event handler that calls `function(demo, session, *values)`, where `session` is the visitor's; `function` may
+    be a generator. Its errors appear as messages on the page."""
 
-    Errors as in `explained`; `function` may be a generator too.
-    """
-    if inspect.isgeneratorfunction(function):
-
-        def generate(request: gr.Request, *values: Any):
+    def generate(request: gr.Request, *values: Any):
+        with _errors_as_messages():
             yield from function(demo, request.session_hash, *values)
 
-        return explained(generate)
-
     def call(request: gr.Request, *values: Any):
-        return function(demo, request.session_hash, *values)
+        with _errors_as_messages():
+            return function(demo, request.session_hash, *values)
 
-    return explained(call)
+    return generate if inspect.isgeneratorfunction(function) else call
 
 
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     try:
         yield
-    except gr.Error:
-        raise
     except Exception as error:
         raise gr.Error(explain(error), title="That did not work", duration=15, print_exception=False) from error

@@ -6,6 +6,7 @@ Their HTML is in parts.html.j2, where every text is escaped; here is what goes i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train_encoder.evaluate.judge import names_answer, same_answer
 
-from ..llava.ask import Board, Cell
-from ..mining.pairs import Question
-from ..scores import Scores, interval, verdict
+from ..llava.ask import Board
+from ..scores import Scores, verdict
+from ..votes import interval
 
 BLIND = "the same answer for both pictures, though the truth differs"
 SAME = "the same answer for both pictures"
@@ -24,13 +25,15 @@ COSINE_NAMES |= {f"expert{i}": f"expert {i}" for i in range(64)}
 """What the page calls the keys of a pair's cosines."""
 ALL = "all"
 
-_environment = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, auto_reload=False
-)
+_environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+_parts = _environment.get_template("parts.html.j2").module
 
 
-def _render(macro: str, *values: Any) -> str:
-    return str(getattr(_environment.get_template("parts.html.j2").module, macro)(*values))
+def _part(name: str, *values: Any) -> str:
+    return str(getattr(_parts, name)(*values))
+
+
+bars, progress, note, pair = (partial(_part, name) for name in ("bars", "progress", "note", "pair"))
 
 
 def board(cells: Board, columns: Sequence[str], truth: tuple[str, str] | None = None, *, timing: bool = True) -> str:
@@ -39,51 +42,29 @@ def board(cells: Board, columns: Sequence[str], truth: tuple[str, str] | None = 
     A badge marks a column with one answer for both pictures. timing: show seconds under each answer (not while a vote
     is blind: the slower one could be told by them).
     """
-    both = range(len(columns))
-    heads = [(name, _badge([cells[i, 0], cells[i, 1]], truth)) for i, name in enumerate(columns)]
-    rows = [[(cells[i, picture], _is_right(cells[i, picture], picture, truth)) for i in both] for picture in (0, 1)]
-    return _render("board", heads, truth, rows, timing)
-
-
-def _is_right(cell: Cell, picture: int, truth: tuple[str, str] | None) -> bool | None:
-    """None for an answer that is not known to be right or wrong."""
-    if truth is None or cell.state != "done":
-        return None
-    return names_answer(cell.text, truth[picture], truth[1 - picture])
-
-
-def _badge(cells: Sequence[Cell], truth: tuple[str, str] | None) -> tuple[str, str] | None:
-    """(kind, text) for one answer given twice."""
-    if any(cell.state != "done" for cell in cells) or not same_answer(cells[0].text, cells[1].text):
-        return None
-    return ("same", SAME) if truth is None or same_answer(*truth) else ("blind", BLIND)
+    heads = []
+    for i, name in enumerate(columns):
+        first, second = cells[i, 0], cells[i, 1]
+        badge = None
+        if first.state == second.state == "done" and same_answer(first.text, second.text):
+            badge = ("same", SAME) if truth is None or same_answer(*truth) else ("blind", BLIND)
+        heads.append((name, badge))
+    rows = []
+    for picture in (0, 1):
+        row = []
+        for i in range(len(columns)):
+            cell, right = cells[i, picture], None
+            if truth is not None and cell.state == "done":
+                right = names_answer(cell.text, truth[picture], truth[1 - picture])
+            row.append((cell, right))
+        rows.append(row)
+    return _part("board", heads, truth, rows, timing)
 
 
 def cosines(values: Mapping[str, float], names: Mapping[str, str] = COSINE_NAMES) -> str:
     """How alike each tower finds the pair: a bar from 0 to 1 each. names: what to call a key of `values`."""
-    if not values:
-        return ""
     rows = [(names.get(key, key), value, f"{value:.3f}") for key, value in values.items()]
-    return bars("How alike each eye finds the two (cosine)", rows)
-
-
-def bars(title: str, rows: Sequence[tuple[str, float, str] | tuple[str, float, str, str]]) -> str:
-    """Rows of (label, share, value) under a title; share: the bar's length, 0 to 1. A fourth part: the bar's class."""
-    return _render("bars", title, [(*row, "")[:4] for row in rows])
-
-
-def progress(done: int, total: int, text: str) -> str:
-    """A progress bar that assistive technology reads."""
-    return _render("progress", done, total, text)
-
-
-def note(text: str) -> str:
-    return _render("note", text)
-
-
-def pair(names: Sequence[str], questions: Sequence[Question]) -> str:
-    """The names of a pair's pictures, and its questions with both right answers."""
-    return _render("pair", names, questions)
+    return bars("How alike each eye finds the two (cosine)", rows) if rows else ""
 
 
 def scores(found: Scores) -> str:
@@ -96,9 +77,9 @@ def scores(found: Scores) -> str:
     for attribute in (ALL, *dict.fromkeys(item.attribute for item in found.items[:count])):
         which = [i for i in range(count) if attribute in (ALL, found.items[i].attribute)]
         rows.append((attribute, [_share([values[i] for i in which]) for values in right], len(which)))
-    same = [f"{name}: {found.same(i)} of {len(found.texts[i]) // 2}" for i, name in enumerate(found.names)]
+    same = [f"{name}: {found.same(i)} of {len(found.both(i))}" for i, name in enumerate(found.names)]
     notes = [verdict(found), "One answer given for both pictures (blind to the difference): " + " · ".join(same)]
-    return _render("scores", found.names, rows, notes)
+    return _part("scores", found.names, rows, notes)
 
 
 def _share(right: Sequence[bool]) -> tuple[float, str]:

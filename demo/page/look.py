@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
 from PIL import Image
 
@@ -16,7 +14,7 @@ from ..session import Demo
 from ..visualize import Routing, as_seen, difference, difference_overlay, overlay, routing_of, shares_figure, strip
 from . import html
 from .compare import Compare
-from .errors import explained
+from .errors import for_visitor
 
 HELP = (
     "The two pictures of **Compare**, as the eyes see them. Each patch is tinted by its strongest expert; the stronger "
@@ -28,16 +26,10 @@ DIFFERENCE_HELP = (
     "patches taken from different places are on average."
 )
 
-
-Step = tuple[str, str, tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Looked:
-    """What one look found, kept for the slider."""
-
-    seen: tuple[Image.Image, Image.Image]
-    routings: tuple[Routing, Routing]
+NOTHING, INSIDE, OUTSIDE = "nothing", "inside", "outside"
+"""Which of the tab's fields a step fills: none, those about experts, those about differences."""
+Looked = tuple[tuple[Image.Image, Image.Image], tuple[Routing, Routing]]
+"""Both pictures as the CLIP-MoE saw them and where their patches went: kept for the slider."""
 
 
 def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
@@ -67,56 +59,61 @@ def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
             gr.Image(label=name, elem_id=f"difference-{n}", **picture) for n, name in enumerate(demo.names, start=1)
         ]
     numbers = gr.HTML(elem_id="difference-numbers")
-    inside, outside = [looked, block, *overlays, *strips, *shares], [*differences, numbers]
+    places = {NOTHING: [], INSIDE: [looked, block, *overlays, *strips, *shares], OUTSIDE: [*differences, numbers]}
 
-    def run(index, first, second, name, at, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with demo.stoppable("look", request.session_hash) as stopped:
-            for text, part, values in _look(demo, name, demo.pictures(index, first, second), at):
+    def run(demo: Demo, session: str | None, *values: Any) -> Iterator[dict[Any, Any]]:
+        with demo.stoppable("look", session) as stopped:
+            for text, fields, shown in _look(demo, *values):
                 if stopped.is_set():
                     yield {progress_bar: html.note("Stopped.")}
                     return
-                fields = {"inside": inside, "outside": outside, "": []}[part]
-                yield {progress_bar: text, **dict(zip(fields, values, strict=True))}
+                yield {progress_bar: text, **dict(zip(places[fields], shown, strict=True))}
 
-    fields = [compared.pair, *compared.pictures, whose, block], [progress_bar, *inside, *outside]
+    fields = [compared.pair, *compared.pictures, whose, block], [progress_bar, *places[INSIDE], *places[OUTSIDE]]
     for looked_at in (look.click, tab.select, whose.input):
-        looked_at(explained(run), *fields, show_progress="hidden")
+        looked_at(for_visitor(demo, run), *fields, show_progress="hidden")
     stop.click(demo.stopper("look"), None, None, show_progress="hidden")
-    block.input(explained(_at_block), [looked, block], overlays, show_progress="hidden", trigger_mode="always_last")
+    block.input(_at_block, [looked, block], overlays, show_progress="hidden", trigger_mode="always_last")
 
 
-def _look(demo: Demo, name: str | None, pictures: tuple[Image.Image, Image.Image], at: float) -> Iterator[Step]:
-    """What the tab shows of the two pictures, step by step: (progress, which fields: "inside" or "outside", values).
+def _look(
+    demo: Demo, index: int | None, first: str | None, second: str | None, name: str | None, at: float
+) -> Iterator[tuple[str, str, Sequence[Any]]]:
+    """What the tab shows of the two pictures, step by step: (progress, which fields, their values).
 
-    name: of the LLaVA whose experts are shown.
+    name: of the LLaVA whose experts are shown. at: the slider's place.
     """
+    pictures = demo.pictures(index, first, second)
     demo.warn_if_gone()
     total = len(demo.llavas) + (name is not None)
     maps, seen_by = [], []
     for number, llava in enumerate(demo.llavas):
-        yield html.progress(number, total, f"{llava.name} looks at both pictures ..."), "", ()
+        yield html.progress(number, total, f"{llava.name} looks at both pictures ..."), NOTHING, ()
         (seen, a), (_, b) = _as_seen(llava, pictures)
         with llava.in_place():
             maps.append(difference(llava.tower, a, b, relative=True))
         seen_by.append(seen)
-    scale = max(1e-6, *(float(np.max(found)) for found in maps))
+    scale = max(1e-6, *(float(found.max()) for found in maps))
     heat = [difference_overlay(seen, found, scale) for seen, found in zip(seen_by, maps, strict=True)]
+    means = [float(found.mean()) for found in maps]
+    bars = zip(demo.names, means, ("", "right"), strict=True)
+    rows = [(eye, mean / max(1.0, *means), f"{mean:.2f}", kind) for eye, mean, kind in bars]
+    numbers = html.bars("Mean difference (1.0: as unlike as any two places)", rows)
     more = "" if name is None else html.progress(len(demo.llavas), total, f"which experts of {name} look ...")
-    yield more, "outside", (*heat, _numbers(demo, maps))
+    yield more, OUTSIDE, (*heat, numbers)
     if name is not None:
-        yield "", "inside", _experts(demo.llavas[demo.names.index(name)], pictures, at)
+        yield "", INSIDE, _experts(demo.llavas[demo.names.index(name)], pictures, at)
 
 
 def _experts(llava: Llava, pictures: tuple[Image.Image, Image.Image], at: float) -> tuple[Any, ...]:
     (seen_a, a), (seen_b, b) = _as_seen(llava, pictures)
     with llava.in_place():
         routings = routing_of(llava.tower, a), routing_of(llava.tower, b)
-    found = Looked((seen_a, seen_b), routings)
+    looked = (seen_a, seen_b), routings
     last = len(routings[0].blocks) - 1
     at = min(max(int(at), 0), last)
     slider = gr.Slider(0, last, value=at, label=f"Block (0 to {last} of those with experts)")
-    sheets = [strip(seen, routing) for seen, routing in zip(found.seen, routings, strict=True)]
-    return found, slider, *_at_block(found, at), *sheets, *map(shares_figure, routings)
+    return looked, slider, *_at_block(looked, at), *map(strip, *looked), *map(shares_figure, routings)
 
 
 def _as_seen(llava: Llava, pictures: tuple[Image.Image, Image.Image]) -> list[tuple[Image.Image, torch.Tensor]]:
@@ -127,13 +124,5 @@ def _at_block(looked: Looked | None, at: float) -> list[Image.Image | None]:
     """Both pictures' experts at the slider's block."""
     if looked is None:
         return [None, None]
-    block = looked.routings[0].blocks[int(at)]
-    return [overlay(seen, routing, block) for seen, routing in zip(looked.seen, looked.routings, strict=True)]
-
-
-def _numbers(demo: Demo, maps: list[np.ndarray]) -> str:
-    means = [float(found.mean()) for found in maps]
-    top = max(1.0, *means)
-    left, right = ((name, mean / top, f"{mean:.2f}") for name, mean in zip(demo.names, means, strict=True))
-    rows = [left, (*right, "right")]
-    return html.bars("Mean difference (1.0: as unlike as any two places)", rows)
+    block = looked[1][0].blocks[int(at)]
+    return [overlay(seen, routing, block) for seen, routing in zip(*looked, strict=True)]

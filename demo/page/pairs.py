@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from train_encoder.config import DataConfig
+from train_encoder.data.decode import decode_image
+
+from ..mining.pairs import BlindPair
 from ..session import Demo
 from ..uploads import FORMATS
 from . import html
 from .compare import Compare, show
-from .errors import explained, for_visitor
+from .errors import for_visitor
 
 THUMBNAIL = 160
 """Pixels of one picture of a pair in the gallery."""
@@ -33,7 +39,7 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
         return
     gr.Markdown(_summary(demo))
     gaps = [pair.gap for pair in demo.pairs]
-    lowest, highest = _floor(min(gaps)), _floor(max(gaps)) + 0.01
+    lowest, highest = (math.floor(100 * gap) / 100 for gap in (min(gaps), max(gaps) + 0.01))
     attributes = sorted({name for pair in demo.pairs for name in pair.attributes})
     with gr.Row():
         attribute = gr.Dropdown([ANY, *attributes], value=ANY, label="What differs", min_width=150, elem_id="attribute")
@@ -50,44 +56,33 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
     details = gr.HTML(elem_id="pair-details")
     compare = gr.Button("Compare this pair", visible=False, variant="primary", elem_id="compare-pair")
 
-    def select(name: str, by: str, gap: float) -> tuple[Any, ...]:
-        indices = chosen_pairs(demo, name, by, gap)
-        items = [(thumbnails[index], _caption(demo, index)) for index in indices]
-        text = f"{len(indices)} of {len(demo.pairs)} pairs"
-        return gr.Gallery(items, selected_index=None), indices, text, None, "", gr.Button(visible=False)
-
-    outputs = [gallery, shown, count, chosen, details, compare]
-    for control in (attribute, order, least):
-        control.change(explained(select), [attribute, order, least], outputs, trigger_mode="always_last")
-    page.load(explained(select), [attribute, order, least], outputs, show_progress="hidden")
+    def select(demo: Demo, session: str | None, name: str, by: str, gap: float) -> tuple[Any, ...]:
+        fitting = [
+            index
+            for index, pair in enumerate(demo.pairs)
+            if pair.gap >= gap - 1e-9 and (name == ANY or name in pair.attributes)
+        ]
+        fitting.sort(key=lambda index: ORDERS[by](demo.pairs[index]))
+        items = [(thumbnails[index], _caption(demo.pairs[index])) for index in fitting]
+        text = f"{len(fitting)} of {len(demo.pairs)} pairs"
+        return gr.Gallery(items, selected_index=None), fitting, text, None, "", gr.Button(visible=False)
 
     def picked(indices: list[int], event: gr.SelectData) -> tuple[Any, ...]:
         index = indices[event.index]
         pair = demo.pairs[index]
         return index, html.pair(pair.names, pair.questions) + html.cosines(pair.cosines), gr.Button(visible=True)
 
-    gallery.select(explained(picked), shown, [chosen, details, compare])
-
+    controls, outputs = [attribute, order, least], [gallery, shown, count, chosen, details, compare]
+    for control in controls:
+        control.change(for_visitor(demo, select), controls, outputs, trigger_mode="always_last")
+    page.load(for_visitor(demo, select), controls, outputs, show_progress="hidden")
+    gallery.select(picked, shown, [chosen, details, compare])
     compare.click(for_visitor(demo, _compare), chosen, [tabs, compared.picker, *compared.show_outputs])
 
 
 def _compare(demo: Demo, session: str | None, index: int) -> tuple[Any, ...]:
     """Open the Compare tab with a pair."""
     return gr.Tabs(selected="compare"), index, *show(demo, session, index)
-
-
-def chosen_pairs(demo: Demo, attribute: str, order: str, gap: float) -> list[int]:
-    """Indices of the pairs that differ in `attribute` (ANY: all) with a gap of at least `gap`, in this order."""
-    fitting = [
-        index
-        for index, pair in enumerate(demo.pairs)
-        if pair.gap >= gap - 1e-9 and (attribute == ANY or attribute in pair.attributes)
-    ]
-    return sorted(fitting, key=lambda index: ORDERS[order](demo.pairs[index]))
-
-
-def _floor(gap: float) -> float:
-    return int(gap * 100 - (gap < 0)) / 100
 
 
 def _summary(demo: Demo) -> str:
@@ -99,17 +94,16 @@ def _summary(demo: Demo) -> str:
     )
 
 
-def _caption(demo: Demo, index: int) -> str:
-    pair = demo.pairs[index]
+def _caption(pair: BlindPair) -> str:
     return f"{pair.difference}{' · ' if pair.difference else ''}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
 
 
-def _thumbnail(paths: tuple[Any, Any]) -> Image.Image:
+def _thumbnail(paths: tuple[Path, Path]) -> Image.Image:
     """Both pictures side by side."""
     sheet = Image.new("RGB", (2 * THUMBNAIL + 8, THUMBNAIL), "white")
     for number, path in enumerate(paths):
-        with Image.open(path, formats=FORMATS) as picture:  # a folder of pairs may be a stranger's
-            small = picture.convert("RGB")
+        with path.open("rb") as file:
+            small = decode_image(file, DataConfig.max_pixels, FORMATS)  # a folder of pairs may be a stranger's
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         left = number * (THUMBNAIL + 8) + (THUMBNAIL - small.width) // 2
         sheet.paste(small, (left, (THUMBNAIL - small.height) // 2))

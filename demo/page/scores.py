@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import gradio as gr
 
-from ..scores import Scores, save, score
+from llava_clipmoe.files import write_json
+
+from ..scores import score
 from ..session import Demo
 from . import html
 from .errors import for_visitor
@@ -33,20 +35,17 @@ def _run(demo: Demo, session: str | None) -> Iterator[tuple[str, str]]:
     demo.warn_if_gone()
     with demo.stoppable("score", session) as stop:
         for found in score(demo.llavas, demo.pairs, stop):
-            yield html.progress(found.done, found.total, _time_left(found)), html.scores(found)
-        stopped = stop.is_set() and found.done < found.total
-    if stopped:
-        yield html.note(f"Cancelled after {found.done} of {found.total} answers."), html.scores(found)
-        return
-    save(found, demo.folder / "scores.json")
-    yield html.note(f"{found.total} answers in {_time(found.seconds)}. Written to scores.json."), html.scores(found)
-
-
-def _time_left(found: Scores) -> str:
-    if not found.done:
-        return f"0 of {found.total} answers"
-    left = found.seconds / found.done * (found.total - found.done)
-    return f"{found.done} of {found.total} answers, about {_time(left)} left"
+            text = f"{found.done} of {found.total} answers"
+            if found.done:
+                left = found.seconds / found.done * (found.total - found.done)
+                text += f", about {_time(left)} left"
+            yield html.progress(found.done, found.total, text), html.scores(found)
+    if found.done < found.total:
+        note = f"Cancelled after {found.done} of {found.total} answers."
+    else:
+        write_json(demo.folder / "scores.json", found.as_json())
+        note = f"{found.total} answers in {_time(found.seconds)}. Written to scores.json."
+    yield html.note(note), html.scores(found)
 
 
 def _time(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import gradio as gr
 
 from ..llava.ask import Board, ask_all
 from ..session import Demo
-from ..uploads import check_question, read_picture
+from ..uploads import check_question
 from ..votes import Vote, append_vote, draw_sides, read_votes, tally
 from . import html
 from .errors import explain, for_visitor
@@ -55,7 +56,7 @@ def build(demo: Demo) -> None:
             for choice, text in CHOICES.items()
         ]
     names = gr.Markdown(elem_id="vote-names")
-    score = gr.HTML(value=lambda: running_score(demo), elem_id="vote-score")
+    score = gr.HTML(value=lambda: _running_score(demo), elem_id="vote-score")
 
     shown = [ballot, *pictures, question, board, names, *buttons]
     start.click(for_visitor(demo, _round), None, shown, show_progress="hidden", concurrency_limit=16)
@@ -65,29 +66,32 @@ def build(demo: Demo) -> None:
         button.click(for_visitor(demo, partial(_vote, choice=choice)), ballot, told, show_progress="hidden")
 
 
+def _buttons(*, open: bool) -> list[gr.Button]:
+    return [gr.Button(interactive=open)] * len(CHOICES)
+
+
 def _round(demo: Demo, session: str | None) -> Iterator[tuple[Any, ...]]:
     """A new pair, its question, and the answers; the vote opens when the last answer is there."""
-    index, asked = demo.any_pair(random.Random())
-    question = check_question(asked.question if asked else "What is in this picture?", demo.question_limit)
-    pictures = [read_picture(path, demo.limits).image for path in demo.pairs[index].images]
-    sides = draw_sides((0, 1))
+    asked = [index for index, pair in enumerate(demo.pairs) if pair.questions]
+    index = random.choice(asked or range(len(demo.pairs)))
+    questions = [known.question for known in demo.pairs[index].questions] or ["What is in this picture?"]
+    question = check_question(random.choice(questions))
+    pictures, sides = demo.mined(index), draw_sides((0, 1))
     demo.warn_if_gone()
-    closed = [gr.Button(interactive=False)] * len(CHOICES)
     shown = (*pictures, f"**{_plain(question)}**")
     with demo.stoppable("vote", session) as stop:
         for cells in ask_all([demo.llavas[i] for i in sides], pictures, question, demo.generation, stop, explain):
-            yield None, *shown, html.board(cells, ("A", "B"), timing=False), "", *closed
+            yield None, *shown, html.board(cells, ("A", "B"), timing=False), "", *_buttons(open=False)
             shown = (gr.skip(), gr.skip(), gr.skip())
+    ballot, told = None, "This round has no vote: not all answers came. Start a new one."
     if all(cell.state == "done" for cell in cells.values()):
-        opened = [gr.Button(interactive=True)] * len(CHOICES)
-        yield Ballot(index, question, sides, cells), *shown, gr.skip(), "Who was better?", *opened
-    else:
-        yield None, *shown, gr.skip(), "This round has no vote: not all answers came. Start a new one.", *closed
+        ballot, told = Ballot(index, question, sides, cells), "Who was better?"
+    yield ballot, *shown, gr.skip(), told, *_buttons(open=ballot is not None)
 
 
 def _plain(text: str) -> str:
     """A text for Markdown, with its special characters escaped."""
-    return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>()#+-.!|~$" else letter for letter in text)
+    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!|~$])", r"\\\1", text)
 
 
 def _vote(demo: Demo, session: str | None, ballot: Ballot | None, choice: str) -> tuple[Any, ...]:
@@ -95,25 +99,18 @@ def _vote(demo: Demo, session: str | None, ballot: Ballot | None, choice: str) -
     if ballot is None:
         raise ValueError("There is no open round: start a new one, and vote when all four answers are there.")
     names = [demo.names[side] for side in ballot.sides]
-    pair = demo.pairs[ballot.pair]
     answers = [[ballot.board[column, picture].text for picture in (0, 1)] for column in (0, 1)]
-    vote = Vote(list(pair.names), ballot.question, *names, *answers, choice)
-    append_vote(demo.folder / "votes.jsonl", vote)
-    who = " and ".join(f"**{letter}** was **{_plain(name)}**" for letter, name in zip("AB", names, strict=True))
-    truth = demo.truth(ballot.pair, ballot.question)
-    named = html.board(ballot.board, [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)], truth)
-    return (
-        None,
-        named,
-        f"{who}. You said: {CHOICES[choice]}.",
-        running_score(demo),
-        *[gr.Button(interactive=False)] * len(CHOICES),
-    )
+    pictures = list(demo.pairs[ballot.pair].names)
+    append_vote(demo.folder / "votes.jsonl", Vote(pictures, ballot.question, *names, *answers, choice))
+    a, b = names
+    board = html.board(ballot.board, (f"A: {a}", f"B: {b}"), demo.truth(ballot.pair, ballot.question))
+    told = f"**A** was **{_plain(a)}** and **B** was **{_plain(b)}**. You said: {CHOICES[choice]}."
+    return None, board, told, _running_score(demo), *_buttons(open=False)
 
 
-def running_score(demo: Demo) -> str:
+def _running_score(demo: Demo) -> str:
     """All votes so far between these two LLaVAs."""
-    right, left = demo.names[1], demo.names[0]
+    left, right = demo.names
     found = tally(read_votes(demo.folder / "votes.jsonl"), (right, left))
     if not found.votes:
         return html.note("No votes yet.")
