@@ -1,19 +1,16 @@
 """The outer check of every request: what passes is what the page itself asks, from its own address.
 
-Its own address: Gradio sends no CORS header to other sites, so that they can read nothing. But a browser would still
-send their uploads here (a form needs no permission), and a host name of theirs that points to 127.0.0.1 would count as
-the page's own address. Both are refused.
+Its own address: other sites can read nothing, as Gradio sends them no CORS header. But a browser would still send their
+uploads here (a form needs no permission), and a host name of theirs may point to 127.0.0.1. Both are refused.
 
 What the page asks: Gradio answers at some fifty addresses that the page does not use, takes and serves files of any
-kind, fetches what a value names as a URL, and opens what a value names as a path. No such request reaches it: one
-passes if the page makes such requests, and if every file that it names is the page's.
+kind, fetches what a value names as a URL, and opens what a value names as a path. None of that reaches it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +23,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from demo.uploads import Uploads, inside
 
@@ -44,19 +42,15 @@ MOST_ASKED = 2**20
 ASKED = ("data", "fn_index", "session_hash", "event_data", "trigger_id")
 PICTURES = {".png": "image/png", ".webp": "image/webp"}
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 
 class Guard:
     """ASGI middleware: the page's own requests pass, uploads and pictures are handled here, anything else gets 404, and
     another site 403. Every answer tells the browser to trust its content type and never to guess a web page."""
 
-    def __init__(self, app: Any, uploads: Uploads):
+    def __init__(self, app: ASGIApp, uploads: Uploads):
         self.app, self.uploads = app, uploads
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def declared(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
@@ -67,7 +61,7 @@ class Guard:
         headers = Headers(scope=scope)
         origin, path, method = headers.get("origin"), scope["path"], scope["method"]
         reads, writes = method in ("GET", "HEAD"), method == "POST"
-        answer: Any = PlainTextResponse("This page has nothing here.", status_code=404)
+        answer: ASGIApp = PlainTextResponse("This page has nothing here.", status_code=404)
         if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
             answer = PlainTextResponse("This page takes nothing from other pages.", status_code=403)
         elif (reads and READ.fullmatch(path)) or (writes and path in WRITTEN):
@@ -89,7 +83,7 @@ class Guard:
                 answer = FileResponse(file, media_type=PICTURES[file.suffix], headers=locked)
         await answer(scope, receive, declared)
 
-    async def _upload(self, scope: dict[str, Any], receive: Receive) -> Response:
+    async def _upload(self, scope: Scope, receive: Receive) -> Response:
         """Answer an upload as Gradio would, with a list of paths: here of one picture."""
         most = self.uploads.limits.max_bytes
         body = await _body(receive, most + 2**16)  # 2**16: what a form adds around the file

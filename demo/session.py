@@ -1,21 +1,34 @@
-"""What every tab of the page works with: the two LLaVAs, the pairs, the folder of votes and scores, what is running."""
+"""What every tab of the page works with: the two LLaVAs, the pairs, the folder of votes and scores, what is running;
+and its event handlers, whose errors become messages for the visitor, never stack traces."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+import torch
 from PIL import Image
 
-from .llava.generate import Llava, ModelGone
+from llava_clipmoe.cli import raised_by_us
+
+from .llava.generate import Llava
 from .llava.settings import Generation
 from .llava.similarity import Similarity
 from .mining.pairs import BlindPair
 from .uploads import BadUpload, Uploads, read_picture
+
+logger = logging.getLogger(__name__)
+NO_PAIRS = (
+    "No mined pairs are loaded. `llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` finds pairs in any folder of "
+    "pictures; start the demo with `--pairs FOLDER`."
+)
 
 
 class Stop(threading.Event):
@@ -66,10 +79,12 @@ class Demo:
     def warn_if_gone(self) -> None:
         """A message on the page for every model directory that has vanished; answers go on from memory."""
         for llava in self.llavas:
-            try:
-                llava.check_files()
-            except ModelGone as gone:
-                gr.Warning(str(gone), title="A model's folder is gone")
+            if not (llava.directory / "config.json").is_file():
+                told = (
+                    f"The folder of {llava.name} ({llava.directory.name}) is no longer there. Answers still come from "
+                )
+                told += "memory, but the page cannot be started again without it."
+                gr.Warning(told, title="A model's folder is gone")
 
     @contextmanager
     def stoppable(self, action: str, session: str | None) -> Iterator[Stop]:
@@ -99,3 +114,39 @@ class Demo:
         if event := self._stops.get((action, session)):
             event.dropped |= dropped
             event.set()
+
+
+def explain(error: Exception) -> str:
+    """The message for an error. One that nobody foresaw is logged whole to the terminal; the page names its kind."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "The GPU has too little memory for this. Close other programs on it, or start the demo with --bits 8."
+    if isinstance(error, FileNotFoundError) and error.filename:
+        name = str(error.filename).rpartition("/")[2]
+        return f"A file that this needs is gone ({name}). Put it back, or start the demo again with what is there."
+    if isinstance(error, (ValueError, FileNotFoundError)) and raised_by_us(error):
+        return str(error)
+    logger.error("unforeseen error in the demo", exc_info=error)
+    return f"Something went wrong that was not foreseen ({type(error).__name__}). The terminal shows where."
+
+
+def for_visitor(demo: Demo, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The event handler that calls `function(demo, session, *values)`, where `session` is the visitor's; `function` may
+    be a generator. Its errors appear as messages on the page."""
+
+    def generate(request: gr.Request, *values: Any):
+        with _errors_as_messages():
+            yield from function(demo, request.session_hash, *values)
+
+    def call(request: gr.Request, *values: Any):
+        with _errors_as_messages():
+            return function(demo, request.session_hash, *values)
+
+    return generate if inspect.isgeneratorfunction(function) else call
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise gr.Error(explain(error), title="That did not work", duration=15, print_exception=False) from error

@@ -1,12 +1,4 @@
-"""What the page does with a visitor's file and question before anything else sees them.
-
-    uploads = Uploads(served)
-    path = uploads.take(data)             # the file's picture is kept as a PNG of pixels alone
-    image = uploads.open(path)            # RGB, upright, on white
-    question = check_question(text)
-
-The message of a BadUpload is for the person at the page: the cause and the next step, no paths, no traces.
-"""
+"""What the page does with a visitor's file and question before anything else sees them."""
 
 from __future__ import annotations
 
@@ -35,7 +27,8 @@ _IMAGE_TOKEN = re.compile(r"<\s*/?\s*(image|im_start|im_end|im_patch)\s*>", re.I
 
 
 class BadUpload(ValueError):
-    """A picture or question that cannot be used; the message is meant to be shown as it is."""
+    """A picture or question that cannot be used. The message is for the person at the page: cause and next step, no
+    paths, no traces."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +52,8 @@ class Picture:
 
 
 class Uploads:
-    """The folder of the pictures that the page shows, uploaded ones among them.
-
-    A visitor's request can open no other files: only what `take` kept, or Gradio wrote for a mined pair.
-    """
+    """The folder of the pictures that the page shows: those that `take` kept, and those that Gradio wrote for a mined
+    pair. A visitor's request can open no other files."""
 
     KEPT_SECONDS = 86_400
     REMEMBERED = 1000
@@ -76,10 +67,8 @@ class Uploads:
         self._decoding = threading.Semaphore(2)  # a picture of the largest allowed size takes hundreds of megabytes
 
     def take(self, data: bytes) -> str:
-        """Keep the picture in an uploaded file, under a name that nobody can guess; -> its path.
-
-        A file that is refused gets a path too, where nothing is: `find` says why.
-        """
+        """Keep the picture in an uploaded file, as a PNG of its pixels alone under a name that nobody can guess; -> its
+        path. A file that is refused gets a path too, where nothing is: `find` says why."""
         path = self.folder / f"{secrets.token_hex(16)}.png"
         try:
             with self._decoding:
@@ -161,8 +150,6 @@ def picture_of(data: bytes, limits: Limits = Limits()) -> Picture:
             "This picture is damaged or was cut short: it starts like a picture, but cannot be read to its end. Open "
             "it in a picture viewer, save it again and upload the new file."
         ) from error
-    except MemoryError as error:
-        raise BadUpload("This picture needs more memory than is free here. Upload a smaller one.") from error
 
 
 def _check_header(data: bytes, limits: Limits) -> str:

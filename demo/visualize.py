@@ -1,11 +1,5 @@
-"""Look inside a vision tower: which experts a picture's patches go to, and where two pictures differ for it.
-
-    seen, pixels = as_seen(image, tower.image_processor, llava.config.image_aspect_ratio)
-    routing = routing_of(tower, pixels)
-    overlay(seen, routing, block=3)       shares_figure(routing)
-    difference_overlay(seen, difference(tower, pixels, other_pixels), scale=1.0)
-
-A tower is the vision tower of a loaded LLaVA: ours (llava_clipmoe.vision_tower) or upstream's.
+"""Look inside a loaded LLaVA's vision tower (ours or upstream's): which experts a picture's patches go to, and where
+two pictures differ for it.
 
 Shape suffixes:  L MoE blocks   S patches a side   E experts   N = S*S patches   T = N + 1 tokens   R side in pixels
 """
@@ -31,10 +25,10 @@ from train_encoder.report.figures import style
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 """Colours that the colour-blind can tell apart too (Okabe and Ito 2008); its black is a grey here, for dark pages."""
-SIDE = 672
-"""Pixels of a large overlay, roughly: each patch gets a whole number."""
 INK = "#747a85"
 """Colour of text: as readable on a white page as on a nearly black one (contrast 4.3 and 4.4)."""
+SIDE = 672
+"""Pixels of a large overlay, roughly: each patch gets a whole number."""
 
 
 def as_seen(image: Image.Image, processor: Any, aspect_ratio: str | None) -> tuple[Image.Image, torch.Tensor]:
@@ -82,10 +76,9 @@ class Routing:
 
 @torch.no_grad()
 def routing_of(tower: Any, pixels_13RR: torch.Tensor) -> Routing:
-    """The routing of one picture's patches (the class token is left out). Raises NoExperts for a dense tower.
+    """The routing of one picture's patches, without the class token; an S2 tower's at its base scale. Raises NoExperts.
 
-    An S2 tower runs on several scales; this is its base scale, the whole picture in one tile. The logits are the
-    model's own output, not caught by hooks: a hook would also see what another thread asks the same model.
+    The logits are the model's own output: a hook would also see what another thread asks the same model.
     """
     config = tower.config
     if not getattr(config, "moe_layers", None):
@@ -109,9 +102,8 @@ def routing_of(tower: Any, pixels_13RR: torch.Tensor) -> Routing:
 def difference(tower: Any, pixels_a: torch.Tensor, pixels_b: torch.Tensor, relative: bool = False) -> np.ndarray:
     """[S,S] float32: 1 - cosine of the two pictures' features at each patch; 0 where the tower sees no difference.
 
-    Two towers have two feature spaces, so their means cannot be compared. `relative` divides by the mean difference
-    between patches at different places of the two pictures: 1 is then "as unlike as any two places", and numbers of
-    different towers can be compared.
+    `relative` divides by the mean difference between patches at different places of the two pictures: 1 is then "as
+    unlike as any two places", and numbers of different towers can be compared.
     """
     x_ND, y_ND = (F.normalize(_features(tower, pixels), dim=-1) for pixels in (pixels_a, pixels_b))
     distance_NN = 1 - x_ND @ y_ND.T
@@ -145,10 +137,8 @@ def overlay(seen: Image.Image, routing: Routing, block: int, side: int = SIDE) -
 
 
 def difference_overlay(seen: Image.Image, map_SS: np.ndarray, scale: float, side: int = SIDE) -> Image.Image:
-    """The picture in grey, tinted from yellow to red where it differs, not tinted where it does not.
-
-    `scale`: the value of full red, the same for both towers so that their pictures can be compared.
-    """
+    """The picture in grey, tinted from yellow to red where it differs. `scale`: the value of full red, one for both
+    towers so that their pictures can be compared."""
     strength_SS = np.clip(map_SS / scale, 0, 1)
     colours_SS3 = matplotlib.colormaps["autumn_r"](strength_SS)[..., :3]  # yellow and red show on dark and on light
     return _tint(seen, colours_SS3, 0.85 * strength_SS, np.zeros(map_SS.shape), side)

@@ -1,9 +1,4 @@
-"""Blind votes: one JSON object a line, and what they say so far.
-
-a, b = draw_sides((moe, clip))
-append_vote(path, Vote(...))
-print(tally(read_votes(path), ("CLIP-MoE", "CLIP")))
-"""
+"""Blind votes: one JSON object a line, and what they say so far."""
 
 from __future__ import annotations
 

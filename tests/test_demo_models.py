@@ -20,7 +20,7 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 if not upstream_is_installed():
     pytest.skip("upstream LLaVA (llava-torch) is not installed here", allow_module_level=True)
 
-from demo.llava.generate import Llava, ModelGone, separator_of
+from demo.llava.generate import Llava, separator_of
 from demo.llava.load import conversation_of, load_llavas
 from demo.llava.settings import Generation, Models, check_models
 
@@ -346,15 +346,11 @@ def test_an_error_in_mid_answer_reaches_the_reader_after_what_was_said(own, monk
     assert within(30, lambda: said(own[0], PICTURES[0])) == expected
 
 
-def test_a_vanished_directory_is_told_and_answers_still_come(two_llavas, tmp_path):
+def test_answers_still_come_when_the_directory_has_vanished(two_llavas, tmp_path):
     copies = [shutil.copytree(directory, tmp_path / directory.name) for directory in two_llavas]
     llavas = load_llavas(Models(*copies, device="cpu"), say=lambda line: None)
     before = said(llavas[1], PICTURES[0])
-    llavas[1].check_files()
     shutil.rmtree(copies[1])
-    with pytest.raises(ModelGone, match=r"CLIP-MoE \(llava-v1-clipmoe\) is no longer there"):
-        llavas[1].check_files()
-    llavas[0].check_files()
     assert said(llavas[1], PICTURES[0]) == before
 
 

@@ -21,14 +21,15 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
 from demo import scores as scores_module
 from demo.llava.ask import Cell
-from demo.llava.generate import Llava, ModelGone
+from demo.llava.generate import Llava
 from demo.llava.settings import Generation
 from demo.llava.similarity import Similarity
 from demo.mining.pairs import ROWS, BlindPair, Question
 from demo.mining.quickstart import quickstart_pairs
 from demo.page import html
-from demo.page.errors import explain
 from demo.scores import Item, Scores, items_of, score, verdict
+from demo.session import explain
+from demo.uploads import BadUpload
 from demo.votes import interval
 from llava_clipmoe.files import read_json, write_json
 
@@ -419,7 +420,7 @@ def test_bars_keep_inside():
 
 
 def test_errors_are_told_without_traces_or_paths(caplog):
-    assert explain(ModelGone("The folder is gone.")) == "The folder is gone."
+    assert explain(BadUpload("This file is empty.")) == "This file is empty."
     assert "--bits 8" in explain(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     told = explain(FileNotFoundError(2, "No such file", "/home/somebody/pictures/a.png"))
     assert "a.png" in told and "somebody" not in told

@@ -1,7 +1,4 @@
-"""One loaded LLaVA: asked one question at a time, its answer read as a stream or in batches.
-
-for text in llava.stream(picture, "What is the main color?", Generation()): ...
-"""
+"""One loaded LLaVA: asked one question at a time, its answer read as a stream or in batches."""
 
 from __future__ import annotations
 
@@ -24,10 +21,6 @@ from .turns import Turns
 
 NEXT_TEXT_SECONDS = 600.0
 """Longest wait for the next piece of text: a 7B model on a slow CPU reads a picture for minutes."""
-
-
-class ModelGone(ValueError):
-    """The directory of a loaded LLaVA is no longer on the disk."""
 
 
 @dataclass
@@ -57,21 +50,9 @@ class Llava:
         return isinstance(self.tower, CLIPMoEVisionTower)
 
     @property
-    def processor(self) -> Any:
-        return self.tower.image_processor
-
-    @property
     def tower_source(self) -> str:
         """Directory or hub id of the whole CLIP that the tower was read from."""
         return str(self.tower.directory) if self.is_moe else self.tower.vision_tower_name
-
-    def check_files(self) -> None:
-        """Raise ModelGone when the directory has vanished: the loaded model still answers, a restart would fail."""
-        if not (self.directory / "config.json").is_file():
-            raise ModelGone(
-                f"The folder of {self.name} ({self.directory.name}) is no longer there. Answers still come from "
-                "memory, but the page cannot be started again without it."
-            )
 
     @contextmanager
     def in_place(
@@ -92,7 +73,7 @@ class Llava:
         """Arguments of upstream's `generate`: ids [1,T] with one image token, pixels, and the picture's size."""
         from llava.mm_utils import process_images, tokenizer_image_token  # upstream: there where a LLaVA is loaded
 
-        pixels = process_images([picture], self.processor, self.config)
+        pixels = process_images([picture], self.tower.image_processor, self.config)
         prompt = prompt_of(question, self.config, self.llm.conversation)
         ids = tokenizer_image_token(prompt, self.llm.tokenizer, return_tensors="pt")
         device, dtype = self.llm.model.device, self.llm.model.dtype
@@ -163,9 +144,9 @@ class Llava:
             asked = enumerate(zip(pictures[part], questions[part], strict=True))
             rows = [{"question_id": i, "text": text, "image": str(picture)} for i, (picture, text) in asked]
             with self.in_place(stop) as model:
-                prompts = Prompts(rows, Path(), self.llm.tokenizer, self.processor, self.config, self.llm.conversation)
-                how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-                texts = next(answer(model, self.llm.tokenizer, prompts, **how))
+                tokenizer, processor = self.llm.tokenizer, self.tower.image_processor
+                prompts = Prompts(rows, Path(), tokenizer, processor, self.config, self.llm.conversation)
+                texts = next(answer(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens))
             yield texts  # after the turn: the reader may take any time before it asks for the next batch
 
 

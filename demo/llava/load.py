@@ -1,9 +1,5 @@
-"""Loading the two LLaVAs of the page with upstream's own loader.
-
-    left, right = load_llavas(Models(left=Path("llava-base"), right=Path("llava-clipmoe")))
-
-They are two whole LLaVA directories, or (`language_model` given) one language model, loaded once, with two projectors
-and towers as upstream's stage 1 leaves them.
+"""Loading the two LLaVAs of the page with upstream's own loader: two whole LLaVA directories, or (`language_model`
+given) one language model, loaded once, with two projectors and towers as upstream's stage 1 leaves them.
 """
 
 from __future__ import annotations
@@ -101,11 +97,8 @@ def _place_tower(tower: Any, device: torch.device) -> None:
 
 
 def _quantised(bits: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of upstream's loader for a language model of 8 or 4 bits.
-
-    Its own switches for them would quantise the projector too, which is part of what is compared, and leave that of
-    stage 1 empty.
-    """
+    """Arguments of upstream's loader for a language model of 8 or 4 bits. Its own switches for them would quantise the
+    projector too, which is part of what is compared, and leave that of stage 1 empty."""
     if bits == 16:
         return {}
     how: dict[str, Any] = {"load_in_8bit": True}

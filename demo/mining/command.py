@@ -22,7 +22,6 @@ import tyro
 from rich.console import Console
 
 from llava_clipmoe.files import atomic_directory, remove_leftovers, replace_surrogates, write_json
-from train_encoder.data.decode import BadImage
 from train_encoder.data.pairs import DataError
 from train_encoder.report.document import Table
 
@@ -125,29 +124,24 @@ def check(s: Settings) -> None:
 
 
 def mine(s: Settings) -> Path:
-    """Mine blind pairs and write their folder; -> the folder. Prints what was found.
-
-    Raises ValueError or OSError that a user can mend.
-    """
+    """Mine blind pairs and write their folder; -> the folder. Prints what was found."""
     start = time.monotonic()
     check(s)
     pictures = open_pictures(s.images, split=s.split, leave_out=s.output_dir)
     asked = read_questions(s.questions, pictures) if s.questions else {}
     towers = open_towers(s.dense, s.moe, s.reference)
-    loading = {"device": s.device, "precision": s.precision, "batch_size": s.batch_size, "workers": s.workers}
-    encoded = encode_pictures(pictures, towers, s.cache or s.output_dir / "cache", **loading)
+    how = {"device": s.device, "precision": s.precision, "batch_size": s.batch_size, "workers": s.workers}
+    encoded = encode_pictures(pictures, towers, s.cache or s.output_dir / "cache", **how)
     found, near_duplicates = _search(s, pictures, encoded, asked)
     counts = {"images": len(pictures), "skipped": len(encoded.bad), "encoded_now": encoded.encoded}
     counts |= {"above_dense_threshold": found.above, "near_duplicates": near_duplicates, "kept": len(found.first)}
-    skipped = [
-        {"image": _shown(pictures.names[row]), "error": replace_surrogates(error)} for row, error in encoded.bad.items()
-    ]
+    skipped = [(_shown(pictures.names[row]), replace_surrogates(error)) for row, error in encoded.bad.items()]
     summary = {
         "outcome": found.outcome,
         "counts": counts,
         "models": {tower.encoders[0]: tower.name for tower in towers},
         "settings": {name: _without_folders(value) for name, value in asdict(s).items()},
-        "skipped": skipped,
+        "skipped": [{"image": name, "error": error} for name, error in skipped],
     }
     pairs = _write(s, pictures, encoded, found, asked, summary)
     _report(s, pairs, found, summary, time.monotonic() - start)
@@ -209,12 +203,7 @@ def _write(
     files: dict[int, Path] = {}
     with atomic_directory(folder / PICTURES) as temporary:
         for image in dict.fromkeys(np.ravel(images).tolist()):
-            name = pictures.names[image]
-            try:
-                file = save_picture(pictures.image(image), temporary, name, len(files))
-            except BadImage as error:
-                message = f"{name} could be read before, but not now ({error}). Run the command again."
-                raise DataError(message) from error
+            file = save_picture(pictures.image(image), temporary, pictures.names[image], len(files))
             files[image] = (folder / PICTURES / file).resolve()
     each = {name: exact_cosines(array, found.first, found.second) for name, array in encoded.embeddings.items()}
     pairs = []

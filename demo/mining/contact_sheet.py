@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from llava_clipmoe.files import atomic_file
 
@@ -25,30 +25,26 @@ def draw_contact_sheet(pairs: Sequence[BlindPair], path: Path, title: str) -> No
     """Write the first PAIRS pairs to `path` (PNG). Raises SaveError."""
     pairs = pairs[:PAIRS]
     rows = -(-len(pairs) // COLUMNS)
-    height = HEIGHT * rows + 0.6
-    figure = Figure(figsize=(WIDTH * COLUMNS, height), dpi=100)
-    figure.text(0.02, 1 - 0.3 / height, title, fontsize=13, va="center", parse_math=False)
-    for number, pair in enumerate(pairs):
-        left, top = number % COLUMNS / COLUMNS, 1 - (0.6 + HEIGHT * (number // COLUMNS)) / height
-        _draw_pair(figure, pair, number + 1, left, top, height)
+    figure = Figure(figsize=(WIDTH * COLUMNS, HEIGHT * rows + 0.6), dpi=100)
+    top, sheet = figure.subfigures(2, 1, height_ratios=[0.6, HEIGHT * rows])
+    top.text(0.02, 0.5, title, fontsize=13, va="center", parse_math=False)
+    cells = sheet.subfigures(rows, COLUMNS, squeeze=False).flat
+    for number, (cell, pair) in enumerate(zip(cells, pairs, strict=False), start=1):
+        _draw_pair(cell, pair, number)
     with atomic_file(path) as temporary, warnings.catch_warnings():
         # A file's name may be in a script that the font does not have: boxes then, not a page of warnings.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png")
 
 
-def _draw_pair(figure: Figure, pair: BlindPair, number: int, left: float, top: float, height: float) -> None:
-    """One pair in its cell, whose upper left corner is (left, top) in parts of the figure."""
-    width, side = WIDTH * COLUMNS, 1.75  # inches
-    for position, (image, name) in enumerate(zip(pair.images, pair.names, strict=True)):
-        x = left + (0.25 + position * (side + 0.1)) / width
-        axes = figure.add_axes((x, top - (side + 0.05) / height, side / width, side / height))
+def _draw_pair(cell: SubFigure, pair: BlindPair, number: int) -> None:
+    grid = {"left": 0.03, "right": 1, "top": 0.98, "bottom": 0.22, "wspace": 0.05}
+    *pictures, words = cell.subplots(1, 3, width_ratios=[1, 1, 1.9], gridspec_kw=grid)
+    for axes, letter, image, name in zip(pictures, "AB", pair.images, pair.names, strict=True):
         axes.imshow(matplotlib.image.imread(image, format="png"), interpolation="antialiased")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color("#cccccc")
-        label = f"{'AB'[position]}: {_short(name)}"
-        axes.set_xlabel(label, fontsize=8, labelpad=3, parse_math=False)
-    x = left + (0.25 + 2 * (side + 0.1) + 0.05) / width
+        axes.set_xlabel(f"{letter}: {_short(name)}", fontsize=8, labelpad=3, parse_math=False)
     lines = [f"{number}.  gap {pair.gap:.3f}{'' if pair.passed else '  (below the thresholds)'}"]
     lines += [f"{encoder:<9} {cosine:7.4f}" for encoder, cosine in pair.cosines.items()]
     for question in pair.questions[:2]:
@@ -56,8 +52,9 @@ def _draw_pair(figure: Figure, pair: BlindPair, number: int, left: float, top: f
         lines += textwrap.wrap(f"A: {question.answers[0]}   B: {question.answers[1]}", LINE, max_lines=1)
     if len(pair.questions) > 2:
         lines.append(f"and {len(pair.questions) - 2} more questions")
-    text = {"fontsize": 8.5, "family": "monospace", "va": "top", "linespacing": 1.25, "parse_math": False}
-    figure.text(x, top - 0.05 / height, "\n".join(lines), **text)
+    words.axis("off")
+    style = {"fontsize": 8.5, "family": "monospace", "va": "top", "linespacing": 1.25, "parse_math": False}
+    words.text(0, 1, "\n".join(lines), transform=words.transAxes, **style)
 
 
 def _short(name: str) -> str:

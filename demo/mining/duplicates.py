@@ -11,10 +11,8 @@ HASH_BYTES = HASH_SIDE**2 // 8
 
 
 def looks(image: Image.Image) -> np.ndarray:
-    """RGB picture -> uint8 [B]: its perceptual hash (64 bits, packed), then a small RGB thumbnail.
-
-    The hash sees no colour; the thumbnail sees a clock's hands, which an 8 x 8 one would not.
-    """
+    """RGB picture -> uint8 [B]: its perceptual hash (64 bits, packed), which sees no colour, then an RGB thumbnail
+    just large enough to see a clock's hands."""
     bits = np.packbits(imagehash.phash(image, hash_size=HASH_SIDE).hash.reshape(-1))
     thumb = np.asarray(image.resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX)).reshape(-1)
     return np.concatenate([bits, thumb])

@@ -1,9 +1,5 @@
 """Encode pictures once by every encoder; what is encoded stays on disk for the next run.
 
-    towers = open_towers("runs/quickstart/base", "runs/quickstart/clip-moe", "clip-moe")
-    encoded = encode_pictures(pictures, towers, Path("runs/pairs/cache"))
-    encoded.embeddings["dense"]          # [N,P] fp16, memory-mapped
-
 `train_encoder.features` encodes a source with captions by one model, and would decode every picture once a model.
 """
 
@@ -46,7 +42,7 @@ class Encoded:
     """N pictures, a row each, memory-mapped; the row of a skipped picture means nothing."""
 
     embeddings: dict[str, np.ndarray]
-    """By encoder."""
+    """[N,P] fp16, by encoder."""
     looks: np.ndarray
     bad: dict[int, str]
     """Why a picture was skipped."""

@@ -1,8 +1,4 @@
-"""Pictures to mine, whatever holds them: a folder, a table of paths, a data set.
-
-pictures = open_pictures("photos")
-pictures.image(0), pictures.names[0]
-"""
+"""Pictures to mine, whatever holds them: a folder, a table of paths, a data set."""
 
 from __future__ import annotations
 

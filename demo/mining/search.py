@@ -3,8 +3,7 @@
     found = search(dense, [moe], Criteria(), device="cuda")     # dense, moe: [N,P], perhaps memory-mapped
 
 All N(N-1)/2 dense cosines are computed, tile by tile; a reference cosine only where the dense one is above its
-threshold. A `Pool` keeps the best of the pairs that are left, so that memory does not grow with their number. Of equal
-pairs the lower numbers win; the result does not depend on timing.
+threshold. A `Pool` keeps the best of the pairs that are left. Of equal pairs the lower numbers win.
 """
 
 from __future__ import annotations
@@ -146,10 +145,8 @@ class Pool:
 def close_pairs(
     rows: Rows, count: int, above: Callable[[], float], advance: Callable[[int], None]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """first, second, cosine of all pairs above a threshold, tile by tile of the upper triangle, PART at a time.
-
-    `above` is asked before each tile; `advance` is told how many pairs have been looked at.
-    """
+    """first, second, cosine of all pairs above a threshold, tile by tile of the upper triangle, PART at a time. `above`
+    gives the threshold of a tile; `advance` is told how many pairs have been looked at."""
     for i in range(0, count, TILE):
         a = rows(slice(i, i + TILE))
         for j in range(i, count, TILE):
@@ -204,7 +201,11 @@ def search(
             first, second = first[keys > 2], second[keys > 2]
         if outcome == "closest":
             first, second = _closest(rows, count, criteria.candidates, accepted)
-    first, second = _by_gap(dense, references, numbers[first], numbers[second])
+    # By fp64 cosines: those of a matrix product differ in the last bit with the tile they were in.
+    first, second = numbers[first], numbers[second]
+    reference = np.min([exact_cosines(array, first, second) for array in references], axis=0)
+    order = np.lexsort((second, first, reference - exact_cosines(dense, first, second)))
+    first, second = first[order], second[order]
     kept = _few_of_each(first, second, criteria.per_image, criteria.top)
     return Found(first[kept], second[kept], outcome, above, forgotten=pool.full and len(kept) < criteria.top)
 
@@ -217,13 +218,6 @@ def _closest(rows: Rows, count: int, candidates: int, accepted: Callable) -> tup
             pool.add(*accepted(*pairs))
     first, second, _ = pool.sorted()
     return first[:candidates], second[:candidates]
-
-
-def _by_gap(dense, references, first, second) -> tuple[np.ndarray, np.ndarray]:
-    """Sort by gaps of fp64 cosines: those of a matrix product differ in the last bit with the tile they were in."""
-    reference = np.min([exact_cosines(array, first, second) for array in references], axis=0)
-    order = np.lexsort((second, first, reference - exact_cosines(dense, first, second)))
-    return first[order], second[order]
 
 
 def _few_of_each(first: np.ndarray, second: np.ndarray, per_image: int, top: int) -> list[int]:

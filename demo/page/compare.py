@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ..llava.ask import ask_all
-from ..session import Demo
+from ..session import NO_PAIRS, Demo, explain, for_visitor
 from ..uploads import check_question
 from . import html
-from .errors import explain, for_visitor
 
 HELP = (
     "CLIP embeds both pictures as nearly the same point. Ask both eyes about both: an eye that gives the **same answer "
     "twice**, though the truth differs, is blind to the difference. Choose a mined pair, or drop two pictures of yours."
-)
-NO_PAIRS = (
-    "No mined pairs are loaded: upload two pictures. `llava-clipmoe mine-pairs IMAGES` finds pairs in a folder; give "
-    "them to the demo with `--pairs FOLDER`."
 )
 
 
@@ -39,7 +34,7 @@ class Compare(NamedTuple):
 def build(demo: Demo) -> Compare:
     """Draw the tab (inside a gr.Tab)."""
     some = bool(demo.pairs)
-    gr.Markdown(HELP if some else NO_PAIRS)
+    gr.Markdown(HELP if some else f"{NO_PAIRS} Or upload two pictures.")
     pair = gr.State(0 if some else None)
     choices = [
         (f"{i + 1} · {pair.difference or ' / '.join(pair.names)} · CLIP {pair.cosines['dense']:.3f}", i)

@@ -1,20 +1,22 @@
-"""Look inside: which experts see which patch, and where the two pictures differ for each eye."""
+"""Look inside: which experts see which patch, and where the two pictures differ for each vision tower."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import torch
 from PIL import Image
 
 from ..llava.generate import Llava
-from ..session import Demo
+from ..llava.turns import Stopped
+from ..session import Demo, Stop, for_visitor
 from ..visualize import Routing, as_seen, difference, difference_overlay, overlay, routing_of, shares_figure, strip
 from . import html
 from .compare import Compare
-from .errors import for_visitor
 
 HELP = (
     "The two pictures of **Compare**, as the eyes see them. Each patch is tinted by its strongest expert; the stronger "
@@ -26,9 +28,8 @@ DIFFERENCE_HELP = (
     "patches taken from different places are on average."
 )
 
-NOTHING, INSIDE, OUTSIDE = "nothing", "inside", "outside"
-"""Which of the tab's fields a step fills: none, those about experts, those about differences."""
-Looked = tuple[tuple[Image.Image, Image.Image], tuple[Routing, Routing]]
+Pair = tuple[Image.Image, Image.Image]
+Looked = tuple[Pair, tuple[Routing, Routing]]
 """Both pictures as the CLIP-MoE saw them and where their patches went: kept for the slider."""
 
 
@@ -59,55 +60,58 @@ def build(demo: Demo, compared: Compare, tab: gr.Tab) -> None:
             gr.Image(label=name, elem_id=f"difference-{n}", **picture) for n, name in enumerate(demo.names, start=1)
         ]
     numbers = gr.HTML(elem_id="difference-numbers")
-    places = {NOTHING: [], INSIDE: [looked, block, *overlays, *strips, *shares], OUTSIDE: [*differences, numbers]}
-
-    def run(demo: Demo, session: str | None, *values: Any) -> Iterator[dict[Any, Any]]:
-        with demo.stoppable("look", session) as stopped:
-            for text, fields, shown in _look(demo, *values):
-                if stopped.is_set():
-                    yield {progress_bar: html.note("Stopped.")}
-                    return
-                yield {progress_bar: text, **dict(zip(places[fields], shown, strict=True))}
-
-    fields = [compared.pair, *compared.pictures, whose, block], [progress_bar, *places[INSIDE], *places[OUTSIDE]]
+    inside = [looked, block, *overlays, *strips, *shares]
+    fields = [compared.pair, *compared.pictures, whose, block], [progress_bar, *differences, numbers, *inside]
     for looked_at in (look.click, tab.select, whose.input):
-        looked_at(for_visitor(demo, run), *fields, show_progress="hidden")
+        looked_at(for_visitor(demo, _look), *fields, show_progress="hidden")
     stop.click(demo.stopper("look"), None, None, show_progress="hidden")
     block.input(_at_block, [looked, block], overlays, show_progress="hidden", trigger_mode="always_last")
 
 
 def _look(
-    demo: Demo, index: int | None, first: str | None, second: str | None, name: str | None, at: float
-) -> Iterator[tuple[str, str, Sequence[Any]]]:
-    """What the tab shows of the two pictures, step by step: (progress, which fields, their values).
-
-    name: of the LLaVA whose experts are shown. at: the slider's place.
-    """
+    demo: Demo,
+    session: str | None,
+    index: int | None,
+    first: str | None,
+    second: str | None,
+    name: str | None,
+    at: float,
+) -> Iterator[tuple[Any, ...]]:
+    """Progress, what differs (3 fields), what the experts do (8 fields), step by step. name: of the LLaVA whose experts
+    are shown. at: the slider's place."""
     pictures = demo.pictures(index, first, second)
     demo.warn_if_gone()
+    outside, inside = [gr.skip()] * 3, [gr.skip()] * 8
     total = len(demo.llavas) + (name is not None)
     maps, seen_by = [], []
-    for number, llava in enumerate(demo.llavas):
-        yield html.progress(number, total, f"{llava.name} looks at both pictures ..."), NOTHING, ()
-        (seen, a), (_, b) = _as_seen(llava, pictures)
-        with llava.in_place():
-            maps.append(difference(llava.tower, a, b, relative=True))
-        seen_by.append(seen)
+    with demo.stoppable("look", session) as stop, contextlib.suppress(Stopped):
+        for number, llava in enumerate(demo.llavas):
+            yield html.progress(number, total, f"{llava.name} looks at both pictures ..."), *outside, *inside
+            (seen, a), (_, b) = _as_seen(llava, pictures)
+            with llava.in_place(stop):
+                maps.append(difference(llava.tower, a, b, relative=True))
+            seen_by.append(seen)
+        more = "" if name is None else html.progress(len(demo.llavas), total, f"which experts of {name} look ...")
+        yield more, *_differences(demo, seen_by, maps), *inside
+        if name is not None:
+            experts = _experts(demo.llavas[demo.names.index(name)], pictures, at, stop)
+            yield "", *outside, *experts
+    if stop.is_set():
+        yield html.note("Stopped."), *outside, *inside
+
+
+def _differences(demo: Demo, seen_by: Sequence[Image.Image], maps: Sequence[np.ndarray]) -> tuple[Any, ...]:
     scale = max(1e-6, *(float(found.max()) for found in maps))
     heat = [difference_overlay(seen, found, scale) for seen, found in zip(seen_by, maps, strict=True)]
     means = [float(found.mean()) for found in maps]
     bars = zip(demo.names, means, ("", "right"), strict=True)
-    rows = [(eye, mean / max(1.0, *means), f"{mean:.2f}", kind) for eye, mean, kind in bars]
-    numbers = html.bars("Mean difference (1.0: as unlike as any two places)", rows)
-    more = "" if name is None else html.progress(len(demo.llavas), total, f"which experts of {name} look ...")
-    yield more, OUTSIDE, (*heat, numbers)
-    if name is not None:
-        yield "", INSIDE, _experts(demo.llavas[demo.names.index(name)], pictures, at)
+    rows = [(name, mean / max(1.0, *means), f"{mean:.2f}", kind) for name, mean, kind in bars]
+    return *heat, html.bars("Mean difference (1.0: as unlike as any two places)", rows)
 
 
-def _experts(llava: Llava, pictures: tuple[Image.Image, Image.Image], at: float) -> tuple[Any, ...]:
+def _experts(llava: Llava, pictures: Pair, at: float, stop: Stop) -> tuple[Any, ...]:
     (seen_a, a), (seen_b, b) = _as_seen(llava, pictures)
-    with llava.in_place():
+    with llava.in_place(stop):
         routings = routing_of(llava.tower, a), routing_of(llava.tower, b)
     looked = (seen_a, seen_b), routings
     last = len(routings[0].blocks) - 1
@@ -116,8 +120,8 @@ def _experts(llava: Llava, pictures: tuple[Image.Image, Image.Image], at: float)
     return looked, slider, *_at_block(looked, at), *map(strip, *looked), *map(shares_figure, routings)
 
 
-def _as_seen(llava: Llava, pictures: tuple[Image.Image, Image.Image]) -> list[tuple[Image.Image, torch.Tensor]]:
-    return [as_seen(picture, llava.processor, llava.config.image_aspect_ratio) for picture in pictures]
+def _as_seen(llava: Llava, pictures: Pair) -> list[tuple[Image.Image, torch.Tensor]]:
+    return [as_seen(picture, llava.tower.image_processor, llava.config.image_aspect_ratio) for picture in pictures]
 
 
 def _at_block(looked: Looked | None, at: float) -> list[Image.Image | None]:

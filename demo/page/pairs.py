@@ -13,11 +13,10 @@ from train_encoder.config import DataConfig
 from train_encoder.data.decode import decode_image
 
 from ..mining.pairs import BlindPair
-from ..session import Demo
+from ..session import NO_PAIRS, Demo, for_visitor
 from ..uploads import FORMATS
 from . import html
 from .compare import Compare, show
-from .errors import for_visitor
 
 THUMBNAIL = 160
 """Pixels of one picture of a pair in the gallery."""
@@ -32,10 +31,7 @@ ORDERS = {
 
 def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None:
     if not demo.pairs:
-        gr.Markdown(
-            "No mined pairs are loaded. `llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` finds pairs in any "
-            "folder of pictures; start the demo with `--pairs FOLDER`."
-        )
+        gr.Markdown(NO_PAIRS)
         return
     gr.Markdown(_summary(demo))
     gaps = [pair.gap for pair in demo.pairs]

@@ -9,9 +9,8 @@ import gradio as gr
 from llava_clipmoe.files import write_json
 
 from ..scores import score
-from ..session import Demo
+from ..session import Demo, for_visitor
 from . import html
-from .errors import for_visitor
 
 HELP = (
     "Every question of every loaded pair, asked about both pictures. A pair counts only when **both** pictures are "

@@ -12,11 +12,10 @@ from typing import Any
 import gradio as gr
 
 from ..llava.ask import Board, ask_all
-from ..session import Demo
+from ..session import NO_PAIRS, Demo, explain, for_visitor
 from ..uploads import check_question
 from ..votes import Vote, append_vote, draw_sides, read_votes, tally
 from . import html
-from .errors import explain, for_visitor
 
 HELP = (
     "Two eyes, A and B, in an order drawn anew each time. Read their answers to both pictures, then say who was "
@@ -39,7 +38,7 @@ class Ballot:
 def build(demo: Demo) -> None:
     gr.Markdown(HELP)
     if not demo.pairs:
-        gr.Markdown("There are no mined pairs to vote on. Make some with `llava-clipmoe mine-pairs IMAGES`.")
+        gr.Markdown(NO_PAIRS)
         return
     ballot = gr.State(None)
     with gr.Row():
