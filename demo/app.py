@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 # Imported inside functions: Gradio, which reads the environment then, and transformers, so that --help answers at once.
 
-TITLE = "llava-clipmoe: what CLIP cannot see"
-QUEUE = 64
-"""Events that may wait in the page's queue; the page says that it is full to one more."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -101,7 +97,8 @@ def build_page(demo: Demo) -> gr.Blocks:
 
     from .page import compare, look, pairs, scores, vote
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:  # seconds
+    title, seconds = "llava-clipmoe: what CLIP cannot see", (3600, 86400)
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=seconds) as page:
         left, right = demo.names
         gr.Markdown(f"# What CLIP cannot see\n**{left}** and **{right}** as the eye of LLaVA, side by side.")
         with gr.Tabs(selected="compare") as tabs:
@@ -127,7 +124,7 @@ def launch(demo: Demo, settings: Settings) -> gr.Blocks:
     from .same_origin import middleware
 
     page = build_page(demo)
-    page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
+    page.queue(max_size=64, default_concurrency_limit=8, api_open=False)
     page.launch(
         server_name=settings.host,
         server_port=settings.port,

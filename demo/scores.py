@@ -14,8 +14,7 @@ from scipy.stats import binomtest
 
 from train_encoder.evaluate.judge import answers_right, pairs_right, same_answer
 
-from .llava.generate import Llava
-from .llava.turns import Stopped
+from .llava.generate import Llava, Stopped
 from .mining.pairs import BlindPair
 
 BATCH = 8

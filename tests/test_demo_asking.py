@@ -13,9 +13,8 @@ from tiny.llavas import upstream_is_installed
 pytest.importorskip("gradio", reason="the demo's packages are not installed")
 
 from demo.llava.ask import Board, Cell, ask_all
-from demo.llava.generate import Llava
+from demo.llava.generate import Llava, QueueFull, Stopped, Turns
 from demo.llava.settings import Generation
-from demo.llava.turns import QueueFull, Stopped, Turns
 
 pytest_plugins = ["tiny.loaded_llavas"]
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from demo.mining.duplicates import NearDuplicates, looks
 from demo.mining.images import Pictures
 from demo.mining.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
 from demo.mining.search import Criteria, Pool, search
-from llava_clipmoe.files import load_tensors, save_tensors
+from llava_clipmoe.files import SaveError, load_tensors, save_tensors
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.data.decode import ImageTransform
@@ -469,6 +470,13 @@ def test_a_damaged_cache_is_made_again(run, photos, tmp_path):
     left.mkdir()
     pairs, summary = run(photos)
     assert summary["counts"]["encoded_now"] == 9 and pairs == whole and not left.exists()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(SaveError, match=r"GB are needed, and 0\.0 GB are free there.*give another --cache"):
+        run(photos)
+    assert not list((tmp_path / "pairs" / "cache").glob("*.npy"))
 
 
 def test_bad_pictures_are_skipped_and_named(run, photos, capsys):

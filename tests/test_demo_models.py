@@ -20,7 +20,7 @@ pytest.importorskip("gradio", reason="the demo's packages are not installed")
 if not upstream_is_installed():
     pytest.skip("upstream LLaVA (llava-torch) is not installed here", allow_module_level=True)
 
-from demo.llava.generate import Llava, separator_of
+from demo.llava.generate import Llava, Stopped, separator_of
 from demo.llava.load import conversation_of, load_llavas
 from demo.llava.settings import Generation, Models, check_models
 
@@ -304,8 +304,6 @@ def test_closing_the_iterator_ends_the_answer_and_frees_the_turn(own, full_lengt
 
 def test_who_has_stopped_before_the_turn_comes_does_not_start(own):
     """Reading a picture with a large model takes long: a stopped question must not cost it."""
-    from demo.llava.turns import Stopped
-
     stop = threading.Event()
     stop.set()
     with Steps(own[0]) as steps, pytest.raises(Stopped):

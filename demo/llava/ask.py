@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from .generate import Llava
+from .generate import Llava, Stopped
 from .settings import Generation
-from .turns import Stopped
 
 REFRESH_SECONDS = 0.1
 """Between two states of the board: faster than one reads, slow enough for a browser on a phone."""

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..llava.generate import Llava
-from ..llava.turns import Stopped
+from ..llava.generate import Llava, Stopped
 from ..session import Demo, Stop, for_visitor
 from ..visualize import Routing, as_seen, difference, difference_overlay, overlay, routing_of, shares_figure, strip
 from . import html
