@@ -146,18 +146,10 @@ class Llava:
             streamer = TextIteratorStreamer(
                 self.llm.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=NEXT_TEXT_SECONDS
             )
-            arguments = {
-                **self.inputs(picture, question),
-                "streamer": streamer,
-                "use_cache": True,
-                "do_sample": how.temperature > 0,
-                "max_new_tokens": how.max_new_tokens,
-                "stopping_criteria": [_when_set(stops)],
-                "pad_token_id": self.llm.tokenizer.eos_token_id,
-            }
-            if how.temperature > 0:
-                arguments["temperature"] = how.temperature
             failed: list[BaseException] = []
+
+            def stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                return torch.full((len(ids),), any(stop.is_set() for stop in stops), device=ids.device)
 
             def generate() -> None:
                 try:
@@ -167,6 +159,17 @@ class Llava:
                     failed.append(error)
                     streamer.end()
 
+            arguments = {
+                **self.inputs(picture, question),
+                "streamer": streamer,
+                "use_cache": True,
+                "do_sample": how.temperature > 0,
+                "max_new_tokens": how.max_new_tokens,
+                "stopping_criteria": [stopped],
+                "pad_token_id": self.llm.tokenizer.eos_token_id,
+            }
+            if how.temperature > 0:
+                arguments["temperature"] = how.temperature
             thread = threading.Thread(target=generate, daemon=True)
             thread.start()
             try:
@@ -207,11 +210,6 @@ def _growing(streamer: Iterator[str], stops: Sequence[threading.Event], separato
             yield before.strip()
         if found or any(stop.is_set() for stop in stops):
             return
-
-
-def _when_set(stops: Sequence[threading.Event]) -> Callable[..., torch.Tensor]:
-    """A stopping criterion of transformers that ends a generation when one of several events is set."""
-    return lambda ids, scores, **_: torch.full((len(ids),), any(stop.is_set() for stop in stops), device=ids.device)
 
 
 def separator_of(conversation: str) -> str:

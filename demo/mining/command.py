@@ -239,20 +239,16 @@ def _report(s: Settings, pairs: Sequence[BlindPair], found: Found, summary: dict
         names = ", ".join(f"{row['image']} ({row['error']})" for row in skipped[:3])
         lines.append(f"Skipped: {names}{', ...' if len(skipped) > 3 else ''}")
     lines.append(f"Written to {s.output_dir}: {ROWS}, {SHEET}, {PICTURES}/, {SUMMARY}")
-    console = Console()
-    console.print(_table(pairs[:10]))
-    console.print(replace_surrogates("\n".join(lines)), markup=False, highlight=False)
-
-
-def _table(pairs: Sequence[BlindPair]) -> Table:
-    reference = pairs[0].reference
-    other = [] if reference == MOE else [reference]
+    other = [] if s.reference_name == MOE else [s.reference_name]
     rows = []
-    for number, pair in enumerate(pairs, start=1):
+    for number, pair in enumerate(pairs[:10], start=1):
         dense = pair.cosines[DENSE]
         cosines = [pair.gap, dense, pair.cosines[MOE], *[dense - pair.gap for _ in other]]
         rows.append([str(number), *pair.names, *(f"{cosine:.3f}" for cosine in cosines), ", ".join(pair.attributes)])
-    return Table(["", "first", "second", "gap", DENSE, MOE, *other, "asks"], rows, "Blind pairs, the widest gap first")
+    head = ["", "first", "second", "gap", DENSE, MOE, *other, "asks"]
+    console = Console()
+    console.print(Table(head, rows, "Blind pairs, the widest gap first"))
+    console.print(replace_surrogates("\n".join(lines)), markup=False, highlight=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -61,33 +62,28 @@ class Store:
         self.count, self.dtype = count, np.dtype(dtype)
         self.done, self.bad = 0, {}
         with contextlib.suppress(OSError, ValueError):  # missing, or cut short: it is made again
-            self.array()
+            open_array(self.path)
             state = read_json(self.progress)
             self.done, self.bad = state["done"], state["bad"]
         self.created = self.done > 0
-
-    def array(self) -> np.ndarray:
-        return open_array(self.path)
 
     def write(self, start: int, values: np.ndarray) -> None:
         """Rows from `start` on; they count once `flush` has been called. Raises SaveError."""
         try:
             if not self.created:
-                self._create(values.shape[1])
+                shape = (self.count, values.shape[1])
+                need, free = math.prod(shape) * self.dtype.itemsize, shutil.disk_usage(self.path.parent).free
+                if need > free:  # said now, and not hours later
+                    raise OSError(f"{need / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free there")
+                self.progress.unlink(missing_ok=True)
+                create_array(self.path, self.dtype, shape)
+                self.created = True
             write_rows(self.path, start, values)
         except OSError as error:
             raise SaveError(
                 f"could not write embeddings to {self.path}: {error}. What was finished is kept: free some space, or "
                 "give another --cache, and run the same command again."
             ) from error
-
-    def _create(self, width: int) -> None:
-        need, free = self.count * width * self.dtype.itemsize, shutil.disk_usage(self.path.parent).free
-        if need > free:  # said now, and not hours later
-            raise OSError(f"{need / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free there")
-        self.progress.unlink(missing_ok=True)
-        create_array(self.path, self.dtype, (self.count, width))
-        self.created = True
 
     def flush(self, done: int, bad: dict[str, str]) -> None:
         """Put all rows before `done` onto the disk, then say so in the progress file."""
@@ -137,9 +133,9 @@ def encode_pictures(
                         store.flush(stop, bad)
                     flushed = time.monotonic()
                 bar.advance(len(rows))
-    embeddings = {name: store.array() for name, store in stores.items()}
-    found = embeddings.pop(LOOKS)
-    return Encoded(embeddings, found, {int(row): error for row, error in bad.items()}, count - start)
+    arrays = {name: open_array(store.path) for name, store in stores.items()}
+    looks_of_all = arrays.pop(LOOKS)
+    return Encoded(arrays, looks_of_all, {int(row): error for row, error in bad.items()}, count - start)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,10 +78,9 @@ def _files(paths: list[Path], names: list[str], shown: list[str] | None = None) 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     """Size in bytes and time of change; None for what is not there, which is skipped when its turn comes."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
+    if not os.path.exists(path):  # also where the name is no possible one
         return None
+    found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 

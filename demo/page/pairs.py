@@ -12,7 +12,6 @@ from PIL import Image
 from train_encoder.config import DataConfig
 from train_encoder.data.decode import decode_image
 
-from ..mining.pairs import BlindPair
 from ..session import NO_PAIRS, Demo, for_visitor
 from ..uploads import FORMATS
 from . import html
@@ -44,6 +43,10 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
         least = gr.Slider(**limits, min_width=190, label="Gap of at least", elem_id="least-gap")
     shown = gr.State(list(range(len(demo.pairs))))
     thumbnails = [_thumbnail(pair.images) for pair in demo.pairs]
+    captions = [
+        f"{pair.difference}{' · ' if pair.difference else ''}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
+        for pair in demo.pairs
+    ]
     gallery = gr.Gallery(
         label="Pairs", columns=3, object_fit="contain", allow_preview=False, height=560, buttons=[], elem_id="gallery"
     )
@@ -59,7 +62,7 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
             if pair.gap >= gap - 1e-9 and (name == ANY or name in pair.attributes)
         ]
         fitting.sort(key=lambda index: ORDERS[by](demo.pairs[index]))
-        items = [(thumbnails[index], _caption(demo.pairs[index])) for index in fitting]
+        items = [(thumbnails[index], captions[index]) for index in fitting]
         text = f"{len(fitting)} of {len(demo.pairs)} pairs"
         return gr.Gallery(items, selected_index=None), fitting, text, None, "", gr.Button(visible=False)
 
@@ -88,10 +91,6 @@ def _summary(demo: Demo) -> str:
         f"**{len(demo.pairs)} pairs** that the dense CLIP finds alike and *{demo.pairs[0].reference}* finds less "
         f"alike. The gap is the difference of the two cosines.{rest} Choose one to see all cosines."
     )
-
-
-def _caption(pair: BlindPair) -> str:
-    return f"{pair.difference}{' · ' if pair.difference else ''}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
 
 
 def _thumbnail(paths: tuple[Path, Path]) -> Image.Image:
