@@ -28,7 +28,7 @@ from train_encoder.report.document import Table
 from .contact_sheet import draw_contact_sheet
 from .duplicates import NearDuplicates
 from .encode import Encoded, encode_pictures
-from .encoders import DENSE, DINOV2, EXPERTS, MOE, open_towers
+from .encoders import DENSE, DINOV2, EXPERTS, MOE, ClipTower, DinoTower
 from .images import Pictures, open_pictures
 from .pairs import PICTURES, ROWS, SHEET, SUMMARY, BlindPair, save_picture, write_pairs
 from .questions import Asked, read_questions, shared_questions
@@ -129,7 +129,9 @@ def mine(s: Settings) -> Path:
     check(s)
     pictures = open_pictures(s.images, split=s.split, leave_out=s.output_dir)
     asked = read_questions(s.questions, pictures) if s.questions else {}
-    towers = open_towers(s.dense, s.moe, s.reference)
+    towers = [ClipTower(s.dense, dense=True), ClipTower(s.moe, dense=False)]
+    if s.reference_name == DINOV2:
+        towers.append(DinoTower(s.reference))
     how = {"device": s.device, "precision": s.precision, "batch_size": s.batch_size, "workers": s.workers}
     encoded = encode_pictures(pictures, towers, s.cache or s.output_dir / "cache", **how)
     found, near_duplicates = _search(s, pictures, encoded, asked)

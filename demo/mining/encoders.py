@@ -105,12 +105,6 @@ class DinoTower:
 Tower = ClipTower | DinoTower
 
 
-def open_towers(dense: str, moe: str, reference: str) -> list[Tower]:
-    """The towers of a mining run. `reference`: "clip-moe", "experts", or a DINOv2 directory or hub id."""
-    towers: list[Tower] = [ClipTower(dense, dense=True), ClipTower(moe, dense=False)]
-    return towers if reference in (MOE, EXPERTS) else [*towers, DinoTower(reference)]
-
-
 def weights_fingerprint(directory: Path) -> str:
     """A hash of all that decides a model's answers: every byte of its weights and configurations."""
     found = hashlib.sha256()

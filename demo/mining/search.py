@@ -29,9 +29,6 @@ LOOSE = 8
 """The pool keeps this many times `per_image` pairs of each picture: when a picture's best pair is left out later, since
 its partner is in better ones, others must be there to replace it."""
 
-Accept = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Numbers of n first and n second pictures -> bool [n]: which pairs may be kept."""
-
 
 @dataclass(frozen=True)
 class Criteria:
@@ -167,13 +164,14 @@ def search(
     criteria: Criteria,
     *,
     numbers: np.ndarray | None = None,
-    accept: Accept | None = None,
+    accept: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     device: str = "auto",
 ) -> Found:
     """The blind pairs of N pictures. dense [N,P]; references: [N,P'] each, the smallest of their cosines counts.
 
-    `numbers`: the pictures to compare (default all), ascending. Where no pair passes both thresholds, the widest gaps
-    of those above the dense one are kept; where none is above it, the widest gaps of the `candidates` closest.
+    `numbers`: the pictures to compare (default all), ascending. `accept`: numbers of n first and n second pictures ->
+    bool [n], which pairs may be kept. Where no pair passes both thresholds, the widest gaps of those above the dense
+    one are kept; where none is above it, the widest gaps of the `candidates` closest.
     """
     numbers = np.arange(len(dense)) if numbers is None else np.asarray(numbers, np.int64)
     count, place = len(numbers), pick_device(device)
