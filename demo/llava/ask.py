@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,32 +49,33 @@ def ask_all(
     LLaVAs with language models of their own answer side by side, each one picture after the other. Setting `stop` ends
     all generations, and so does closing the iterator. `explain` turns an error into what its cell shows.
     """
-    stop, changed = stop or threading.Event(), threading.Event()
+    stop = stop or threading.Event()
+    news: queue.Queue[tuple[tuple[int, int], Cell]] = queue.Queue()
     board: Board = {(i, p): Cell() for i in range(len(llavas)) for p in range(len(pictures))}
-    first = dict(board)
 
     def answer(llm: object) -> None:
         """Answer, one after the other, in the cells of the LLaVAs with this language model."""
-        for place in first:
+        for place in board:
             llava, picture = llavas[place[0]], pictures[place[1]]
-
-            def tell(cell: Cell, place: tuple[int, int] = place) -> None:
-                board[place] = cell
-                changed.set()
-
             if llava.llm is llm:
-                _answer(llava, picture, question, how, stop, explain, tell)
+                _answer(llava, picture, question, how, stop, explain, lambda cell, place=place: news.put((place, cell)))
 
     models = {id(llava.llm): llava.llm for llava in llavas}.values()
     threads = [threading.Thread(target=answer, args=(llm,), daemon=True) for llm in models]
     for thread in threads:
         thread.start()
     try:
-        yield first
-        while any(thread.is_alive() for thread in threads) or changed.is_set():
-            time.sleep(REFRESH_SECONDS)
-            if changed.is_set():
-                changed.clear()
+        yield dict(board)
+        while any(thread.is_alive() for thread in threads) or not news.empty():
+            changed, end = False, time.monotonic() + REFRESH_SECONDS
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    place, cell = news.get(timeout=left)
+                except queue.Empty:
+                    break
+                board[place] = cell
+                changed = True
+            if changed:
                 yield dict(board)
     finally:
         stop.set()
