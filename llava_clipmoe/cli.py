@@ -104,7 +104,7 @@ OPTIONAL_MODULES = {
     "einops": ("einops", "llava"),
     "emoji": ("emoji", "train"),
     "imagehash": ("ImageHash", "demo"),
-    "jinja2": ("jinja2", "train"),
+    "jinja2": ("jinja2", None),
     "google": ("protobuf", "llava"),
     "gradio": ("gradio", "demo"),
     "matplotlib": ("matplotlib", "train"),

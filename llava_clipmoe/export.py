@@ -10,17 +10,17 @@ that a 7B model needs a few gigabytes of memory. Tensors get the names that tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from . import export_files
 from .configuration_clipmoe import CLIPMoEConfig
-from .files import WEIGHTS, atomic_directory, load_foreign_pt, read_json, save_tensors, write_json
+from .files import atomic_directory, iter_tensors, read_json, save_shards, weight_files, write_json
 from .model_directory import WRONG_DIRECTORY, config_dict, local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .towers import resolve
@@ -32,14 +32,16 @@ _VOCABULARY_MULTIPLE = 64  # as transformers' own conversion pads, for the speed
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TOWER = "model.vision_tower.vision_tower."
-_PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
+_PROJECTOR = {
+    "model.mm_projector.0.": "multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "multi_modal_projector.linear_2.",
+}
 
 _LLAMA_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling attention_bias attention_dropout "
+    "mlp_bias tie_word_embeddings use_cache bos_token_id eos_token_id pad_token_id"
+).split()
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,6 @@ def export_hf(
     """
     _check_output(Path(output), overwrite)
     source = open_source(Path(directory), vision_tower)
-    for folder in (source.directory, source.tower):
-        _weight_files(folder)  # before anything is written
     expected = _expected_shapes(source)
     with atomic_directory(output) as folder:
         image_token = export_files.write_tokenizer(source.directory, folder)
@@ -82,7 +82,7 @@ def export_hf(
         write_json(folder / "config.json", config)
         export_files.write_processor(folder, source.config, source.tower, source.clip.vision_config)
         export_files.write_generation_config(source.directory, folder, source.config)
-        _write_shards(_checked(_tensors(source), expected, source), rows, folder)
+        save_shards(_grown(_checked(_tensors(source), expected, source), rows), folder, _SHARD_BYTES)
         export_files.write_card(folder, source.config, source.clip)
     return config
 
@@ -91,24 +91,28 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     config = output / "config.json"
-    if not (config.is_file() and read_json(config).get("model_type") == MODEL_TYPE and _is_export(output)):
+    is_llava = config.is_file() and read_json(config).get("model_type") == MODEL_TYPE
+    if not (is_llava and (output / "processor_config.json").is_file()):  # upstream's oldest are of type llava, too
         raise ValueError(f"{output} exists and is no earlier export; it is not replaced. Choose another output.")
     if not overwrite:
         raise ValueError(f"{output} holds an earlier export. Add --overwrite to replace it, or choose another output.")
-
-
-def _is_export(output: Path) -> bool:
-    return (output / "processor_config.json").is_file()  # upstream's oldest directories are of type llava, too
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def open_source(directory: Path, vision_tower: str | None = None) -> Source:
-    """Read and check the configurations of a LLaVA directory and of its tower; no weights yet."""
+    """Read and check the configurations of a LLaVA directory and of its tower, and that their weights are there."""
     config = read_llava_config(directory)
     tower = _tower_directory(vision_tower or config["mm_vision_tower"])
     clip = read_config(tower)
+    try:
+        weight_files(directory)
+    except FileNotFoundError as error:
+        if not (directory / "mm_projector.bin").is_file():
+            raise
+        raise FileNotFoundError(f"{error} It holds a projector alone: export what LLaVA's stage 2 wrote.") from error
+    weight_files(tower)
     if config.get("mm_hidden_size") != clip.vision_config.hidden_size:
         raise ValueError(
             f"{tower} is another tower than the one {directory} was trained with: its features are "
@@ -171,7 +175,7 @@ def _tower_directory(name: str) -> Path:
 def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the export under its new name, one file after the other."""
     tied: dict[str, torch.Tensor] = {}
-    for name, tensor in read_tensors(source.directory):
+    for name, tensor in iter_tensors(source.directory):
         if name.startswith(_TOWER):
             if source.tower_from_checkpoint:
                 yield _tower_name(name.removeprefix(_TOWER)), tensor
@@ -189,7 +193,7 @@ def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
             "tie_word_embeddings to false in its config.json if it was trained with two."
         )
     if not source.tower_from_checkpoint:
-        for name, tensor in read_tensors(source.tower):
+        for name, tensor in iter_tensors(source.tower):
             if name.startswith("vision_model."):
                 yield _tower_name(name), tensor
 
@@ -197,7 +201,7 @@ def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
 def _language_or_projector_name(name: str) -> str:
     for old, new in _PROJECTOR.items():
         if name.startswith(old):
-            return f"multi_modal_projector.{new}{name.removeprefix(old)}"
+            return name.replace(old, new)
     return f"language_model.{name}"
 
 
@@ -206,57 +210,16 @@ def _tower_name(name: str) -> str:
     return f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
 
 
-def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a directory's weights, one at a time; a pytorch_model.bin one file at a time, without code.
-
-    Raises FileNotFoundError where there are none, ValueError or UnsafeFile for damaged or unsafe files.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = _weight_files(directory)
-    for file in files:
-        if file.suffix != ".safetensors":
-            yield from load_foreign_pt(file).items()
-            continue
-        try:
-            with safe_open(str(file), framework="pt") as content:
-                for name in content.keys():
-                    yield name, content.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for single in (WEIGHTS, "pytorch_model.bin"):
-        index = directory / f"{single}.index.json"
-        if index.is_file():
-            files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        elif (directory / single).is_file():
-            files = [directory / single]
-        else:
-            continue
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which its index names. {WRONG_DIRECTORY}")
-        return files
-    hint = ""
-    if (directory / "mm_projector.bin").is_file():
-        hint = " It holds a projector alone (stage 1): export what stage 2 wrote."
-    raise FileNotFoundError(f"{directory} has no weights: expected {WEIGHTS} or pytorch_model.bin.{hint}")
-
-
 # ------------------------------------------------------------------------------------------------------- configuration
 
 
 def llava_config(source: Source, image_token: int, rows: int) -> dict[str, Any]:
     """config.json of the export. `image_token`: id of <image>; `rows`: of the embedding, padding included."""
-    config, vision = source.config, source.clip.vision_config
-    tower = config_dict(source.clip)["vision_config"]
-    select = config.get("mm_vision_select_feature", "patch")
+    config, strategy = source.config, export_files.select_strategy(source.config)
     content = {
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
-        "image_seq_length": vision.num_patches + (select == "cls_patch"),
+        "image_seq_length": source.clip.vision_config.num_patches + (strategy == "full"),
         "image_token_index": image_token,
         "model_type": MODEL_TYPE,
         "pad_token_id": config.get("pad_token_id"),
@@ -264,9 +227,9 @@ def llava_config(source: Source, image_token: int, rows: int) -> dict[str, Any]:
         "text_config": text_config(config, rows),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
         "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-        "vision_config": tower,
+        "vision_config": config_dict(source.clip)["vision_config"],
         "vision_feature_layer": config["mm_vision_select_layer"],
-        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[select],
+        "vision_feature_select_strategy": strategy,
         "vocab_size": rows,
     }
     if not source.clip.is_dense:
@@ -308,7 +271,7 @@ def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
 
 
 def _checked(
-    tensors: Iterator[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]], source: Source
+    tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]], source: Source
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass the tensors on; raise ValueError for one that is unexpected, misshapen or, at the end, missing."""
     where = f"the weights of {source.directory} (or of its tower {source.tower}) do not fit the config"
@@ -329,44 +292,14 @@ def _checked(
         raise ValueError(f"{where}: {len(missing)} tensors are missing ({names}). {WRONG_DIRECTORY}")
 
 
-def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], rows: int, folder: Path) -> None:
-    """Write the tensors as they come, a shard as soon as it is full, and the index; one file when one is enough."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = filled = 0
-
-    def flush() -> None:
-        save_tensors(folder / f"{len(shards)}.safetensors", pending, {"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
+def _grown(tensors: Iterable[tuple[str, torch.Tensor]], rows: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, those of the vocabulary with `rows` rows. New rows are the mean of the old ones: a logit that is the
+    mean of all others is never the largest, so greedy answers stay what they were (a row of zeros could win)."""
     for name, tensor in tensors:
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor = _grow(tensor, rows)
-        size = tensor.numel() * tensor.element_size()
-        if pending and filled + size > _SHARD_BYTES:
-            flush()
-            filled = 0
-        pending[name] = tensor
-        filled += size
-        total += size
-    flush()
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / WEIGHTS)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):  # how many there are is in every name, and known only now
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _grow(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """[V,D] -> [rows,D]. The new rows are the mean of the old ones: a logit that is the mean of all others is never
-    the largest, so greedy answers stay what they were (a row of zeros could win)."""
-    new = weight.float().mean(0, keepdim=True).to(weight.dtype).expand(rows - weight.shape[0], -1)
-    return torch.cat([weight, new])
+        if name.endswith((_EMBEDDING, _HEAD)):
+            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+            tensor = torch.cat([tensor, mean.expand(rows - tensor.shape[0], -1)])
+        yield name, tensor
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -379,18 +312,18 @@ class ExportHF:
     Example: llava-clipmoe export-hf checkpoints/llava-v1.5-7b-clipmoe llava-clipmoe-hf
     """
 
-    llava: tyro.conf.Positional[Path]
+    llava: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LLAVA_DIR")]
     """The directory that LLaVA's stage 2 wrote (merged, when it was LoRA)."""
-    output: tyro.conf.Positional[Path]
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """The directory to write."""
-    vision_tower: str | None = None
+    vision_tower: Annotated[str | None, tyro.conf.arg(metavar="DIR_NAME_OR_HUB_ID")] = None
     """Where the vision tower is, if not where the LLaVA's config says: a directory, registered name or hub id."""
     overwrite: bool = False
     """Replace an earlier export."""
 
 
 def main(argv: list[str]) -> int:
-    """The command `llava-clipmoe export-hf`; -> exit status. Raises what `export_hf` raises, which cli.py prints."""
+    """`llava-clipmoe export-hf LLAVA_DIR OUT`."""
     args = tyro.cli(ExportHF, args=argv, prog="llava-clipmoe export-hf")
     config = export_hf(args.llava, args.output, vision_tower=args.vision_tower, overwrite=args.overwrite)
     print(f"wrote {args.output}: LlavaForConditionalGeneration with a {config['vision_config']['model_type']}")

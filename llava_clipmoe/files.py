@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,30 +249,76 @@ def save_tensors(path: str | Path, tensors: dict, metadata: dict[str, str] | Non
         temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
 
 
-def load_tensors(path: str | Path, device: str = "cpu", keep: Callable[[str], bool] | None = None) -> dict:
-    """Read one safetensors file, or a directory's `model.safetensors` (sharded ones through its index).
+def save_shards(tensors: Iterable[tuple[str, Any]], folder: Path, max_bytes: int) -> None:
+    """Write tensors as they come, a shard as soon as it is full, then the index; one plain file when that is enough."""
+    metadata = {"format": "pt"}  # transformers 4 refuses a file that does not say it
+    shards: list[list[str]] = []
+    pending: dict[str, Any] = {}
+    total = filled = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and filled + size > max_bytes:
+            save_tensors(folder / f"{len(shards)}.safetensors", pending, metadata)
+            shards.append(list(pending))
+            pending, filled = {}, 0
+        pending[name] = tensor
+        filled += size
+        total += size
+    if not shards:
+        save_tensors(folder / WEIGHTS, pending, metadata)
+        return
+    save_tensors(folder / f"{len(shards)}.safetensors", pending, metadata)
+    weight_map = {}
+    for number, names in enumerate([*shards, list(pending)]):  # every name says how many there are, known only now
+        file = f"model-{number + 1:05d}-of-{len(shards) + 1:05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    keep: read only the tensors whose name it accepts; the others cost neither time nor memory.
+
+def weight_files(directory: Path) -> list[Path]:
+    """Where a directory's weights are: safetensors, else pytorch_model.bin; one file, or all that its index names.
+
+    Raises FileNotFoundError where there are none, or one of them is missing.
+    """
+    for single in (WEIGHTS, "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            missing = [name for name in names if not (directory / name).is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{directory} lacks {', '.join(missing)}, which its index names: copy or download all of it again."
+                )
+            return [directory / name for name in names]
+        if (directory / single).is_file():
+            return [directory / single]
+    raise FileNotFoundError(f"{directory} has no weights: expected {WEIGHTS} or pytorch_model.bin.")
+
+
+def iter_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of one file of weights or of a directory's, one at a time; a .bin is read whole, without code.
+
+    keep: only the tensors whose name it accepts; of safetensors the others cost neither time nor memory.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if path.is_dir():
-        index = path / f"{WEIGHTS}.index.json"
-        if index.exists():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            merged: dict = {}
-            for shard in shards:
-                merged.update(load_tensors(path / shard, device, keep))
-            return merged
-        path = path / WEIGHTS
-    if not path.exists():
-        raise FileNotFoundError(f"there are no weights at {path} (expected a safetensors file).")
-    try:
-        with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys() if keep is None or keep(name)}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    for file in weight_files(path) if path.is_dir() else [path]:
+        if file.suffix != ".safetensors":
+            yield from ((name, tensor) for name, tensor in load_foreign_pt(file).items() if keep(name))
+            continue
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                for name in filter(keep, content.keys()):
+                    yield name, content.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def load_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """All that `iter_tensors` gives."""
+    return dict(iter_tensors(path, keep))
 
 
 def load_foreign_pt(path: str | Path) -> Any:
@@ -291,7 +337,7 @@ def load_foreign_pt(path: str | Path) -> Any:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, OSError) as error:  # OSError: a cut zip
-        if _is_torchscript(path):
+        if "TorchScript" in str(error):
             reason = "it is a TorchScript archive, which is a program"
             step = "Use the same weights from the hub (transformers format), or save `model.state_dict()` of it."
         else:
@@ -299,12 +345,3 @@ def load_foreign_pt(path: str | Path) -> Any:
             reason = f"it holds more than tensors, or is damaged ({detail})"
             step = "Ask its author for a safetensors file, or for a .pt that holds a plain state_dict."
         raise UnsafeFile(f"{path} was not read: {reason}, and reading it could run code. {step}") from error
-
-
-def _is_torchscript(path: str | Path) -> bool:
-    import zipfile
-
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,20 @@ import torch
 
 from .bundle import OPENAI_MEAN, OPENAI_STD, ClipBundle
 from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
-from .files import WEIGHTS, atomic_directory, load_foreign_pt, load_tensors, read_json, save_tensors, write_json
+from .files import atomic_directory, load_tensors, read_json, save_shards, write_json
 from .model_card import model_card
 from .modeling_clipmoe import CLIPMoEModel
 from .tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer, save_tokenizer
 
 _TOWER_FIELDS = (
-    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "hidden_act",
-    "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor",
-)  # fmt: skip
+    "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads hidden_act layer_norm_eps "
+    "attention_dropout initializer_range initializer_factor"
+).split()
+_TEXT_FIELDS = "vocab_size max_position_embeddings pad_token_id bos_token_id eos_token_id".split()
 _FIELDS = {
-    "text_config": (
-        *_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
-    ),
-    "vision_config": (*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"),
-}  # fmt: skip
+    "text_config": [*_TOWER_FIELDS, *_TEXT_FIELDS],
+    "vision_config": [*_TOWER_FIELDS, "num_channels", "image_size", "patch_size"],
+}
 MODELING_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_clipmoe.py")))
 """What a saved model carries, so that it loads without this package."""
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
@@ -47,7 +46,7 @@ _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
 def load_directory(directory: Path, name: str, quick_gelu: bool | None, num_experts_per_tok: int | None) -> ClipBundle:
     """A bundle from a directory of ours or of transformers; the two options as in `load_bundle`."""
     config = override(read_config(directory), quick_gelu, num_experts_per_tok)
-    model = build_model(config, read_weights(directory), str(directory))
+    model = build_model(config, load_tensors(directory), str(directory))
     mean, std = pixel_statistics(directory)
     length = config.text_config.max_position_embeddings
     if has_tokenizer(directory):
@@ -96,21 +95,6 @@ def override(config: CLIPMoEConfig, quick_gelu: bool | None, num_experts_per_tok
         for part in (config, *(tower for tower in towers if tower.moe_layers)):
             part.num_experts_per_tok = num_experts_per_tok
     return config
-
-
-def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a model directory: safetensors (sharded or not), else pytorch_model.bin, read without code."""
-    directory = Path(directory)
-    if (directory / WEIGHTS).exists() or (directory / f"{WEIGHTS}.index.json").exists():
-        return load_tensors(directory)
-    index = directory / "pytorch_model.bin.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["pytorch_model.bin"]
-    if not (directory / files[0]).exists():
-        raise FileNotFoundError(f"{directory} has no weights: expected {WEIGHTS} (or pytorch_model.bin).")
-    merged: dict[str, torch.Tensor] = {}
-    for file in files:
-        merged.update(load_foreign_pt(directory / file))
-    return merged
 
 
 WRONG_DIRECTORY = (
@@ -218,13 +202,18 @@ def save_bundle(
     _refuse_other_contents(Path(directory))
     with atomic_directory(directory) as folder:
         write_json(folder / "config.json", config_dict(config))
-        write_json(folder / "preprocessor_config.json", _preprocessor(bundle))
-        _save_weights(bundle.model.state_dict(), folder, max_shard_bytes)
+        pixels = preprocessor(bundle.image_size, bundle.image_mean, bundle.image_std)
+        write_json(folder / "preprocessor_config.json", pixels)
+        save_shards(sorted(bundle.model.state_dict().items()), folder, max_shard_bytes)
         save_tokenizer(bundle.tokenizer, folder, bundle.context_length)
         (folder / "README.md").write_text(model_card(bundle, card or {}), encoding="utf-8")
         if not config.is_dense:
-            for file in MODELING_FILES:
-                shutil.copyfile(Path(__file__).with_name(file), folder / file)
+            copy_modeling_files(folder)
+
+
+def copy_modeling_files(folder: Path) -> None:
+    for file in MODELING_FILES:
+        shutil.copyfile(Path(__file__).with_name(file), folder / file)
 
 
 def _refuse_other_contents(directory: Path) -> None:
@@ -261,44 +250,21 @@ def config_dict(config: CLIPMoEConfig) -> dict[str, Any]:
     return dict(sorted(content.items()))
 
 
-def _preprocessor(bundle: ClipBundle) -> dict[str, Any]:
-    """transformers' CLIPImageProcessor: shorter side to the image size (bicubic), centre crop, mean and std."""
-    size = bundle.image_size
-    return {
+def preprocessor(size: int, mean: Sequence[float], std: Sequence[float], **others: Any) -> dict[str, Any]:
+    """preprocessor_config.json of transformers' CLIPImageProcessor: shorter side to `size` pixels (bicubic), centre
+    crop, mean and std. others: fields to add or to change."""
+    settings = {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(bundle.image_mean),
+        "image_mean": list(mean),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(bundle.image_std),
+        "image_std": list(std),
         "resample": 3,  # PIL's number for bicubic
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }
-
-
-def _save_weights(state: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """One safetensors file, or several and their index, filled in order of the names."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    filled = 0
-    for name in sorted(state):
-        size = state[name].numel() * state[name].element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = state[name]
-        filled += size
-    metadata = {"format": "pt"}  # transformers 4 refuses a file that does not say it
-    if len(shards) == 1:
-        save_tensors(folder / WEIGHTS, shards[0], metadata)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / file, shard, metadata)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return dict(sorted({**settings, **others}.items()))

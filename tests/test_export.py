@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from test_fusion_gate import make_fmoe
 
-from llava_clipmoe import export, llava_hook
+from llava_clipmoe import export, files, llava_hook
 from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.cli import _message
 from llava_clipmoe.compression import compress
@@ -507,7 +507,7 @@ def test_a_full_disk_leaves_nothing_half_written(source, tmp_path, monkeypatch):
     export_hf(source, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(export, "_SHARD_BYTES", 100_000)
-    real, calls = export.save_tensors, []
+    real, calls = files.save_tensors, []
 
     def full(path, tensors, metadata=None):
         calls.append(path)
@@ -515,7 +515,7 @@ def test_a_full_disk_leaves_nothing_half_written(source, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(path, tensors, metadata)
 
-    monkeypatch.setattr(export, "save_tensors", full)
+    monkeypatch.setattr(files, "save_tensors", full)
     with pytest.raises(SaveError, match="No space left"):
         export_hf(source, tmp_path / "out", overwrite=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

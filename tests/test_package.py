@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_packages_the_hook_the_licence_and_nothing_else(whee
     sources = {
         str(file.relative_to(REPOSITORY))
         for package in PACKAGES
-        for ending in ("py", "sh", "json", "css", "j2")
+        for ending in ("py", "sh", "json", "css", "j2", "jinja")
         for file in (REPOSITORY / package).rglob(f"*.{ending}")
     }
     assert sources <= shipped

@@ -22,7 +22,7 @@ from llava_clipmoe.compression import compress
 from llava_clipmoe.experts_delta_clipmoe import DeltaExperts
 from llava_clipmoe.files import load_tensors, read_json, save_tensors, write_json
 from llava_clipmoe.load import load_bundle
-from llava_clipmoe.model_directory import read_weights, save_bundle
+from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register, registry_file, resolve
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
@@ -328,7 +328,7 @@ def test_s2_joins_patches_only(clip_moe):
 @pytest.mark.parametrize("damage", ["missing", "shape"])
 def test_weights_that_do_not_fit_are_named_and_never_random(clip_moe, tmp_path, damage):
     directory = shutil.copytree(clip_moe, tmp_path / "moe")
-    state, name = read_weights(directory), "vision_model.encoder.layers.1.mlp.experts.fc1.weight"
+    state, name = load_tensors(directory), "vision_model.encoder.layers.1.mlp.experts.fc1.weight"
     weight = state.pop(name)
     if damage == "shape":
         state[name] = weight[:2].clone()
