@@ -67,22 +67,20 @@ def _number_at(used, place):
 
 
 @triton.jit
-def _zeros_of_unused(START, token, real, used, width, E: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-                     BR: tl.constexpr):  # fmt: skip
+def _zeros_of_unused(START, token, real, used, width, E, R, BM, BR):
     """Zeros where experts that none of my tokens chose would have R columns each."""
     r = tl.arange(0, BR)
     for e in range(E):
         if tl.sum(tl.where(tl.arange(0, _WIDE) == e, used, 0), axis=0) == 0:
-            tl.store(START + token[:, None] * width + e * R + r[None, :], tl.zeros((BM, BR), START.dtype.element_ty),
-                     mask=real[:, None] & (r[None, :] < R))  # fmt: skip
+            zeros = tl.zeros((BM, BR), START.dtype.element_ty)
+            tl.store(START + token[:, None] * width + e * R + r[None, :], zeros, mask=real[:, None] & (r[None, :] < R))
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def _delta_expert(z, u, weight, base, UP, BIAS, DOWN, e, c, end, hidden, R1: tl.constexpr, R2: tl.constexpr,
-                  QUICK: tl.constexpr, EVEN: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
+def _delta_expert(z, u, weight, base, UP, BIAS, DOWN, e, c, end, hidden, R1, R2, QUICK, EVEN, BR1, BR2):
     """One expert at some columns c of H -> w_e h_e there, and u_e with their part added."""
     r1, r2 = tl.arange(0, BR1), tl.arange(0, BR2)
     up = _block(UP + e * hidden * R1, c, r1, R1, c < end, r1 < R1, EVEN, R1 == BR1)
@@ -98,9 +96,7 @@ def _delta_expert(z, u, weight, base, UP, BIAS, DOWN, e, c, end, hidden, R1: tl.
 
 @triton.jit
 def _delta_pass(Y1, WEIGHTS, UP, BIAS, DOWN, Y2, U, token, real, e0, e1, earlier, start, end, hidden, width1, width2,
-                u_width, TWO: tl.constexpr, E: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, QUICK: tl.constexpr,
-                EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR1: tl.constexpr,
-                BR2: tl.constexpr):  # fmt: skip
+                u_width, TWO, E, R1, R2, QUICK, EVEN, BM, BN, BR1, BR2):  # fmt: skip
     """Two experts (or e0 alone) over the columns start .. end of H. earlier: experts that Y2 holds already."""
     r1, r2 = tl.arange(0, BR1), tl.arange(0, BR2)
     dtype = Y2.dtype.element_ty
@@ -114,11 +110,13 @@ def _delta_pass(Y1, WEIGHTS, UP, BIAS, DOWN, Y2, U, token, real, e0, e1, earlier
     for c0 in range(start, end, BN):
         c = c0 + tl.arange(0, BN)
         base = _block(Y1, token, c, width1, real, c < end, False, EVEN)
-        mixed, u0 = _delta_expert(z0, u0, weight0, base, UP, BIAS, DOWN, e0, c, end, hidden, R1, R2, QUICK, EVEN, BR1,
-                                  BR2)  # fmt: skip
+        mixed, u0 = _delta_expert(
+            z0, u0, weight0, base, UP, BIAS, DOWN, e0, c, end, hidden, R1, R2, QUICK, EVEN, BR1, BR2
+        )
         if TWO:
-            h, u1 = _delta_expert(z1, u1, weight1, base, UP, BIAS, DOWN, e1, c, end, hidden, R1, R2, QUICK, EVEN, BR1,
-                                  BR2)  # fmt: skip
+            h, u1 = _delta_expert(
+                z1, u1, weight1, base, UP, BIAS, DOWN, e1, c, end, hidden, R1, R2, QUICK, EVEN, BR1, BR2
+            )
             mixed += h
         if earlier > 0:
             mixed += _block(Y2, token, c, width2, real, c < end, False, EVEN).to(tl.float32)
@@ -164,15 +162,14 @@ def _delta_kernel(Y1, WEIGHTS, ORDER, UP, BIAS, DOWN, Y2, PARTS, n, hidden, part
                 _zeros_of_unused(U, token, real, used, u_width, E, R2, BM, BR2)
             if part == 0:
                 expert = tl.arange(0, _WIDE)
-                weights = tl.load(WEIGHTS + token[:, None] * E + expert[None, :],
-                                  mask=real[:, None] & (expert[None, :] < E), other=0.0)  # fmt: skip
-                tl.store(Y2 + token[:, None] * width2 + hidden + E * R2 + expert[None, :],
-                         weights.to(Y2.dtype.element_ty), mask=real[:, None])  # fmt: skip
+                mask = real[:, None] & (expert[None, :] < E)
+                weights = tl.load(WEIGHTS + token[:, None] * E + expert[None, :], mask=mask, other=0.0)
+                place = Y2 + token[:, None] * width2 + hidden + E * R2 + expert[None, :]
+                tl.store(place, weights.to(Y2.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
-def _sum_parts_kernel(PARTS, WEIGHTS, OUT, n, columns, width, E: tl.constexpr, SPLIT: tl.constexpr,
-                      BN: tl.constexpr):  # fmt: skip
+def _sum_parts_kernel(PARTS, WEIGHTS, OUT, n, columns, width, E: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr):
     """OUT [N, columns] (rows `width` apart) = the sum of PARTS [SPLIT, N, columns], and 0 for experts that a token did
     not choose: nothing was written there."""
     row = tl.program_id(0).to(tl.int64)
@@ -188,10 +185,8 @@ def _sum_parts_kernel(PARTS, WEIGHTS, OUT, n, columns, width, E: tl.constexpr, S
 def _sum_parts(parts: torch.Tensor, weights_NE: torch.Tensor, out: torch.Tensor) -> None:
     """out, columns of a larger matrix, becomes the sum over the first dimension of parts."""
     (split, n, columns), tile = parts.shape, Tile(1, 256, 0, 2, 1)
-    launch(
-        _sum_parts_kernel, (n, triton.cdiv(columns, tile.cols)), tile, out,
-        parts, weights_NE, out, n, columns, out.stride(0), E=weights_NE.shape[1], SPLIT=split, BN=tile.cols,
-    )  # fmt: skip
+    grid, constants = (n, triton.cdiv(columns, tile.cols)), {"E": weights_NE.shape[1], "SPLIT": split, "BN": tile.cols}
+    launch(_sum_parts_kernel, grid, tile, out, parts, weights_NE, out, n, columns, out.stride(0), **constants)
 
 
 def order_by_set(experts_NK: torch.Tensor, num_experts: int | None = None) -> torch.Tensor:
@@ -248,11 +243,10 @@ def _plan(kind: str, packed: PackedDelta, y1: torch.Tensor, order_N: torch.Tenso
     tile = find_tile(f"{kind} of rank {max(br1, br2, 64)}", y1)
     split = _delta_split(n, hidden, tile)
     part_width = triton.cdiv(triton.cdiv(hidden, split), tile.cols) * tile.cols
-    constants = {
-        "E": e, "R1": r1, "R2": r2, "BR1": br1, "BR2": br2, "BM": tile.rows, "BN": tile.cols, "QUICK": packed.quick,
-        "SORTED": order_N is not None, "BIG": n * max(y1.shape[1], packed.second.shape[1]) >= 2**31,
-        "SPLIT": split > 1, "STEP": tile.inner, "EVEN": hidden % tile.cols == 0,
-    }  # fmt: skip
+    constants = {"E": e, "R1": r1, "R2": r2, "BR1": br1, "BR2": br2, "BM": tile.rows, "BN": tile.cols}
+    constants |= {"QUICK": packed.quick, "SORTED": order_N is not None, "SPLIT": split > 1, "STEP": tile.inner}
+    constants["BIG"] = n * max(y1.shape[1], packed.second.shape[1]) >= 2**31
+    constants["EVEN"] = hidden % tile.cols == 0
     return _Plan(tile, (triton.cdiv(n, tile.rows), split), part_width, constants)
 
 
@@ -268,12 +262,11 @@ def _delta_middle(packed, y1, weights_NE, order_N) -> torch.Tensor:
     split, columns = plan.grid[1], packed.down.shape[0] * packed.down.shape[1]  # E R2
     y2 = y1.new_empty(n, packed.second.shape[1])
     parts = y1.new_empty(split, n, columns, dtype=torch.float32) if split > 1 else y2
+    order = weights_NE if order_N is None else order_N
+    pointers = (y1, weights_NE, order, packed.up, packed.bias, packed.down, y2, parts)
+    sizes = (n, hidden, plan.part_width, y1.shape[1], y2.shape[1])
     for earlier in range(0, weights_NE.shape[1], plan.constants["STEP"]):
-        launch(
-            _delta_kernel, plan.grid, plan.tile, y1,
-            y1, weights_NE, weights_NE if order_N is None else order_N, packed.up, packed.bias, packed.down, y2, parts,
-            n, hidden, plan.part_width, y1.shape[1], y2.shape[1], earlier, **plan.constants,
-        )  # fmt: skip
+        launch(_delta_kernel, plan.grid, plan.tile, y1, *pointers, *sizes, earlier, **plan.constants)
     if split > 1:
         _sum_parts(parts, weights_NE, y2[:, hidden : hidden + columns])
     return y2
@@ -284,8 +277,7 @@ def _delta_middle(packed, y1, weights_NE, order_N) -> torch.Tensor:
 
 @triton.jit
 def _delta_back_expert(z, u_grad, z_grad, weight_grad, weight, base, mixed_grad, UP, BIAS, DOWN, e, c, end, hidden,
-                       R1: tl.constexpr, R2: tl.constexpr, QUICK: tl.constexpr, EVEN: tl.constexpr,
-                       BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
+                       R1, R2, QUICK, EVEN, BR1, BR2):  # fmt: skip
     """One expert at some columns c of H -> t_e's gradient there; z_e's and w_e's with their part added."""
     r1, r2 = tl.arange(0, BR1), tl.arange(0, BR2)
     up = _block(UP + e * hidden * R1, c, r1, R1, c < end, r1 < R1, EVEN, R1 == BR1)
@@ -301,9 +293,7 @@ def _delta_back_expert(z, u_grad, z_grad, weight_grad, weight, base, mixed_grad,
 
 @triton.jit
 def _delta_back_pass(Y1, G2, WEIGHTS, UP, BIAS, DOWN, G1, Z_GRAD, WEIGHTS_GRAD, token, real, e0, e1, earlier, start,
-                     end, hidden, width1, width2, z_width, TWO: tl.constexpr, E: tl.constexpr, R1: tl.constexpr,
-                     R2: tl.constexpr, QUICK: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                     BR1: tl.constexpr, BR2: tl.constexpr):  # fmt: skip
+                     end, hidden, width1, width2, z_width, TWO, E, R1, R2, QUICK, EVEN, BM, BN, BR1, BR2):  # fmt: skip
     """Two experts (or e0 alone) over the columns start .. end of H. earlier: experts that G1 holds already."""
     r1, r2 = tl.arange(0, BR1), tl.arange(0, BR2)
     weight0 = tl.load(WEIGHTS + token * E + e0, mask=real, other=0.0)
@@ -333,8 +323,8 @@ def _delta_back_pass(Y1, G2, WEIGHTS, UP, BIAS, DOWN, G1, Z_GRAD, WEIGHTS_GRAD, 
             base_grad += t_grad
         if earlier > 0:
             base_grad += _block(G1, token, c, width1, real, c < end, False, EVEN).to(tl.float32)
-        tl.store(G1 + token[:, None] * width1 + c[None, :], base_grad.to(G1.dtype.element_ty),
-                 mask=real[:, None] & (c[None, :] < end))  # fmt: skip
+        mask = real[:, None] & (c[None, :] < end)
+        tl.store(G1 + token[:, None] * width1 + c[None, :], base_grad.to(G1.dtype.element_ty), mask=mask)
     z_mask = real[:, None] & (r1[None, :] < R1)
     z_type = Z_GRAD.dtype.element_ty
     tl.store(Z_GRAD + token[:, None] * z_width + e0 * R1 + r1[None, :], z_grad0.to(z_type), mask=z_mask)
@@ -392,13 +382,11 @@ def _delta_middle_grad(packed, y1, y2_grad, weights_NE, order_N) -> tuple[torch.
     y1_grad = torch.empty_like(y1)
     parts = y1.new_empty(split, n, columns, dtype=torch.float32) if split > 1 else y1_grad
     weights_grad = weights_NE.new_empty(split, *weights_NE.shape)
+    order = weights_NE if order_N is None else order_N
+    pointers = (y1, y2_grad, weights_NE, order, packed.up, packed.bias, packed.down, y1_grad, parts, weights_grad)
+    sizes = (n, hidden, plan.part_width, y1.shape[1], y2_grad.shape[1])
     for earlier in range(0, weights_NE.shape[1], plan.constants["STEP"]):
-        launch(
-            _delta_back_kernel, plan.grid, plan.tile, y1,
-            y1, y2_grad, weights_NE, weights_NE if order_N is None else order_N, packed.up, packed.bias, packed.down,
-            y1_grad, parts, weights_grad, n, hidden, plan.part_width, y1.shape[1], y2_grad.shape[1], earlier,
-            **plan.constants,
-        )  # fmt: skip
+        launch(_delta_back_kernel, plan.grid, plan.tile, y1, *pointers, *sizes, earlier, **plan.constants)
     if split > 1:
         _sum_parts(parts, weights_NE, y1_grad[:, hidden:])
     return y1_grad, weights_grad.sum(0)
