@@ -1,8 +1,5 @@
 """What every FFN of a CLIP-MoE needs: activations, initialisation, the dtype of products, token-expert pairs in order.
 
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-
 Shape suffixes:  N tokens   D width   E experts   K experts per token   M = N*K token-expert pairs
 """
 

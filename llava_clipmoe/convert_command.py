@@ -1,4 +1,4 @@
-"""The command `llava-clipmoe convert`: open_clip, OpenAI-named and official checkpoints <-> our model directory.
+"""Turn an OpenAI, open_clip or official CLIP-MoE checkpoint into a model directory, or a directory back into one.
 
 llava-clipmoe convert CLIP-MoE.pt clip-moe/ --num-experts-per-tok 2
 llava-clipmoe convert open_clip_model.safetensors clip/ --open-clip-name ViT-L-14-336-quickgelu
@@ -59,11 +59,11 @@ def convert(
 
 
 def main(argv: list[str]) -> int:
-    """The command `llava-clipmoe convert`; -> exit status. Raises what `convert` raises, which cli.py prints.
+    """`llava-clipmoe convert INPUT OUTPUT`.
 
     argparse, not tyro: a flag that is on, off or unsaid has a plain spelling there (--quick-gelu, --no-quick-gelu).
     """
-    parser = argparse.ArgumentParser("llava-clipmoe convert", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser("llava-clipmoe convert", description=__doc__.splitlines()[0])
     parser.add_argument("input", help="model directory, hub id, or checkpoint file (.pt, .safetensors)")
     parser.add_argument("output", help="the directory (or, with --to openai, the file) to write")
     parser.add_argument(

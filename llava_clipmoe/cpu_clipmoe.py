@@ -1,8 +1,5 @@
 """FFNs without a graph on a CPU: the same results as the readable loops, with fewer copies.
 
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-
 Shape suffixes:  N tokens   D width   H FFN width   E experts   K experts per token   M = N*K token-expert pairs
 r rank of a difference   G tokens of one group
 """

@@ -1,8 +1,5 @@
 """Router and whole experts of a CLIP-MoE block.
 
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-
 Shape suffixes:  N tokens   D width   H FFN width   E experts   K experts per token   M = N*K token-expert pairs
 """
 

@@ -1,8 +1,5 @@
 """Experts of a CLIP-MoE block as low-rank differences to one base FFN.
 
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-
 Shape suffixes:  N tokens   D width   H FFN width   E experts   K experts per token   M = N*K token-expert pairs
 r rank of a difference
 """

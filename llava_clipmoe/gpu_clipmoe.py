@@ -1,8 +1,4 @@
-"""Whether the kernels of a GPU run for a tensor, and what a module keeps for them.
-
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-"""
+"""Whether the kernels of a GPU run for a tensor, and what a module keeps for them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""CUDA graphs of a tower's blocks: all kernels of a pass are started at once, where Python needs milliseconds for it.
-
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-"""
+"""CUDA graphs of a tower's blocks: all kernels of a pass start at once, where Python needs milliseconds to start them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """The router losses of a CLIP-MoE, and which text tokens they count.
 
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-
 Shape suffixes:  B batch   T tokens   N tokens of a block   E experts
 Equations are those of the CLIP-MoE paper (Zhang et al. 2024).
 """

@@ -1,7 +1,8 @@
 """CLIP-MoE: a CLIP whose FFNs are several experts, of which a token uses K. Self-contained on purpose.
 
 transformers' CLIP classes changed names and weight prefixes between versions 4 and 5, and LLaVA users sit on
-4.37.2; so this file uses PreTrainedModel only, runs under both, and is copied beside the weights (`auto_map`).
+4.37.2; so this file uses PreTrainedModel only and runs under both. All `*_clipmoe.py` are copied beside the weights of
+a saved model (`auto_map`), and therefore import nothing of this package but each other.
 
 Shape suffixes:  B batch   T tokens   N = B*T   D width   H FFN width   E experts   K experts per token   P projection
 Equations are those of the CLIP-MoE paper (Zhang et al. 2024, "CLIP-MoE: Towards Building Mixture of Experts for CLIP

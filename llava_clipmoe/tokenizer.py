@@ -6,7 +6,6 @@ cannot parse. So the vocabulary is read here, and always written as the two plai
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -50,19 +49,20 @@ def open_clip_tokenizer(context_length: int = 77) -> Any:
     Raises ModuleNotFoundError naming the extra when open_clip is not installed.
     """
     try:
-        from open_clip.tokenizer import default_bpe
+        from open_clip.tokenizer import SimpleTokenizer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "CLIP's vocabulary comes from the package open_clip_torch, which is not installed: "
             'pip install "llava-clipmoe[train]", or put CLIP\'s vocab.json and merges.txt into the model directory.',
             name=error.name,
         ) from error
-    # The order of open_clip's SimpleTokenizer: 256 bytes, the same at a word's end, one entry a merge, two specials.
-    # The file holds more merges than CLIP uses; its first line is a header.
-    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]
-    letters = _byte_letters()
-    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges), START, END]
+    theirs = SimpleTokenizer()
+    entries = [
+        *list(theirs.encoder)[:-2],
+        START,
+        END,
+    ]  # in the order of their ids; open_clip names the last two otherwise
+    merges = [" ".join(pair) for pair in theirs.bpe_ranks]
     return _build({entry: i for i, entry in enumerate(entries)}, merges, SPECIAL_TOKENS, context_length)
 
 
@@ -133,11 +133,3 @@ def _special_tokens(directory: Path) -> dict[str, str]:
             if value is not None:
                 special[name] = value["content"] if isinstance(value, dict) else value
     return special
-
-
-def _byte_letters() -> list[str]:
-    """One printable letter for each of the 256 bytes, in the order of CLIP's vocabulary (GPT-2's byte-level BPE):
-    the printable Latin-1 bytes stand for themselves, the others get the letters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)
-    return [chr(byte) for byte in printable] + [chr(0x100 + i) for i in range(others)]

@@ -20,9 +20,9 @@ class Register:
     Example: llava-clipmoe register clipmoe-336 runs/mine/clip-moe
     """
 
-    name: tyro.conf.Positional[str] = DEFAULT_NAME
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = DEFAULT_NAME
     """The short name."""
-    source: tyro.conf.Positional[str | None] = None
+    source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DIR_OR_HUB_ID]")] = None
     """A CLIP-MoE model directory on this machine, or a hub id (org/name)."""
     s2: bool = False
     """Look at the picture on several scales (S2); the projector must be trained with it."""
@@ -36,7 +36,7 @@ class Register:
 class Towers:
     """List the registered vision towers, or check one name: exit status 0 when LLaVA would accept it."""
 
-    name: tyro.conf.Positional[str | None] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
     """A name, directory or hub id to check."""
 
 

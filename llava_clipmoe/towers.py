@@ -183,7 +183,7 @@ def _check_source(tower: Tower) -> None:
 
 def register(tower: Tower) -> Tower:
     """Write a registration; -> the tower with an absolute path. Raises ValueError before anything is written."""
-    if not _NAME.match(tower.name) or tower.name.startswith(_RESERVED) or "ShareGPT4V" in tower.name:
+    if not _NAME.match(tower.name) or _upstream_takes(tower.name):
         raise ValueError(
             f"{tower.name!r} cannot be a tower's name: use letters, digits, '.', '_' and '-', and no name that starts "
             f"with {' or '.join(_RESERVED)} (those are upstream LLaVA's)."

@@ -1,8 +1,5 @@
 """The blocks of a CLIP-MoE's towers: attention, and the FFN or the router with its experts.
 
-Copied beside the weights of a saved model (`auto_map`), therefore it imports nothing of this package but other copied
-files.
-
 Shape suffixes:  B batch   T tokens   N = B*T   D width   H FFN width   E experts   K experts per token
 """
 
