@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------- activations, initialisation
-
 QUICK = 1.702
 
 
@@ -43,9 +41,6 @@ def set_ffn_init(ffn: nn.Module, config) -> None:
     ffn.fc2.init_std = residual_std(config)
 
 
-# ------------------------------------------------------------------------------------------- dtypes, and what is built
-
-
 def only_reads(experts: nn.Module) -> bool:
     """True when nothing will be learnt from this pass: hidden states may be overwritten."""
     return not torch.is_grad_enabled() and not (experts.dropout and experts.training)
@@ -68,9 +63,6 @@ def grouped_mm_pays(x: torch.Tensor) -> bool:
     if not hasattr(F, "grouped_mm") or x.device.type != "cuda":
         return False
     return working_dtype(x) == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-# ------------------------------------------------------------------------------------- token-expert pairs, and back
 
 
 def sort_by_expert(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

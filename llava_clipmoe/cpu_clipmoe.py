@@ -19,9 +19,6 @@ def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x.mul_(QUICK), inplace=True).div_(QUICK)
 
 
-# ------------------------------------------------------------------------------------------------------ whole experts
-
-
 def read_whole(experts, x_MD, counts, order_M, weights_NK) -> torch.Tensor:
     """The rest of the loop where no graph is built: results take the place of their tokens, and few tensors are
     held at a time, since those that a block frees at its end the next one fetches again page by page."""
@@ -42,9 +39,6 @@ def _in_place(experts, x: torch.Tensor, expert: int) -> torch.Tensor:
     h = torch.addmm(experts.fc1.bias[expert], x, experts.fc1.weight[expert].t(), beta=QUICK, alpha=QUICK)
     h = F.silu(h, inplace=True)
     return torch.addmm(experts.fc2.bias[expert], h, experts.fc2.weight[expert].t(), alpha=1 / QUICK)
-
-
-# ------------------------------------------------------------------------------------------------------ delta experts
 
 
 def read_delta(experts, parts, x_ND, weights_NK, experts_NK) -> torch.Tensor:
@@ -92,9 +86,6 @@ def _group(experts, h_GH, y_GD, z_GEr, weights_GE, chosen, spare, up1_EHr, shift
 def _activate_(experts, h: torch.Tensor) -> torch.Tensor:
     """h becomes scale * act(h / scale): quick_gelu(x) = silu(1.702 x) / 1.702 needs no copy."""
     return F.silu(h, inplace=True) if experts.scale != 1.0 else h.copy_(experts.act(h))
-
-
-# ---------------------------------------------------------------------------------------------- groups of tokens
 
 
 Groups = list[tuple[list[int], int]]

@@ -1,4 +1,4 @@
-"""CUDA graphs of a tower's blocks: all kernels of a pass start at once, where Python needs milliseconds to start them."""
+"""CUDA graphs of a tower's blocks: all kernels of a pass start at once, where Python would need milliseconds."""
 
 from __future__ import annotations
 

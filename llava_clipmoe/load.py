@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .bundle import ClipBundle
 from .conversion import load_checkpoint
-from .model_directory import HUB_ID, download, load_directory
+from .model_directory import download, load_directory
 from .open_clip_models import load_open_clip
+from .towers import HUB_ID
 
 
 def load_bundle(

@@ -8,7 +8,6 @@ model is written as a plain transformers CLIP. Weights are read and written by n
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,6 @@ _FIELDS = {
 MODELING_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_clipmoe.py")))
 """What a saved model carries, so that it loads without this package."""
 _AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
 
 
@@ -120,14 +118,12 @@ def build_model(
 def _check_fit(
     expected: dict[str, tuple[int, ...]], state: Mapping[str, torch.Tensor], where: str, advice: str
 ) -> None:
+    shared = [name for name in expected if name in state]
+    wrong = [name for name in shared if tuple(state[name].shape) != expected[name]]
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
-            f"{name} {list(state[name].shape)} instead of {list(shape)}"
-            for name, shape in expected.items()
-            if name in state and tuple(state[name].shape) != shape
-        ],
+        "of another shape": [f"{n} {list(state[n].shape)} instead of {list(expected[n])}" for n in wrong],
     }
     found = [
         f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"

@@ -44,18 +44,12 @@ def main(argv: list[str]) -> int:
         ours = isinstance(error, (ValueError, RuntimeError, OSError)) and raised_by_us(error)
         if ours and os.environ.get(DEBUG, "0") in ("", "0"):
             return _fail(error)
-        if not ours:
-            _name_newer_version()
+        from .compat.versions import newer_than_tested
+
+        if not ours and (newer := newer_than_tested()):  # its likely cause, before the trace
+            print(f"llava-clipmoe: {newer}", file=sys.stderr)
         raise
     return 0
-
-
-def _name_newer_version() -> None:
-    """Before the trace of an error that nobody foresaw: a version that nobody has tested is its likely cause."""
-    from .compat.versions import newer_than_tested
-
-    if newer := newer_than_tested():
-        print(f"llava-clipmoe: {newer}", file=sys.stderr)
 
 
 def _without_launcher_rank(argv: list[str]) -> list[str]:

@@ -22,8 +22,8 @@ CONFIG_DIRECTORY = "LLAVA_CLIPMOE_CONFIG_DIR"
 MODEL_TYPE = "clip_moe"
 DEFAULT_NAME = "clipmoe-336"
 
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _NAME = re.compile(r"^[A-Za-z0-9][\w.-]*$")
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _RESERVED = ("openai", "laion")  # upstream's builder takes every name that starts so
 
 
@@ -96,7 +96,7 @@ def resolve(name: str) -> Tower | None:
         return _from_path(name)
     if _upstream_takes(name):
         return None
-    if _HUB_ID.match(name) and _hub_model_type(name) == MODEL_TYPE:
+    if HUB_ID.match(name) and _hub_model_type(name) == MODEL_TYPE:
         return Tower(name, name)
     raise UnknownTower(_unknown(name, towers))
 
@@ -145,7 +145,7 @@ def _hub_model_type(hub_id: str) -> str | None:
 
 def _unknown(name: str, towers: dict[str, Tower]) -> str:
     known = ", ".join(sorted(towers)) or "none"
-    tried = ", nor a CLIP-MoE on the hub (or the hub cannot be reached)" if _HUB_ID.match(name) else ""
+    tried = ", nor a CLIP-MoE on the hub (or the hub cannot be reached)" if HUB_ID.match(name) else ""
     return (
         f"unknown vision tower {name!r}: it is not registered, not a directory{tried}. Registered: {known}. "
         f"Register it with\n    llava-clipmoe register {name.replace('/', '-')} DIR_OR_HUB_ID\n"
@@ -160,7 +160,7 @@ def _check_source(tower: Tower) -> None:
     """Raise UnknownTower when the model behind a registration is gone or is no CLIP-MoE."""
     path = Path(tower.source).expanduser()
     if not path.exists():
-        if _HUB_ID.match(tower.source):
+        if HUB_ID.match(tower.source):
             return  # a hub id: found (or not) when it is loaded
         raise UnknownTower(
             f"the tower {tower.name!r} points to {tower.source}, which does not exist (moved or deleted?). Point it to "
@@ -191,7 +191,7 @@ def register(tower: Tower) -> Tower:
     path = Path(tower.source).expanduser()
     if path.exists():
         tower = replace(tower, source=str(path.resolve()))
-    elif not _HUB_ID.match(tower.source):
+    elif not HUB_ID.match(tower.source):
         raise ValueError(f"{tower.source} is neither a directory on this machine nor a hub id (org/name).")
     _check_source(tower)
     content = _entries()

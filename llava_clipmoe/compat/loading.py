@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +28,6 @@ def cpu_dtype() -> torch.dtype:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"{CPU_DTYPE} is {name!r}; it may be float32 or bfloat16.")
     return getattr(torch, name)
-
-
-# ---------------------------------------------------------------------------------------------------- from_pretrained
 
 
 def patch_language_model(module: ModuleType) -> None:
@@ -73,9 +71,6 @@ def _on_cpu(device_map: Any) -> bool:
     return device_map == "cpu" or (device_map is not None and not torch.cuda.is_available())
 
 
-# ----------------------------------------------------------------------------------------------- load_pretrained_model
-
-
 def patch_load_pretrained_model(module: ModuleType) -> None:
     """llava.model.builder: `load_pretrained_model` checks version and name first."""
     upstream = module.load_pretrained_model
@@ -115,21 +110,21 @@ def check_name(model_path: str, model_name: str) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
 def check_memory(directory: Path, kwargs: dict[str, Any]) -> None:
     """Raise TooLittleMemory when the weights cannot fit: parameters x bytes against what the device has free.
 
     kwargs: those of `from_pretrained`. Nothing is said of a hub id, whose size is not known here, nor of a model that
     DeepSpeed shards while it is loaded.
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     parameters = count_parameters(directory) if directory.is_dir() else None
-    if parameters is None or _is_sharded():
+    if parameters is None or is_deepspeed_zero3_enabled():
         return
     bits = bits_of(kwargs)
     on_cpu = kwargs.get("device_map") is None or _on_cpu(kwargs["device_map"])
-    free = _free_on_cpu() if on_cpu else _free_on_gpus()
+    gpus = range(torch.cuda.device_count())
+    free = _free_on_cpu() if on_cpu else sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     needed = parameters * bits / 8
     if free is None or needed <= free:
         return
@@ -153,12 +148,6 @@ def bits_of(kwargs: dict[str, Any]) -> int:
     return 8 * dtype.itemsize if isinstance(dtype, torch.dtype) else 32
 
 
-def _is_sharded() -> bool:
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    return is_deepspeed_zero3_enabled()
-
-
 def count_parameters(directory: Path) -> int | None:
     """Parameters of a model directory, from its safetensors headers (or its .bin sizes); None when there are none."""
     from safetensors import safe_open
@@ -167,18 +156,11 @@ def count_parameters(directory: Path) -> int | None:
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():
-                count = 1
-                for side in opened.get_slice(name).get_shape():
-                    count *= side
-                total += count
+                total += math.prod(opened.get_slice(name).get_shape())
     if total:
         return total
     size = sum(file.stat().st_size for file in directory.glob("pytorch_model*.bin"))
     return size // 2 or None  # LLaVA's .bin files hold two bytes a parameter
-
-
-def _free_on_gpus() -> int:
-    return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
 
 
 def _free_on_cpu() -> int | None:
