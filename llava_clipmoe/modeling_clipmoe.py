@@ -196,9 +196,7 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
 
     config_class = CLIPMoEVisionConfig
     main_input_name = "pixel_values"
-    _keys_to_ignore_on_load_unexpected = [
-        r"position_ids$", r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"
-    ]  # fmt: skip
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$", r"^text_model\.", r"_projection\.", r"^logit_scale$"]
 
     def __init__(self, config: CLIPMoEVisionConfig):
         super().__init__(config)

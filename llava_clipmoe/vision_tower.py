@@ -183,15 +183,11 @@ class CLIPMoEVisionTowerS2(CLIPMoEVisionTower):
         else:
             resized = pixels_B3SS
         batch, tiles, side = len(resized), scale // self.tile, self.num_patches_per_side
-        tiles_M3RR = (
-            resized.unflatten(3, (tiles, self.tile)).unflatten(2, (tiles, self.tile))  # [B,3,t,R,t,R]
-            .permute(0, 2, 4, 1, 3, 5).reshape(batch * tiles**2, -1, self.tile, self.tile)
-        )  # fmt: skip
+        x_B3tRtR = resized.unflatten(3, (tiles, self.tile)).unflatten(2, (tiles, self.tile))
+        tiles_M3RR = x_B3tRtR.permute(0, 2, 4, 1, 3, 5).reshape(batch * tiles**2, -1, self.tile, self.tile)
         x_MNC = super()._features(tiles_M3RR)
-        x_BCss = (
-            x_MNC.unflatten(1, (side, side)).unflatten(0, (batch, tiles, tiles))  # [B,t,t,n,n,C]
-            .permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, tiles * side, tiles * side)
-        )  # fmt: skip
+        x_BttnnC = x_MNC.unflatten(1, (side, side)).unflatten(0, (batch, tiles, tiles))
+        x_BCss = x_BttnnC.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, tiles * side, tiles * side)
         return F.adaptive_avg_pool2d(x_BCss.float(), side).to(x_BCss.dtype)
 
     @property
