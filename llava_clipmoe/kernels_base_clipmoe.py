@@ -166,8 +166,9 @@ def _keys(EXPERTS, place, n, K: tl.constexpr, SETS: tl.constexpr):
 
 
 @triton.jit
-def _sort_kernel(EXPERTS, ORDER, PLACES, ENDS, n, bins, K: tl.constexpr, SETS: tl.constexpr, BM: tl.constexpr,
-                 BN: tl.constexpr):  # fmt: skip
+def _sort_kernel(
+    EXPERTS, ORDER, PLACES, ENDS, n, bins, K: tl.constexpr, SETS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     """Stable counting sort of keys 0 .. 15. ORDER: which key stands where. PLACES: where each key went. ENDS [bins].
 
     Each program places BM keys, and counts for itself what the others hold: everything in one launch.
@@ -206,8 +207,7 @@ def sort_experts(experts_NK: torch.Tensor, bins: int, sets: bool = False) -> Sor
     n, tile = experts_NK.shape[0] if sets else experts_NK.numel(), find_tile("sort", experts_NK)
     order, places = torch.empty(2, n, device=experts_NK.device, dtype=torch.int32)
     ends = torch.zeros(bins, device=experts_NK.device, dtype=torch.int32)
-    launch(
-        _sort_kernel, (triton.cdiv(n, tile.rows),), tile, experts_NK,
-        experts_NK, order, places, ends, n, bins, K=experts_NK.shape[1], SETS=sets, BM=tile.rows, BN=tile.cols,
-    )  # fmt: skip
+    grid = (triton.cdiv(n, tile.rows),)
+    constants = {"K": experts_NK.shape[1], "SETS": sets, "BM": tile.rows, "BN": tile.cols}
+    launch(_sort_kernel, grid, tile, experts_NK, experts_NK, order, places, ends, n, bins, **constants)
     return Sorted(order, places, ends)

@@ -56,8 +56,9 @@ __all__ = [
 
 
 @triton.jit
-def _route_kernel(X, W, LOGITS, WEIGHTS, EXPERTS, n, d, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                  BD: tl.constexpr):  # fmt: skip
+def _route_kernel(
+    X, W, LOGITS, WEIGHTS, EXPERTS, n, d, E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
     """One tile of tokens: logits [BM,E], the softmax over the K largest [BM,E] (0 elsewhere), their numbers [BM,K]."""
     token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     expert = tl.arange(0, _WIDE)
@@ -115,10 +116,9 @@ class _Route(torch.autograd.Function):
         weights_NE = torch.empty_like(logits_NE)
         experts_NK = torch.empty(n, k, device=x_ND.device, dtype=torch.int64)
         tile = find_tile("route", x_ND)
-        launch(
-            _route_kernel, (triton.cdiv(n, tile.rows),), tile, x_ND,
-            x_ND, weight_ED, logits_NE, weights_NE, experts_NK, n, d, E=e, K=k, BM=tile.rows, BD=tile.inner,
-        )  # fmt: skip
+        pointers = (x_ND, weight_ED, logits_NE, weights_NE, experts_NK)
+        constants = {"E": e, "K": k, "BM": tile.rows, "BD": tile.inner}
+        launch(_route_kernel, (triton.cdiv(n, tile.rows),), tile, x_ND, *pointers, n, d, **constants)
         ctx.save_for_backward(x_ND, weight_ED, weights_NE)
         ctx.mark_non_differentiable(experts_NK)
         ctx.set_materialize_grads(False)
@@ -181,11 +181,9 @@ def _comparisons(device: torch.device, dtype: torch.dtype):
 
     x = 4 * draw(n, d)  # times a power of two: no rounding
     for hidden_act in ("quick_gelu", "gelu"):
-        config = SimpleNamespace(
-            num_experts=e, num_experts_per_tok=k, hidden_size=d, intermediate_size=h, num_hidden_layers=2,
-            hidden_act=hidden_act, expert_dropout=0.0, experts_implementation="loop", router_jitter_noise=0.0,
-            router_initializer_range=0.02,
-        )  # fmt: skip
+        config = SimpleNamespace(num_experts=e, num_experts_per_tok=k, hidden_size=d, intermediate_size=h)
+        config.num_hidden_layers, config.hidden_act, config.experts_implementation = 2, hidden_act, "loop"
+        config.expert_dropout, config.router_jitter_noise, config.router_initializer_range = 0.0, 0.0, 0.02
         router, whole, delta = (drawn(m) for m in (Router(config), Experts(config), DeltaExperts(config, 16, 64)))
         routing = route(given(x), given(router.weight), k)
         logits = x @ router.weight.t()

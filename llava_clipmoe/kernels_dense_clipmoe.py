@@ -40,19 +40,14 @@ def _bias_act_kernel(T, BIAS, ENDS, OUT, hidden, E: tl.constexpr, QUICK: tl.cons
     tl.store(OUT + place, _activate(t, QUICK).to(OUT.dtype.element_ty), mask=c < hidden)
 
 
-def bias_act(
-    t_NH: torch.Tensor, bias: torch.Tensor, quick: bool, out: torch.Tensor | None = None,
-    ends_E: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+def bias_act(t_NH: torch.Tensor, bias: torch.Tensor, quick: bool, out=None, ends_E=None) -> torch.Tensor:
     """act(t + bias) in one pass, into `out` or a new tensor. Builds no graph. bias [H]; or [E,H] for rows that are
     sorted by expert, of which `ends_E` says where each one's end."""
     (n, hidden), tile = t_NH.shape, find_tile("rows", t_NH)
     out = torch.empty_like(t_NH) if out is None else out
-    launch(
-        _bias_act_kernel, (n, triton.cdiv(hidden, tile.cols)), tile, t_NH,
-        t_NH, bias, bias if ends_E is None else ends_E, out, hidden, E=0 if ends_E is None else len(ends_E),
-        QUICK=quick, BN=tile.cols,
-    )  # fmt: skip
+    grid, ends = (n, triton.cdiv(hidden, tile.cols)), bias if ends_E is None else ends_E
+    constants = {"E": 0 if ends_E is None else len(ends_E), "QUICK": quick, "BN": tile.cols}
+    launch(_bias_act_kernel, grid, tile, t_NH, t_NH, bias, ends, out, hidden, **constants)
     return out
 
 
@@ -87,11 +82,9 @@ def _bias_act_back(t_NH, bias_H, h_grad_NH, quick, keep_h=False, sums=False):
     grid = (triton.cdiv(n, tile.rows), triton.cdiv(hidden, tile.cols))
     h_NH = torch.empty_like(t_NH) if keep_h else None
     parts = t_NH.new_empty(grid[0], hidden, dtype=torch.float32) if sums else None
-    launch(
-        _bias_act_back_kernel, grid, tile, t_NH,
-        t_NH, bias_H, h_grad_NH, h_NH if keep_h else t_NH, parts if sums else t_NH, n, hidden, QUICK=quick,
-        KEEP_H=keep_h, SUM=sums, BM=tile.rows, BN=tile.cols,
-    )  # fmt: skip
+    pointers = (t_NH, bias_H, h_grad_NH, h_NH if keep_h else t_NH, parts if sums else t_NH)
+    constants = {"QUICK": quick, "KEEP_H": keep_h, "SUM": sums, "BM": tile.rows, "BN": tile.cols}
+    launch(_bias_act_back_kernel, grid, tile, t_NH, *pointers, n, hidden, **constants)
     return h_NH, parts.sum(0) if sums else None
 
 
@@ -197,10 +190,9 @@ class _Fuse(torch.autograd.Function):
         # Tokens in half precision and a gate in fp32 are multiplied in fp32, whose tiles are the larger ones.
         (n, d), tile = x_ND.shape, find_tile("gate", x_ND, torch.promote_types(x_ND.dtype, weight_DD.dtype))
         out_ND = torch.empty_like(y_ND)
-        launch(
-            _gate_kernel, (triton.cdiv(n, tile.rows), triton.cdiv(d, tile.cols)), tile, x_ND,
-            x_ND, weight_DD, bias_D, base_ND, y_ND, out_ND, n, d, BM=tile.rows, BN=tile.cols, BK=tile.inner,
-        )  # fmt: skip
+        grid = (triton.cdiv(n, tile.rows), triton.cdiv(d, tile.cols))
+        pointers = (x_ND, weight_DD, bias_D, base_ND, y_ND, out_ND)
+        launch(_gate_kernel, grid, tile, x_ND, *pointers, n, d, BM=tile.rows, BN=tile.cols, BK=tile.inner)
         return out_ND
 
     @staticmethod
@@ -210,9 +202,12 @@ class _Fuse(torch.autograd.Function):
         gate_ND = F.linear(x_float, weight_float, bias_D.float()).sigmoid()
         slope_ND = out_grad * (base_ND.float() - y_ND.float()) * gate_ND * (1 - gate_ND)
         gradients = (
-            lambda: slope_ND @ weight_float, lambda: slope_ND.t() @ x_float, lambda: slope_ND.sum(0),
-            lambda: gate_ND * out_grad, lambda: (1 - gate_ND) * out_grad,
-        )  # fmt: skip
+            lambda: slope_ND @ weight_float,
+            lambda: slope_ND.t() @ x_float,
+            lambda: slope_ND.sum(0),
+            lambda: gate_ND * out_grad,
+            lambda: (1 - gate_ND) * out_grad,
+        )
         return tuple(
             gradient().to(tensor.dtype) if wanted else None
             for gradient, tensor, wanted in zip(gradients, ctx.saved_tensors, ctx.needs_input_grad, strict=True)
@@ -251,8 +246,6 @@ def add_layer_norm(
     """-> x + y in the dtype of x, and its layer norm in `dtype` (None: the same), in one pass. Builds no graph."""
     x_ND, y_ND = x_ND.contiguous(), y_ND.contiguous()
     sum_ND, out_ND, (n, d) = torch.empty_like(x_ND), torch.empty_like(x_ND, dtype=dtype), x_ND.shape
-    launch(
-        _add_norm_kernel, (n,), find_tile("rows", x_ND), x_ND,
-        x_ND, y_ND, weight_D, bias_D, sum_ND, out_ND, d, eps, BD=triton.next_power_of_2(d),
-    )  # fmt: skip
+    tile, pointers = find_tile("rows", x_ND), (x_ND, y_ND, weight_D, bias_D, sum_ND, out_ND)
+    launch(_add_norm_kernel, (n,), tile, x_ND, *pointers, d, eps, BD=triton.next_power_of_2(d))
     return sum_ND, out_ND

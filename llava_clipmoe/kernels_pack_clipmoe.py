@@ -54,8 +54,8 @@ def pack_delta(experts: DeltaExperts, dtype: torch.dtype | None = None) -> Packe
     fc1, fc2, number = experts.fc1, experts.fc2, experts.num_experts
     refuse_experts(number)
     if max(fc1.up.shape[-1], fc2.up.shape[-1]) > MAX_RANK:
-        raise ValueError(f"the kernels go up to rank {MAX_RANK}, this model has {fc1.up.shape[-1]} and "
-                         f"{fc2.up.shape[-1]}: use the loop.")  # fmt: skip
+        ranks = f"{fc1.up.shape[-1]} and {fc2.up.shape[-1]}"
+        raise ValueError(f"the kernels go up to rank {MAX_RANK}, this model has {ranks}: use the loop.")
 
     def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
         missing = -tensor.shape[dim] % 16
@@ -76,8 +76,10 @@ def share_delta(experts: DeltaExperts) -> PackedDelta:
     for name, view in _views(packed, experts.fc1.up.shape[-1], experts.fc2.up.shape[-1]).items():
         parameter = experts.get_parameter(name)
         if view.shape != parameter.shape or view.dtype != parameter.dtype:
-            raise ValueError(f"{name} is {parameter.dtype} {tuple(parameter.shape)}, its packed form {view.dtype} "
-                             f"{tuple(view.shape)}: all tensors of the experts must have one dtype.")  # fmt: skip
+            raise ValueError(
+                f"{name} is {parameter.dtype} {tuple(parameter.shape)}, its packed form {view.dtype} "
+                f"{tuple(view.shape)}: all tensors of the experts must have one dtype."
+            )
     for name, view in _views(packed, experts.fc1.up.shape[-1], experts.fc2.up.shape[-1]).items():
         experts.get_parameter(name).data = view
     return packed

@@ -98,8 +98,8 @@ def _grouped_kernel(A, ORDER, ENDS, W, BIAS, OUT, m, tiles, cols, inner, step_e,
         if ACTIVATE:
             sums += tl.load(BIAS + e * cols + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
             sums = _activate(sums, QUICK)
-        tl.store(OUT + row.to(tl.int64)[:, None] * cols + c[None, :], sums.to(OUT.dtype.element_ty),
-                 mask=real[:, None] & (c[None, :] < cols))  # fmt: skip
+        place = OUT + row.to(tl.int64)[:, None] * cols + c[None, :]
+        tl.store(place, sums.to(OUT.dtype.element_ty), mask=real[:, None] & (c[None, :] < cols))
 
 
 class Pairs(NamedTuple):
@@ -146,13 +146,13 @@ def grouped(pairs, a, weight, gather=False, bias=None, quick=None, kind=None) ->
     tile = find_tile(kind or grouped_kind(m, cols, a), a)
     out = a.new_empty(m, cols)
     tiles = triton.cdiv(m, tile.rows) + e - 1 if m else 0  # each expert may have a last tile that is not full
-    launch(
-        _grouped_kernel, (tiles * triton.cdiv(cols, tile.cols),), tile, a,
-        a, pairs.sorted.order, pairs.sorted.ends, weight, weight if bias is None else bias, out, m, tiles, cols, inner,
-        *weight.stride(), E=e, K=pairs.experts.shape[1], GATHER=gather, ACTIVATE=bias is not None, QUICK=bool(quick),
-        BIG=a.numel() >= 2**31, EVEN_COLS=cols % tile.cols == 0, EVEN_INNER=inner % tile.inner == 0, GROUP_ROWS=GROUP,
-        BM=tile.rows, BN=tile.cols, BK=tile.inner,
-    )  # fmt: skip
+    pointers = (a, pairs.sorted.order, pairs.sorted.ends, weight, weight if bias is None else bias, out)
+    sizes = (m, tiles, cols, inner, *weight.stride())
+    constants = {"E": e, "K": pairs.experts.shape[1], "GROUP_ROWS": GROUP}
+    constants |= {"GATHER": gather, "ACTIVATE": bias is not None, "QUICK": bool(quick), "BIG": a.numel() >= 2**31}
+    constants |= {"EVEN_COLS": cols % tile.cols == 0, "EVEN_INNER": inner % tile.inner == 0}
+    constants |= {"BM": tile.rows, "BN": tile.cols, "BK": tile.inner}
+    launch(_grouped_kernel, (tiles * triton.cdiv(cols, tile.cols),), tile, a, *pointers, *sizes, **constants)
     return out
 
 
@@ -179,11 +179,10 @@ def _combine(pairs: Pairs, y_MD: torch.Tensor, weights_NE=None, bias_ED=None) ->
     (n, k), d, tile = pairs.experts.shape, y_MD.shape[1], find_tile("rows", y_MD)
     out_ND = y_MD.new_empty(n, d)
     weigh = weights_NE is not None
-    launch(
-        _combine_kernel, (n, triton.cdiv(d, tile.cols)), tile, y_MD,
-        y_MD, pairs.sorted.places, pairs.experts, weights_NE if weigh else y_MD, bias_ED if weigh else y_MD, out_ND, d,
-        E=weights_NE.shape[1] if weigh else 1, K=k, WEIGH=weigh, BN=tile.cols,
-    )  # fmt: skip
+    weights, bias, e = (weights_NE, bias_ED, weights_NE.shape[1]) if weigh else (y_MD, y_MD, 1)
+    pointers = (y_MD, pairs.sorted.places, pairs.experts, weights, bias, out_ND)
+    grid, constants = (n, triton.cdiv(d, tile.cols)), {"E": e, "K": k, "WEIGH": weigh, "BN": tile.cols}
+    launch(_combine_kernel, grid, tile, y_MD, *pointers, d, **constants)
     return out_ND
 
 
@@ -247,9 +246,8 @@ def _whole_middle_grad(pairs, t_MH, packed, h_grad_MH, weights_NE, bias_grad_NE)
     """Between the products of the backward pass: t_MH becomes its gradient, -> gradient of the weights [N,E]."""
     (m, hidden), tile = t_MH.shape, find_tile("rows", t_MH)
     weights_grad_NE = torch.zeros_like(weights_NE)
-    launch(
-        _whole_back_kernel, (m,), tile, t_MH,
-        t_MH, packed.bias1, h_grad_MH, pairs.sorted.order, pairs.experts, weights_NE, bias_grad_NE, weights_grad_NE,
-        hidden, E=weights_NE.shape[1], K=pairs.experts.shape[1], QUICK=packed.quick, BN=tile.cols,
-    )  # fmt: skip
+    places = (pairs.sorted.order, pairs.experts)
+    pointers = (t_MH, packed.bias1, h_grad_MH, *places, weights_NE, bias_grad_NE, weights_grad_NE)
+    constants = {"E": weights_NE.shape[1], "K": pairs.experts.shape[1], "QUICK": packed.quick, "BN": tile.cols}
+    launch(_whole_back_kernel, (m,), tile, t_MH, *pointers, hidden, **constants)
     return weights_grad_NE
