@@ -20,8 +20,8 @@ def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
 
 
 def read_whole(experts, x_MD, counts, order_M, weights_NK) -> torch.Tensor:
-    """The rest of the loop where no graph is built: results take the place of their tokens, and few tensors are
-    held at a time, since those that a block frees at its end the next one fetches again page by page."""
+    """The rest of the loop where no graph is built. Results overwrite their tokens, and few tensors are held at a time:
+    memory that one block frees at its end, the next one must fetch from the system again, page by page."""
     y_MD = x_MD.to(working_dtype(x_MD))
     for e, (rows, own) in enumerate(_slices(counts, step=16 if few_sizes_pay(x_MD) else 1)):
         y_MD[rows][own] = _in_place(experts, y_MD[rows], e)[own]
@@ -61,7 +61,7 @@ def read_delta(experts, parts, x_ND, weights_NK, experts_NK) -> torch.Tensor:
         rows = slice(start, start := start + count)
         _group(experts, h_NH[rows], y_ND[rows], z_NEr[rows], weights_NE[rows], chosen, spare, fc1.up, shift_EH, fc2)
     y_ND.addmm_(h_NH, fc2.base.t())
-    del h_NH, spare  # the result takes their place: what a block frees at its end is fetched again page by page
+    del h_NH, spare  # before the result is made, which then takes their memory
     return y_ND[inverse(order_N)]
 
 
@@ -102,8 +102,8 @@ def _sort_by_set(experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tens
 
 
 def _even(order_N: torch.Tensor, groups: Groups, num_experts: int) -> tuple[torch.Tensor, Groups]:
-    """Groups of few different sizes, and a last one of what is over, whose tokens are given to all experts (those that
-    a token did not choose weigh nothing). See `few_sizes_pay`."""
+    """Round every group's size down to a multiple of one step. The tokens that are left over form a last group, which
+    runs all experts (one that a token did not choose has weight 0). See `few_sizes_pay`."""
     step = max(1, len(order_N) // (8 * len(groups)))  # a sixteenth of the tokens is over, on average
     kept, over = [], []
     for part in order_N.split([count for _, count in groups]):
