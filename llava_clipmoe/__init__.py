@@ -24,20 +24,7 @@ _HOME = {
 }
 """Public name -> the module that defines it."""
 
-__all__ = [
-    "CLIPMoEConfig",
-    "CLIPMoEModel",
-    "CLIPMoETextConfig",
-    "CLIPMoEVisionConfig",
-    "CLIPMoEVisionModel",
-    "__version__",
-    "fuse",
-    "load_bundle",
-    "only_expert",
-    "save_bundle",
-    "sparse_upcycle",
-    "upcycle",
-]
+__all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig

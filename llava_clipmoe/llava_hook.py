@@ -13,9 +13,7 @@ import sys
 
 SWITCH = "LLAVA_CLIPMOE_HOOK"
 
-BEFORE = {
-    "llava.train.llava_trainer": ("llava_clipmoe.compat.trainer", "before_import"),
-}
+BEFORE = {"llava.train.llava_trainer": ("llava_clipmoe.compat.trainer", "before_import")}
 AFTER = {
     "llava.model": ("llava_clipmoe.compat.imports", "report_hidden_error"),
     "llava.model.multimodal_encoder.builder": ("llava_clipmoe.compat.architecture", "patch_builder"),
