@@ -111,7 +111,7 @@ def open_source(directory: Path, vision_tower: str | None = None) -> Source:
     except FileNotFoundError as error:
         if not (directory / "mm_projector.bin").is_file():
             raise
-        raise FileNotFoundError(f"{error} It holds a projector alone: export what LLaVA's stage 2 wrote.") from error
+        raise FileNotFoundError(f"{error} It holds a projector alone (stage 1): export what stage 2 wrote.") from error
     weight_files(tower)
     if config.get("mm_hidden_size") != clip.vision_config.hidden_size:
         raise ValueError(
