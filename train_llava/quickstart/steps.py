@@ -60,11 +60,19 @@ def job_of(s: Settings, name: str) -> dict[str, Any]:
     out = s.output_dir.resolve()
     work = out / "work" / name
     return {
-        "name": name, "seed": s.seed, "warm_steps": s.warm_steps, "tower": str(s.encoder_run.resolve() / TOWERS[name]),
-        "language_model": str(out / "smollm2"), "data": str(out / "data"), "work": str(work),
-        "warm_start": str(work / "warm-start"), "stage1": str(work / "stage1"), "stage2": str(work / "stage2-lora"),
-        "answers": str(work / "answers"), "result": str(out / f"llava-v1-smollm2-{name}"),
-    }  # fmt: skip
+        "name": name,
+        "seed": s.seed,
+        "warm_steps": s.warm_steps,
+        "tower": str(s.encoder_run.resolve() / TOWERS[name]),
+        "language_model": str(out / "smollm2"),
+        "data": str(out / "data"),
+        "work": str(work),
+        "warm_start": str(work / "warm-start"),
+        "stage1": str(work / "stage1"),
+        "stage2": str(work / "stage2-lora"),
+        "answers": str(work / "answers"),
+        "result": str(out / f"llava-v1-smollm2-{name}"),
+    }
 
 
 def steps_of(s: Settings, job: Mapping[str, Any]) -> list[Step]:
@@ -107,12 +115,25 @@ def _flags(s: Settings, job: Mapping[str, Any], stage: Mapping[str, Any]) -> lis
     """LLaVA-1.5's flags that both stages share, then the stage's own, for the CPU. float32: without AMX, bfloat16 is
     half as fast there."""
     shared = {
-        "model_name_or_path": job["language_model"], "vision_tower": job["tower"], "image_folder": "/",
-        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad",
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "model_max_length": 2048,
-        "per_device_train_batch_size": s.batch_size // ACCUMULATED, "gradient_accumulation_steps": ACCUMULATED,
-        "weight_decay": 0.0, "lr_scheduler_type": "cosine", "seed": s.seed, "use_cpu": True,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "lazy_preprocess": True, "dataloader_num_workers": 0,
-    }  # fmt: skip
+        "model_name_or_path": job["language_model"],
+        "vision_tower": job["tower"],
+        "image_folder": "/",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "model_max_length": 2048,
+        "per_device_train_batch_size": s.batch_size // ACCUMULATED,
+        "gradient_accumulation_steps": ACCUMULATED,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "cosine",
+        "seed": s.seed,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "lazy_preprocess": True,
+        "dataloader_num_workers": 0,
+    }
     return [word for flag, value in {**shared, **stage}.items() for word in (f"--{flag}", str(value))]
