@@ -23,7 +23,7 @@ from .configuration_clipmoe import CLIPMoEConfig
 from .files import atomic_directory, iter_tensors, read_json, save_shards, weight_files, write_json
 from .model_directory import WRONG_DIRECTORY, config_dict, local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
-from .towers import resolve
+from .tower_registry import resolve
 
 MODEL_TYPE = "llava"
 _SOURCE_TYPES = ("llava_llama", "llava")  # the second: LLaVA's checkpoints from before its MPT variant had a name

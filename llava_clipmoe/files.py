@@ -95,7 +95,7 @@ def flush_to_disk(path: Path) -> None:
 @contextlib.contextmanager
 def _save_errors(path: Path) -> Iterator[None]:
     """Turn a failing write below into one SaveError that says where, why and what is left."""
-    from safetensors import SafetensorError  # here, so that `towers.py` stays light
+    from safetensors import SafetensorError  # here, so that `tower_registry.py` stays light
 
     try:
         yield

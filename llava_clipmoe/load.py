@@ -8,7 +8,7 @@ from .bundle import ClipBundle
 from .conversion import load_checkpoint
 from .model_directory import download, load_directory
 from .open_clip_models import load_open_clip
-from .towers import HUB_ID
+from .tower_registry import HUB_ID
 
 
 def load_bundle(

@@ -9,8 +9,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from . import towers
-from .towers import DEFAULT_NAME, OVERRIDE, Tower, UnknownTower
+from . import tower_registry
+from .tower_registry import DEFAULT_NAME, OVERRIDE, Tower, UnknownTower
 
 
 @dataclass
@@ -44,14 +44,16 @@ def register_main(argv: list[str]) -> int:
     """`llava-clipmoe register NAME DIR_OR_HUB_ID`."""
     args = tyro.cli(Register, args=argv, prog="llava-clipmoe register")
     if args.remove:
-        towers.unregister(args.name)
+        tower_registry.unregister(args.name)
         print(f"{args.name} is forgotten.")
         return 0
     if args.source is None:
         raise ValueError(f"where is the model? llava-clipmoe register {args.name} DIR_OR_HUB_ID")
     s2 = args.s2 or bool(args.s2_scales)
-    tower = towers.register(Tower(args.name, args.source, s2, args.s2_scales))
-    print(f"{tower.name} -> {tower.source} (in {towers.registry_file()}). In LLaVA: --vision_tower {tower.name}")
+    tower = tower_registry.register(Tower(args.name, args.source, s2, args.s2_scales))
+    print(
+        f"{tower.name} -> {tower.source} (in {tower_registry.registry_file()}). In LLaVA: --vision_tower {tower.name}"
+    )
     return 0
 
 
@@ -59,18 +61,18 @@ def towers_main(argv: list[str]) -> int:
     """`llava-clipmoe towers [NAME]`."""
     args = tyro.cli(Towers, args=argv, prog="llava-clipmoe towers")
     if args.name is not None:
-        tower = towers.resolve(args.name)
+        tower = tower_registry.resolve(args.name)
         print(f"{args.name}: " + (f"CLIP-MoE at {tower.source}" if tower else "upstream LLaVA's own tower"))
         return 0
-    known = towers.registered()
+    known = tower_registry.registered()
     if not known:
-        print(f"No tower is registered ({towers.registry_file()}, or {OVERRIDE}).")
+        print(f"No tower is registered ({tower_registry.registry_file()}, or {OVERRIDE}).")
         print(f"    llava-clipmoe register {DEFAULT_NAME} DIR_OR_HUB_ID")
         return 0
     table = Table("name", "model", "state", box=None)
     for name, tower in sorted(known.items()):
         try:
-            towers.resolve(name)
+            tower_registry.resolve(name)
             state = "ready, S2" if tower.s2 else "ready"
         except UnknownTower as error:
             state = str(error).splitlines()[0]

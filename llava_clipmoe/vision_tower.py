@@ -22,7 +22,7 @@ from .configuration_clipmoe import CLIPMoEVisionConfig
 from .files import load_tensors
 from .model_directory import local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
-from .towers import Tower, UnknownTower, resolve
+from .tower_registry import Tower, UnknownTower, resolve
 
 
 def build_tower(tower: Tower, args: Any, **kwargs: Any) -> CLIPMoEVisionTower:

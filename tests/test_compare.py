@@ -17,7 +17,6 @@ import torch
 from tiny_run import REPOSITORY, arguments, draw_data, environment
 
 from llava_clipmoe.files import load_tensors, read_json
-from train_encoder.compare.cells import cost_of
 from train_encoder.compare.command import (
     Settings,
     base_recipe,
@@ -29,6 +28,7 @@ from train_encoder.compare.command import (
     recipes_of,
     run_flags,
 )
+from train_encoder.compare.runs import cost_of
 
 pytestmark = pytest.mark.xdist_group("compare")  # `make test`: its runs are made once
 COMPARED = ("sparse-upcycling-openmoji", "direct-ft-openmoji")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train_encoder.compare.cells import Cell, Cost
 from train_encoder.compare.command import main
 from train_encoder.compare.llava import llava_section, read_llavas
+from train_encoder.compare.runs import Cell, Cost
 from train_encoder.compare.summary import fmoe_claims, paired, sentence
 from train_encoder.compare.tables import make_page
 from train_encoder.evaluate.zero_shot import open_zero_shot, openmoji_colours

@@ -7,7 +7,8 @@ import re
 
 from rich.console import Console
 
-from train_encoder.report.document import Code, Document, Figure, Score, Section, Table, duration, score
+from train_encoder.report.document import Code, Document, Figure, Section, Table
+from train_encoder.report.numbers import Score, duration, score
 
 EVIL = "<script>&|[bold]"
 TABLE = Table(["variant", EVIL], [["base", score(0.5, n=100)], [EVIL, score(0.5625, best=0.5625, base=0.5)]], EVIL, "n")

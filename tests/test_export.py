@@ -22,7 +22,7 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.registration import register_auto_classes
 from llava_clipmoe.tokenizer import load_tokenizer
-from llava_clipmoe.towers import UnknownTower
+from llava_clipmoe.tower_registry import UnknownTower
 
 spm = pytest.importorskip("sentencepiece", reason="the LLM's tokenizer needs sentencepiece")
 VERSION_5 = transformers.__version__.startswith("5.")

@@ -12,7 +12,7 @@ from tiny.llavas import make_language_model, make_towers, upstream_in_this_proce
 
 from llava_clipmoe import run
 from llava_clipmoe.compat import versions
-from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE
+from llava_clipmoe.tower_registry import CONFIG_DIRECTORY, OVERRIDE
 
 pytestmark = pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
 

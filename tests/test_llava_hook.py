@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llava_clipmoe import llava_hook
-from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, UnknownTower
+from llava_clipmoe.tower_registry import CONFIG_DIRECTORY, OVERRIDE, UnknownTower
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PTH = REPOSITORY / "llava_clipmoe" / "llava_clipmoe.pth"

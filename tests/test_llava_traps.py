@@ -26,7 +26,7 @@ from llava_clipmoe.compat import loading, versions
 from llava_clipmoe.compat.trainer import rename_flags
 from llava_clipmoe.compat.versions import BrokenTransformers, check_transformers
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
-from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, UnknownTower
+from llava_clipmoe.tower_registry import CONFIG_DIRECTORY, OVERRIDE, UnknownTower
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 
 REPOSITORY = Path(__file__).resolve().parent.parent

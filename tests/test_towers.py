@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_clipmoe import cli, towers
-from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register, registered, resolve
+from llava_clipmoe import cli, tower_registry
+from llava_clipmoe.tower_registry import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register, registered, resolve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -37,24 +37,24 @@ def directory(path: Path, model_type: str | None = "clip_moe") -> Path:
 
 
 def written() -> dict:
-    return json.loads(towers.registry_file().read_text())
+    return json.loads(tower_registry.registry_file().read_text())
 
 
 # ------------------------------------------------------------------------------------------------- where names are kept
 
 
 def test_the_registrations_are_in_the_users_config_directory(place, monkeypatch):
-    assert towers.registry_file() == place / "config" / "towers.json"
+    assert tower_registry.registry_file() == place / "config" / "towers.json"
     monkeypatch.delenv(CONFIG_DIRECTORY)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "xdg"))
-    assert towers.registry_file() == place / "xdg" / "llava-clipmoe" / "towers.json"
+    assert tower_registry.registry_file() == place / "xdg" / "llava-clipmoe" / "towers.json"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(place / "home"))
-    assert towers.registry_file() == place / "home" / ".config" / "llava-clipmoe" / "towers.json"
+    assert tower_registry.registry_file() == place / "home" / ".config" / "llava-clipmoe" / "towers.json"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("APPDATA", str(place / "appdata"))
-    assert towers.registry_file() == place / "appdata" / "llava-clipmoe" / "towers.json"
+    assert tower_registry.registry_file() == place / "appdata" / "llava-clipmoe" / "towers.json"
 
 
 def test_a_registered_name_means_its_directory_from_anywhere(place, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_variable_that_names_nothing_says_its_form(monkeypatch, value):
 
 @pytest.mark.parametrize("content", ['{"a": ', "[1]", '{"a": "somewhere"}', '{"a": {}}'])
 def test_a_damaged_file_of_registrations_is_named(content):
-    path = towers.registry_file()
+    path = tower_registry.registry_file()
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(ValueError, match=str(path)):
@@ -186,11 +186,11 @@ def test_what_is_no_clip_moe_is_not_registered_and_nothing_is_written(place, mod
 def test_a_refused_registration_leaves_the_old_one(place):
     path = directory(place / "moe")
     register(Tower("clipmoe-336", str(path)))
-    before = towers.registry_file().read_bytes()
+    before = tower_registry.registry_file().read_bytes()
     for source in (str(directory(place / "dense", "clip")), "/no/such/directory"):
         with pytest.raises(ValueError):
             register(Tower("clipmoe-336", source))
-    assert towers.registry_file().read_bytes() == before
+    assert tower_registry.registry_file().read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "a,b", "a=b", "-a", "../a", "openai-mine", "laion", "ShareGPT4V-x"])
@@ -271,7 +271,8 @@ def test_a_command_that_cannot_be_done_says_why_and_writes_nothing(place, capsys
 
 def test_the_look_up_imports_neither_torch_nor_transformers(place):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from llava_clipmoe import towers; towers.resolve(sys.argv[2]);"
+        "import sys; sys.path.insert(0, sys.argv[1]); from llava_clipmoe.tower_registry import resolve;"
+        "resolve(sys.argv[2]);"
         "print(sorted({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(REPOSITORY), str(directory(place / "moe"))]

@@ -24,7 +24,15 @@ from llava_clipmoe.files import load_tensors, read_json, save_tensors, write_jso
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
-from llava_clipmoe.towers import CONFIG_DIRECTORY, OVERRIDE, Tower, UnknownTower, register, registry_file, resolve
+from llava_clipmoe.tower_registry import (
+    CONFIG_DIRECTORY,
+    OVERRIDE,
+    Tower,
+    UnknownTower,
+    register,
+    registry_file,
+    resolve,
+)
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
 from llava_clipmoe.vision_tower import CLIPMoEVisionTower, CLIPMoEVisionTowerS2, build_tower
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_clipmoe.files import read_json
-from llava_clipmoe.towers import MODEL_TYPE
+from llava_clipmoe.tower_registry import MODEL_TYPE
 
 from .command import Settings, mine
 from .pairs import ROWS

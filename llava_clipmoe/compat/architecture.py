@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ..towers import resolve
+from ..tower_registry import resolve
 from .versions import check_transformers
 
 BUILDER = "llava.model.multimodal_encoder.builder"

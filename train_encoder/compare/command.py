@@ -35,9 +35,9 @@ from llava_clipmoe.processes import Children, end_of, exit_on_sigterm
 
 from ..methods import METHODS
 from ..recipes import RECIPES
-from ..report.document import duration
-from .cells import Cell, read_cell
+from ..report.numbers import duration
 from .llava import read_llavas
+from .runs import Cell, read_cell
 from .tables import make_page
 
 Scale = Literal["openmoji", "vitl14-336-sharegpt4v"]

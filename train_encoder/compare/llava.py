@@ -13,7 +13,8 @@ from typing import Any
 
 from llava_clipmoe.files import read_json
 
-from ..report.document import MISSING, Section, Table, signed
+from ..report.document import Section, Table
+from ..report.numbers import MISSING, signed
 
 NEEDED = ("benchmark", "n", "headline", "metrics")
 ORDER = "mme pope mmbench mmbench_cn mmvet vizwiz mmstar ocrbench vqav2 textvqa textvqa_no_ocr gqa mmvp".split()

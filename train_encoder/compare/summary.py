@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..report.document import MISSING, Section, Table, duration, signed
-from .cells import Cells
+from ..report.document import Section, Table
+from ..report.numbers import MISSING, duration, signed
+from .runs import Cells
 
 CLEAR = 2.0
 """A difference of so many standard errors, and of one sign in every seed, is called clear."""

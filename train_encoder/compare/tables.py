@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..evaluate.judge import ACCURACIES
-from ..report.document import MISSING, Code, Document, Figure, Score, Section, Table, duration, millions
+from ..report.document import Code, Document, Figure, Section, Table
 from ..report.figures import cost_against_score, scores_with_errors, stacked_bars
+from ..report.numbers import MISSING, Score, duration, millions
 from ..report.sections import RECALLS
-from .cells import Cell, Cells
 from .llava import Results, llava_section
+from .runs import Cell, Cells
 from .summary import Scores, ScoreTable, fmoe_claims, summary
 
 CLUSTERING_NOTE = (

@@ -11,7 +11,8 @@ from typing import Any
 from matplotlib.ticker import ScalarFormatter
 
 from ..report import figures
-from ..report.document import Document, Figure, Section, Table, millions, percent
+from ..report.document import Document, Figure, Section, Table
+from ..report.numbers import millions, percent
 from ..report.sections import RECALLS
 
 KINDS = {"image": "image embedding", "text": "text embedding", "patches": "patches (hidden state -2)"}

@@ -22,7 +22,8 @@ from llava_clipmoe.files import write_text
 from ..config import METHOD_TITLES, to_dict
 from ..recipes import RECIPES
 from . import sections
-from .document import Block, Code, Document, Section, Table, best_of, score
+from .document import Block, Code, Document, Section, Table
+from .numbers import best_of, score
 from .sections import RECALLS, Run, load_run
 
 REPORT = "report.html"

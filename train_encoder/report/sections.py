@@ -15,7 +15,8 @@ from llava_clipmoe.files import read_json
 from ..evaluate.judge import ACCURACIES
 from ..training.metrics import METRICS, read_metrics
 from . import figures
-from .document import MISSING, Block, Figure, Score, Table, best_of, duration, millions, percent, score
+from .document import Block, Figure, Table
+from .numbers import MISSING, Score, best_of, duration, millions, percent, score
 
 RETRIEVAL = {
     "i2t_r1": "image→text R@1",
