@@ -13,8 +13,9 @@ from data_files import colour, content, jsonl, source_of, write_images
 pytest.importorskip("pyarrow", reason="needs the `train` extra")
 
 from train_encoder.config import DataConfig
+from train_encoder.data.columns import caption_texts, find_columns, visible
 from train_encoder.data.pairs import DataError
-from train_encoder.data.tables import caption_texts, csv_rows, find_columns, visible
+from train_encoder.data.tables import csv_rows
 
 
 def write(folder: Path, name: str, text: str) -> Path:

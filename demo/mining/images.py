@@ -10,12 +10,13 @@ from PIL import Image
 
 from llava_clipmoe.files import replace_surrogates
 from train_encoder.config import DataConfig, digest
+from train_encoder.data.columns import IMAGE_COLUMNS, name_columns
 from train_encoder.data.decode import decode_image
 from train_encoder.data.formats import FILE_KINDS, open_source
 from train_encoder.data.image_files import image_files
 from train_encoder.data.pairs import DataError, PairSource
 from train_encoder.data.stores import FileStore
-from train_encoder.data.tables import IMAGE_COLUMNS, csv_header, json_rows, name_columns
+from train_encoder.data.tables import csv_header, json_rows
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ import pyarrow.parquet as pq
 
 from ..config import DataConfig
 from ..openmoji.drawings import build_openmoji
+from .columns import find_columns, visible
 from .image_files import Tree, is_image_name, walk
 from .pairs import DataError, PairSource
 from .rows import Rows, names_files
 from .shards import open_tar
 from .splits import files_of_split, picture_folders_of_split
 from .stores import DatasetStore, FileStore, ParquetStore
-from .tables import csv_rows, find_columns, json_pairs, json_rows, visible
+from .tables import csv_rows, json_pairs, json_rows
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..config import DataConfig
+from .columns import SEVERAL, Columns, caption_texts, image_name, visible
 from .decode import DataError
-from .tables import SEVERAL, Columns, caption_texts, image_name, visible
 
 TEXTS = pa.list_(pa.string())
 TEXT_FORMS = {"string", "large_string", "string_view"}  # pandas 3 and polars write large_string

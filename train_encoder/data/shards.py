@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
+from .columns import CAPTION_COLUMNS, SEVERAL, caption_texts, visible
 from .decode import DataError
 from .image_files import image_suffixes
 from .pairs import PairSource
 from .rows import Rows
 from .stores import TarStore
-from .tables import CAPTION_COLUMNS, SEVERAL, caption_texts, visible
 
 
 def open_tar(paths: list[Path], config: DataConfig) -> PairSource:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from ..config import DataConfig
+from .columns import visible
 from .decode import DataError
 from .image_files import Tree, is_image_name
-from .tables import visible
 
 logger = logging.getLogger(__name__)
 
