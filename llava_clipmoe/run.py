@@ -10,6 +10,7 @@ The module (or a script's path) runs as `__main__`: some of upstream's read modu
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> int:
         prepare()
     except Exception as error:
         return _fail(error)
+    if target.startswith("llava.train."):
+        seed(rest)
     sys.argv = [target, *rest]
     try:
         if target.endswith(".py"):
@@ -57,6 +60,16 @@ def _without_launcher_rank(argv: list[str]) -> list[str]:
     if argv and argv[0].startswith("--local_rank"):
         return [*argv[1:], argv[0]]
     return argv
+
+
+def seed(arguments: list[str]) -> None:
+    """Upstream uses `--seed` only when its Trainer begins. The first weights of projector and LoRA are drawn before it:
+    two runs of one command would differ."""
+    import torch
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=42)  # transformers' default
+    torch.manual_seed(parser.parse_known_args(arguments)[0].seed)
 
 
 def prepare() -> None:

@@ -295,6 +295,15 @@ def test_stage_1_trains_and_saves_the_projector_alone(installed, pretrained):
     assert not list(pretrained.glob("*.safetensors")) and (pretrained / "checkpoint-2" / "mm_projector.bin").is_file()
 
 
+def test_the_same_command_trains_the_same_projector_and_adapter(installed, pretrained, lora):
+    """Upstream draws their first weights before it uses --seed."""
+    more = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e-2}
+    installed.upstream("llava.train.train", *installed.stage2("llava-tiny-lora-twice", **more))
+    twice = installed.folder / "llava-tiny-lora-twice"
+    assert losses(twice) == losses(lora)
+    assert (twice / "adapter_model.safetensors").read_bytes() == (lora / "adapter_model.safetensors").read_bytes()
+
+
 def test_stage_2_trains_the_language_model_and_leaves_the_tower_as_it_is(installed, finetuned, material):
     from safetensors.torch import load_file
 

@@ -13,7 +13,6 @@ from llava_clipmoe.losses_clipmoe import block_logits, kept_tokens, router_count
 from llava_clipmoe.upcycling import moe_config, upcycle
 from train_encoder.config import OptimConfig
 from train_encoder.data.dataset import Batch
-from train_encoder.training.loop import learning_rate
 from train_encoder.training.losses import (
     Contrastive,
     LongShort,
@@ -22,6 +21,7 @@ from train_encoder.training.losses import (
     make_objective,
     principal_components,
 )
+from train_encoder.training.optimizer import learning_rate
 from train_encoder.training.step import TwoTowers, forward_backward
 
 

@@ -34,6 +34,7 @@ from .chunks import Card, Trial, choose_chunk, gauge_of, out_of_memory_names_the
 from .losses import make_objective
 from .memory import reset_peak_memory
 from .metrics import Began, Metrics
+from .optimizer import learning_rate, limit_temperature, make_optimizer, optimizer_step
 from .sampler import InClusterBatchSampler
 from .step import TwoTowers, forward_backward
 
@@ -64,9 +65,7 @@ def train(
     clip, o, size = stage.bundle.model.to(device), stage.optim, stage.optim.global_batch_size
     clip._set_gradient_checkpointing(engine.activation_checkpointing)
     trained = _set_trainable(clip, stage)
-    optimizer = torch.optim.AdamW(
-        list(trained.values()), o.learning_rate, o.betas, o.epsilon, weight_decay=o.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(trained, o)
     start = load_checkpoint(checkpoints, trained, optimizer)
     metrics.truncate_after(stage.name, start)
     sampler = InClusterBatchSampler(stage.cluster_ids, size, o.epochs, stage.seed, rank, world, start, stage.rows)
@@ -85,7 +84,8 @@ def train(
             losses = forward_backward(towers, batch, objective, accelerator, chunk, (stage.seed, step))
             rate, last = learning_rate(o, step, sampler.steps), step + 1 == sampler.steps
             logs = (step + 1) % engine.log_every == 0 or last or step == start
-            norm = _optimizer_step(optimizer, trained, stage, accelerator, rate, logs)
+            norm = optimizer_step(optimizer, accelerator, o, rate, logs)
+            limit_temperature(clip, o)
             if logs:
                 values = {name: float(accelerator.reduce(value, "mean")) for name, value in losses.items()}
                 _check_finite(values, stage.name, step)
@@ -132,28 +132,6 @@ def _loader(stage: Stage, sampler: InClusterBatchSampler, engine: EngineConfig, 
     )
 
 
-def _optimizer_step(
-    optimizer: torch.optim.Optimizer,
-    trained: dict[str, nn.Parameter],
-    stage: Stage,
-    accelerator: Accelerator,
-    rate: float,
-    wants_norm: bool,
-) -> torch.Tensor | None:
-    """One step at this learning rate -> the norm of the gradient, where it is wanted or clipped."""
-    o, norm = stage.optim, None
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if wants_norm or o.max_grad_norm is not None:  # without a limit it is only looked at
-        norm = accelerator.clip_grad_norm_(list(trained.values()), o.max_grad_norm or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if o.train_temperature:
-        with torch.no_grad():
-            stage.bundle.model.logit_scale.clamp_(max=math.log(100))  # as OpenAI's CLIP
-    return norm
-
-
 def step_trials(
     stage: Stage, towers: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, share: int, gauge: Card
 ) -> Trial:
@@ -193,14 +171,6 @@ def _longest_batch(size: int, config: CLIPMoEConfig, stage: Stage, captions: int
     ids = torch.randint(0, max(end, 1), (size, stage.bundle.context_length))
     ids[:, -1] = end
     return Batch(pixels, ids, torch.arange(size), [], 0, ids if captions == 2 else None)
-
-
-def learning_rate(o: OptimConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to zero (open_clip's schedule). Warm-up is at most a tenth of the steps."""
-    warmup = min(o.warmup_steps, steps // 10)
-    if step < warmup:
-        return o.learning_rate * (step + 1) / warmup
-    return 0.5 * o.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _refuse_bad_images(batch: Batch) -> None:
