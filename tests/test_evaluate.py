@@ -268,6 +268,7 @@ def test_it_is_the_statement_that_chooses_between_the_images():
     # rather have statement 2. Then transposed: both images prefer their statement, but statement 1 prefers image 2.
     assert mmvp.right_pairs(images=first, statements=second) == [True]
     assert mmvp.right_pairs(images=second, statements=first) == [False]
+    assert mmvp.right_statements(images=second, statements=first).tolist() == [[False, True]]
 
 
 def test_equal_embeddings_are_never_right(tmp_path, dense):

@@ -72,9 +72,14 @@ def evaluate_mmvp(
 
 def right_pairs(images: torch.Tensor, statements: torch.Tensor) -> list[bool]:
     """L2-normalised images [Q,2,P] and statements [Q,2,P] -> which of the Q pairs are right."""
+    return pairs_right(right_statements(images, statements).flatten().tolist())
+
+
+def right_statements(images: torch.Tensor, statements: torch.Tensor) -> torch.Tensor:
+    """L2-normalised images [Q,2,P] and statements [Q,2,P] -> which statements choose their own image, bool [Q,2]."""
     scores = statements @ images.transpose(1, 2)  # [Q, statement, image]
     own, other = scores.diagonal(dim1=1, dim2=2), scores.flip(2).diagonal(dim1=1, dim2=2)
-    return pairs_right((own - other > TIE).flatten().tolist())
+    return own - other > TIE
 
 
 # --- the files ------------------------------------------------------------------------------------------------------
