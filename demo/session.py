@@ -123,7 +123,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         name = str(error.filename).rpartition("/")[2]
         return f"A file that this needs is gone ({name}). Put it back, or start the demo again with what is there."
-    if isinstance(error, (ValueError, FileNotFoundError)) and raised_by_us(error):
+    if isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)) and raised_by_us(error):
         return str(error)
     logger.error("unforeseen error in the demo", exc_info=error)
     return f"Something went wrong that was not foreseen ({type(error).__name__}). The terminal shows where."

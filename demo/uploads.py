@@ -206,8 +206,9 @@ def _is_control(letter: str) -> bool:
     return unicodedata.category(letter) == "Cc" and letter not in "\t\r\n"
 
 
-def check_question(text: str | None, limit: int = 2000) -> str:
-    """The question as the models get it: stripped, without control characters and image tokens. Raises BadUpload.
+def check_question(text: str | None, limit: int = 2000, what: str = "question") -> str:
+    """The question (or `what` it is) as the models get it: stripped, without control characters and image tokens.
+    Raises BadUpload.
 
     Upstream's prompts put a picture wherever "<image>" stands (llava.mm_utils.tokenizer_image_token), so a question
     that holds the word would ask for a picture that is not there. It becomes "image".
@@ -219,10 +220,10 @@ def check_question(text: str | None, limit: int = 2000) -> str:
             text = _IMAGE_TOKEN.sub(r"\1", text)
         text = text.strip()
     if not text:
-        raise BadUpload("The question is empty. Type a question about the pictures, then ask again.")
+        raise BadUpload(f"The {what} is empty. Type a {what} about the pictures, then ask again.")
     if len(text) > limit:
         raise BadUpload(
-            f"The question has {len(text):,} characters; at most {limit:,} are allowed. Shorten it and ask again."
+            f"The {what} has {len(text):,} characters; at most {limit:,} are allowed. Shorten it and ask again."
         )
     return text
 

@@ -358,7 +358,7 @@ def test_a_form_that_is_not_the_pages_is_refused(page):
 # --------------------------------------------------------------------------------------------------------------- events
 
 WITH_PICTURES = {"picture-1.upload", "picture-2.upload", "ask.click", "question.submit", "look.click", "Tab.select",
-                 "whose.input"}  # fmt: skip
+                 "whose.input", "State.change match.click statement-1.submit statement-2.submit"}  # fmt: skip
 
 
 def values(page: Page, link: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from tiny.browser import (
     LEFT,
     RIGHT,
+    SCRIPT,
     TABS,
     TRACE,
     answers,
@@ -21,6 +22,7 @@ from tiny.browser import (
     open_tab,
     picture_loaded,
     pictures_of,
+    told,
     upload,
 )
 
@@ -130,6 +132,94 @@ def test_two_pictures_of_ones_own(visit, site, llavas, tmp_path):
     assert board(page) == answers(llavas, [pictures[0], pictures[2]], "What is it?")
 
 
+def eyes(page, *statements: str) -> list[tuple[str, list[list[str]]]]:
+    """(caption, the cells of each row) of both tables, once they are about these statements."""
+    heads = "() => [...document.querySelectorAll('#matches tbody th')].map(head => head.firstChild.textContent.trim())"
+    page.wait_for_function(f"given => JSON.stringify(({heads})()) === JSON.stringify([...given, ...given])",
+                           arg=list(statements))  # fmt: skip
+    return [
+        (
+            table.locator("caption").inner_text(),
+            [row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()],
+        )
+        for table in page.locator("#matches table").all()
+    ]
+
+
+def matched(llavas, pictures, *statements: str) -> list[tuple[str, list[list[str]]]]:
+    """What `eyes` should be."""
+    from demo.llava.similarity import Similarity
+
+    found = []
+    for name, match in zip((LEFT, RIGHT), Similarity(llavas).matches(pictures, statements), strict=True):
+        rows = [[f"{cosine:.4f}" for cosine in row] for row in match.cosines]
+        for own, chosen in enumerate(match.chosen):
+            if chosen is not None:
+                rows[own][chosen] += " ✓ right" if chosen == own else " ✗ wrong"
+        found.append((f"{name} " + ("✗ matches none", "✗ matches one", "✓ matches both")[match.right], rows))
+    return found
+
+
+def test_what_the_eyes_themselves_say(visit, site, llavas):
+    page = visit(site)
+    fields = [page.locator(f"#statement-{n} textarea") for n in (1, 2)]
+    needed = page.locator("#matches .note", has_text="a statement about each of them are needed")
+    assert eyes(page, *site.pairs[0].statements) == matched(llavas, pictures_of(site, 0), *site.pairs[0].statements)
+    choose_by_keyboard(page, "#pair-picker", "3 · count")
+    three = eyes(page, "one", "three")
+    assert three == matched(llavas, pictures_of(site, 2), "one", "three")
+    fields[0].fill("red")
+    fields[1].fill("b")
+    page.locator("#match").click()
+    typed = eyes(page, "red", "b")
+    assert typed == matched(llavas, pictures_of(site, 2), "red", "b") != three
+    fields[1].fill(SCRIPT)
+    fields[1].press("Enter")
+    assert eyes(page, "red", SCRIPT) == matched(llavas, pictures_of(site, 2), "red", SCRIPT)
+    assert page.evaluate("window.hacked") is None and not page.locator("#matches script, #matches img").count()
+    fields[0].fill(" ")
+    page.locator("#match").click()
+    needed.wait_for()
+    assert not page.locator("#matches table").count()
+    fields[0].fill("x" * 2001)
+    page.locator("#match").click()
+    told(page, "The statement has 2,001 characters; at most 2,000")
+    choose_by_keyboard(page, "#pair-picker", "2 · state")  # one picture twice
+    assert [caption for caption, _ in eyes(page, "yes", "no")] == [f"{name} ✗ matches none" for name in (LEFT, RIGHT)]
+    page.locator("#another-pair").click()
+    page.wait_for_function("!document.querySelector('#pair-picker input').value.startsWith('2')")
+    pair = int(page.locator("#pair-picker input").input_value().split(" ")[0]) - 1
+    if all(site.pairs[pair].statements):
+        eyes(page, *site.pairs[pair].statements)
+    choose_by_keyboard(page, "#pair-picker", "6 · green")  # no question, and the names are files'
+    needed.wait_for()
+    assert [field.input_value() for field in fields] == ["", ""]
+
+
+def test_statements_about_pictures_of_ones_own(visit, site, llavas, tmp_path):
+    pictures = [draw("circle", "red", 2), draw("square", "green", 3), draw("square", "black")]
+    for n, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{n}.png")
+    page = visit(site)
+    eyes(page, *site.pairs[0].statements)
+    fields = [page.locator(f"#statement-{n} textarea") for n in (1, 2)]
+    for n in (1, 2):
+        before = picture_loaded(page, f"#picture-{n}")
+        upload(page, n, tmp_path / f"{n - 1}.png")
+        picture_loaded(page, f"#picture-{n}", but=before)
+    needed = page.locator("#matches .note", has_text="a statement about each of them are needed")
+    needed.wait_for()
+    assert [field.input_value() for field in fields] == ["", ""], "a mined pair's statements, about other pictures"
+    fields[0].fill("red")
+    fields[1].fill("green")
+    fields[1].press("Enter")
+    assert eyes(page, "red", "green") == matched(llavas, pictures[:2], "red", "green")
+    page.locator("#picture-2").get_by_label("Remove Image").click()
+    needed.wait_for()
+    upload(page, 2, tmp_path / "2.png")
+    assert eyes(page, "red", "green") == matched(llavas, [pictures[0], pictures[2]], "red", "green")
+
+
 def test_stop_ends_long_answers_and_the_next_question_is_answered(visit, slow_site):
     page = visit(slow_site)
     ask(page)
@@ -218,7 +308,9 @@ def test_texts_are_readable_in_light_and_dark(visit, site, theme):
     board(page)
     ground = page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) is (theme == "dark")
+    page.locator("#matches .eye").nth(1).wait_for()
     places = [".answer", ".times", ".mark", ".badge", ".head", ".which", ".which small", ".bar-label", ".bars-title"]
+    places += [".eye caption", ".eye th", ".eye td", ".eye .mark"]
     found = page.evaluate(CONTRAST, places)
     assert {where for where, _ in found} == set(places)
     assert not [(where, ratio) for where, ratio in found if ratio < 4.5]

@@ -49,6 +49,7 @@ def test_a_vote_is_blind_until_it_is_given(visit, site, llavas, votes):
     page = visit(site)
     open_tab(page, "Pairs")
     captions(page, 6)  # which tell what CLIP says of pairs, and are loaded with the page
+    page.locator("#matches .eye").nth(1).wait_for(state="attached")  # so are these
     open_tab(page, "Blind vote")
     assert "No votes yet" in page.locator("#vote-score").inner_text()
     assert page.locator("#vote-a").is_disabled()
@@ -198,6 +199,7 @@ def test_a_pair_of_the_gallery_is_compared(visit, site, llavas):
     page.locator("#ask").wait_for()
     page.wait_for_function("document.querySelector('#question textarea').value.startsWith('How many')")
     assert page.locator("#pair-picker input").input_value().startswith("3 · count")
+    page.wait_for_function("document.querySelector('#matches tbody th')?.innerText === 'one'")
     ask(page)
     assert board(page) == answers(llavas, pictures_of(site, 2), "How many circles are there?")
 

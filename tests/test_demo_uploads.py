@@ -281,6 +281,12 @@ def test_an_empty_question(text):
         check_question(text)
 
 
+def test_a_statement_is_called_one():
+    for text, words in (("\0", "The statement is empty"), ("x" * 2001, "The statement has 2,001 characters")):
+        with pytest.raises(BadUpload, match=words):
+            check_question(text, what="statement")
+
+
 def test_a_long_question_is_told_its_length_and_the_limit():
     with pytest.raises(BadUpload, match="10,000 characters; at most 2,000"):
         check_question("x" * 10_000)

@@ -60,9 +60,21 @@ class BlindPair:
         return f"{self.questions[0].attribute}: {' / '.join(self.questions[0].answers)}" if self.questions else ""
 
     @property
+    def statements(self) -> tuple[str, str]:
+        """What the pictures show, in words that a CLIP reads: by their names where these are words (no file's name, no
+        number) and differ, else the first question's answers; two empty texts where there is neither."""
+        if all(map(_is_words, self.names)) and self.names[0] != self.names[1]:
+            return f"a picture of {self.names[0]}", f"a picture of {self.names[1]}"
+        return self.questions[0].answers if self.questions else ("", "")
+
+    @property
     def attributes(self) -> tuple[str, ...]:
         """The questions' attributes, each once, in order."""
         return tuple(dict.fromkeys(question.attribute for question in self.questions))
+
+
+def _is_words(name: str) -> bool:
+    return bool(re.search(r"[^\W\d_]", name)) and not re.search(r"\.\w{1,5}$", name)
 
 
 def save_picture(image: Image.Image, folder: Path, name: str, number: int) -> str:

@@ -1,4 +1,4 @@
-"""Compare: two pictures, one question, four answers."""
+"""Compare: two pictures; two statements that each eye matches to them; one question, four answers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ HELP = (
     "CLIP embeds both pictures as nearly the same point. Ask both eyes about both: an eye that gives the **same answer "
     "twice**, though the truth differs, is blind to the difference. Choose a mined pair, or drop two pictures of yours."
 )
+EYES = (
+    "#### What the eyes themselves say\nNo language model: each statement chooses the picture that it fits better "
+    "(cosine). Write one about each picture."
+)
+NEEDED = "Both pictures and a statement about each of them are needed."
 
 
 class Compare(NamedTuple):
@@ -48,6 +53,7 @@ def build(demo: Demo) -> Compare:
     with gr.Row():
         pictures = _picture_input(1), _picture_input(2)
     cosines = gr.HTML(elem_id="cosines")
+    statements, match, matches = _statements()
     known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
     with gr.Row(equal_height=True):
         what = "What do you want to know about both pictures?"
@@ -58,13 +64,23 @@ def build(demo: Demo) -> Compare:
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
     board = gr.HTML(elem_id="board")
 
-    shown = [pair, *pictures, cosines, known, question, board]
+    changed = gr.State()  # another value whenever there are other pictures, whichever event brought them
+    section = [*statements, matches, changed]
+    shown = [pair, *pictures, cosines, known, question, board, *section]
     picker.input(for_visitor(demo, show), picker, shown)
     surprise.click(for_visitor(demo, _another), pair, [picker, *shown])
     for number, picture in enumerate(pictures, start=1):
-        changed = [picture, pair, cosines, known, board]
-        picture.upload(for_visitor(demo, partial(_uploaded, number=number)), picture, changed)
-        picture.clear(for_visitor(demo, _uploaded), None, changed)
+        filled = [picture, pair, cosines, known, board, *section]
+        picture.upload(for_visitor(demo, partial(_uploaded, number=number)), [picture, pair], filled)
+        picture.clear(for_visitor(demo, _cleared), pair, filled)
+    gr.on(
+        [changed.change, match.click, *(statement.submit for statement in statements)],
+        for_visitor(demo, _match),
+        [pair, *pictures, *statements],
+        matches,
+        show_progress="minimal",
+        trigger_mode="always_last",
+    )
     known.input(lambda text: text, known, question)
     for asked in (ask.click, question.submit):
         fields = [pair, *pictures, question], [board, cosines]
@@ -84,16 +100,27 @@ def _picture_input(number: int) -> gr.Image:
     return picture
 
 
+def _statements() -> tuple[tuple[gr.Textbox, gr.Textbox], gr.Button, gr.HTML]:
+    """The section of what the eyes say: two statements, the button, the result."""
+    gr.Markdown(EYES)
+    with gr.Row(equal_height=True):
+        look = dict(scale=4, max_lines=2, min_width=220)
+        first, second = (gr.Textbox(label=f"Statement {n}", elem_id=f"statement-{n}", **look) for n in (1, 2))
+        match = gr.Button("Match", scale=1, min_width=90, size="sm", elem_id="match")
+    return (first, second), match, gr.HTML(elem_id="matches")
+
+
 def show(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:
     """Values of `show_outputs` for a mined pair. Drops a question that still runs: it is about other pictures."""
     demo.drop("ask", session)
     if index is None or not demo.pairs:
-        return None, None, None, "", gr.Radio(visible=False), "", ""
+        return None, None, None, "", gr.Radio(visible=False), "", "", "", "", "", random.random()
     pair = demo.pairs[index]
     texts = list(dict.fromkeys(q.question for q in pair.questions))
     first = texts[0] if texts else "What is in this picture?"
     known = gr.Radio(texts, value=first if texts else None, visible=bool(texts))
-    return index, *demo.mined(index), html.cosines(pair.cosines), known, first, ""
+    section = *pair.statements, "", random.random()
+    return index, *demo.mined(index), html.cosines(pair.cosines), known, first, "", *section
 
 
 def _another(demo: Demo, session: str | None, now: int | None) -> tuple[Any, ...]:
@@ -101,8 +128,9 @@ def _another(demo: Demo, session: str | None, now: int | None) -> tuple[Any, ...
     return index, *show(demo, session, index)
 
 
-def _uploaded(demo: Demo, session: str | None, path: str | None = None, number: int = 0) -> tuple[Any, ...]:
-    """A picture was uploaded (None: removed). One that is refused leaves the place empty and says why."""
+def _uploaded(demo: Demo, session: str | None, path: str | None, index: int | None, number: int = 0) -> tuple[Any, ...]:
+    """A picture was uploaded (None: removed). One that is refused leaves the place empty and says why. A mined pair's
+    statements go with it; those that the visitor wrote about uploaded pictures stay."""
     demo.drop("ask", session)
     found = None
     try:
@@ -112,7 +140,23 @@ def _uploaded(demo: Demo, session: str | None, path: str | None = None, number: 
                 gr.Info(note, title=f"Picture {number}")
     except ValueError as error:
         gr.Warning(explain(error), title=f"Picture {number} was not taken", duration=15)
-    return found, None, "", gr.Radio(visible=False), ""
+    statement = gr.skip() if index is None else ""
+    return found, None, "", gr.Radio(visible=False), "", statement, statement, "", random.random()
+
+
+def _cleared(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:
+    return _uploaded(demo, session, None, index)
+
+
+def _match(
+    demo: Demo, session: str | None, index: int | None, first: str | None, second: str | None, *written: str | None
+) -> str:
+    pictures_there = index is not None or (first and second)
+    if not pictures_there or not all(text and text.strip() for text in written):
+        return html.note(NEEDED)
+    statements = [check_question(text, what="statement") for text in written]
+    found = demo.similarity.matches(demo.pictures(index, first, second), statements, explain)
+    return html.matches(demo.names, statements, found)
 
 
 def _ask(

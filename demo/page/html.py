@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from train_encoder.evaluate.judge import names_answer, same_answer
 
 from ..llava.ask import Board
+from ..llava.similarity import Match
 from ..scores import Scores, verdict
 from ..votes import interval
 
@@ -24,6 +25,8 @@ COSINE_NAMES = {"dense": "CLIP", "clip-moe": "CLIP-MoE", "dinov2": "DINOv2"}
 COSINE_NAMES |= {f"expert{i}": f"expert {i}" for i in range(64)}
 """What the page calls the keys of a pair's cosines."""
 ALL = "all"
+VERDICTS = ("matches none", "matches one", "matches both")
+"""By the number of statements that choose their own picture."""
 
 _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
 _parts = _environment.get_template("parts.html.j2").module
@@ -65,6 +68,12 @@ def cosines(values: Mapping[str, float], names: Mapping[str, str] = COSINE_NAMES
     """How alike each tower finds the pair: a bar from 0 to 1 each. names: what to call a key of `values`."""
     rows = [(names.get(key, key), value, f"{value:.3f}") for key, value in values.items()]
     return bars("How alike each eye finds the two (cosine)", rows) if rows else ""
+
+
+def matches(names: Sequence[str], statements: Sequence[str], found: Sequence[Match | str]) -> str:
+    """For each eye a table of cosines: a row for each statement, a column for each picture, and how many match. A text
+    in place of a Match says why there is none."""
+    return _part("matches", statements, list(zip(names, found, strict=True)), VERDICTS)
 
 
 def scores(found: Scores) -> str:
