@@ -413,6 +413,8 @@ def test_the_events_that_take_pictures_are_known(page):
 @pytest.mark.parametrize("guard", ["", "its values are not looked into"])
 @pytest.mark.parametrize("started", sorted(WITH_PICTURES))
 def test_an_event_opens_nothing_but_uploads(page, link, nothing_heard, started, guard, monkeypatch):
+    from demo.page.compare import NEEDED
+
     if guard:
         monkeypatch.setattr("demo.same_origin._value", lambda value, served: value)
     number = numbered(page, started)
@@ -428,7 +430,9 @@ def test_an_event_opens_nothing_but_uploads(page, link, nothing_heard, started, 
             continue
         for place in images:
             status, messages = run(page, number, [value if at == place else v for at, v in enumerate(good)], session)
-            refused = status == 400 or not messages[-1]["success"]
+            # A value without any path is no picture: the page says that one is needed.
+            needed = isinstance(value, dict) and "path" not in value and NEEDED in json.dumps(messages)
+            refused = status == 400 or not messages[-1]["success"] or needed
             assert refused or (started.endswith(".upload") and left_empty(messages)), (what, messages[-1:])
     assert any(done(page, number, good, session)), "it goes on for who sends what it takes"
 

@@ -151,8 +151,8 @@ def _cleared(demo: Demo, session: str | None, index: int | None) -> tuple[Any, .
 def _match(
     demo: Demo, session: str | None, index: int | None, first: str | None, second: str | None, *written: str | None
 ) -> str:
-    pictures_there = index is not None or (first and second)
-    if not pictures_there or not all(text and text.strip() for text in written):
+    missing = index is None and None in (first, second)
+    if missing or not all(text and text.strip() for text in written):
         return html.note(NEEDED)
     statements = [check_question(text, what="statement") for text in written]
     found = demo.similarity.matches(demo.pictures(index, first, second), statements, explain)
