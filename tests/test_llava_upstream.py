@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import math
 import os
 import shutil
 import socket
@@ -283,9 +284,11 @@ def test_the_package_that_runs_is_the_wheels(installed):
 
 
 def test_stage_1_trains_and_saves_the_projector_alone(installed, pretrained):
-    first, *later = losses(pretrained)
-    assert len(later) == 2 and min(later) < first  # a step may go up: upstream draws its batches without a seed
+    # Not that the loss falls: without a seed, as upstream draws first weights and batches, it need not in three steps.
+    assert len(losses(pretrained)) == 3 and all(map(math.isfinite, losses(pretrained)))
     projector = torch.load(pretrained / "mm_projector.bin", weights_only=True)
+    earlier = torch.load(pretrained / "checkpoint-2" / "mm_projector.bin", weights_only=True)
+    assert all(not torch.equal(tensor, earlier[name]) for name, tensor in projector.items())
     shapes = {name.rpartition("mm_projector.")[2]: list(tensor.shape) for name, tensor in projector.items()}
     assert shapes == {"0.weight": [32, 48], "0.bias": [32], "2.weight": [32, 32], "2.bias": [32]}
     config = config_of(pretrained)
@@ -309,7 +312,7 @@ def test_the_same_command_trains_the_same_projector_and_adapter(installed, pretr
 def test_stage_2_trains_the_language_model_and_leaves_the_tower_as_it_is(installed, finetuned, material):
     from safetensors.torch import load_file
 
-    assert losses(finetuned)[-1] < losses(finetuned)[0] and list(finetuned.glob("checkpoint-*"))
+    assert all(map(math.isfinite, losses(finetuned))) and list(finetuned.glob("checkpoint-*"))
     assert config_of(finetuned)["mm_vision_tower"] == "clipmoe-336"
     saved, start = load_file(finetuned / "model.safetensors"), load_file(material / "llama" / "model.safetensors")
     tower = load_file(material / "clip-moe" / "model.safetensors")
