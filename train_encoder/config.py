@@ -89,14 +89,29 @@ class OptimConfig:
     """Kept of the image feature for the first sentence under long-short (Long-CLIP's value)."""
 
 
+_FROM_NOTHING = {
+    "learning_rate": 2e-3,
+    "weight_decay": 0.1,
+    "betas": (0.9, 0.98),
+    "epsilon": 1e-6,
+    "warmup_steps": 30,
+    "epochs": 10,
+    "global_batch_size": 64,
+    "label_smoothing": 0.0,
+    "temperature": 0.07,
+    "train_temperature": True,
+    "max_grad_norm": 1.0,
+}
+
+
 @dataclass(frozen=True)
 class ScratchConfig:
     """A small CLIP to start from where there is no pretrained one (`--base.source scratch`)."""
 
-    image_size: int = 336
-    """Pixels of a side; LLaVA-1.5 gives its tower 336."""
-    patch_size: int = 42
-    """Pixels of a patch's side. Large patches make 336 pixels cheap: 8 x 8 tokens."""
+    image_size: int = 80
+    """Pixels of a side."""
+    patch_size: int = 16
+    """Pixels of a patch's side: 5 x 5 tokens."""
     vision_width: int = 128
     vision_layers: int = 4
     text_width: int = 128
@@ -107,23 +122,20 @@ class ScratchConfig:
     """Dimensions of an embedding, which both towers share."""
     hidden_act: str = "gelu"
     """`gelu` has a fused kernel; `quick_gelu` is what OpenAI's weights want, and there are none here."""
-    caption_columns: tuple[str, ...] = ("short", "description")
-    """Captions that the base is trained on, in the same data; those of the stages bring something new."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            learning_rate=2e-3,
-            weight_decay=0.1,
-            betas=(0.9, 0.98),
-            epsilon=1e-6,
-            warmup_steps=60,
-            epochs=15,
-            global_batch_size=64,
-            label_smoothing=0.0,
-            temperature=0.07,
-            train_temperature=True,
-            max_grad_norm=1.0,
-        )
-    )
+    early_caption_columns: tuple[str, ...] = ()
+    """Captions that the base is trained on first, in the same data; left out when empty. A real CLIP's attention comes
+    from hundreds of millions of captions, a few of which name any detail; a small one's comes from these."""
+    early_optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
+    """Training on the early captions."""
+    caption_columns: tuple[str, ...] = ("short",)
+    """Captions that the base is trained on, in the same data: the web's kind, which say little."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
+
+    @property
+    def trainings(self) -> list[tuple[str, tuple[str, ...], OptimConfig]]:
+        """The base's trainings in order: name, caption columns, settings."""
+        early = [("base-early", self.early_caption_columns, self.early_optim)] if self.early_caption_columns else []
+        return [*early, ("base", self.caption_columns, self.optim)]
 
 
 @dataclass(frozen=True)
@@ -247,7 +259,7 @@ class EvaluationConfig:
     """A folder in MMVP-VLM's layout, or `openmoji`."""
     zero_shot: tuple[str, ...] = ()
     """Classification, each `NAME=FOLDER`: NAME is imagenet, cifar10 or cifar100, or any name for a folder with one
-    subfolder of images a class. `openmoji-colours`: held-out drawings into their main colours."""
+    subfolder of images a class. `openmoji-nouns`, `openmoji-colours`: held-out scenes into what they show."""
     routing_images: int = 256
     """Images over which the routing share is measured."""
     batch_size: int = 128

@@ -50,11 +50,10 @@ def open_pictures(images: str, *, split: str = "train", leave_out: Path | None =
     `leave_out`: a folder whose pictures are not taken (that of the results). Raises DataError.
     """
     if images == "openmoji":
-        from train_encoder.openmoji.drawings import build_openmoji, list_emoji
+        from train_encoder.openmoji.build import build_openmoji
 
-        called = {f"{emoji.key}.png": emoji.name for emoji in list_emoji()}
         paths = sorted(image_files(build_openmoji() / "images"))
-        return _files(paths, [f"images/{path.name}" for path in paths], [called.get(p.name, p.name) for p in paths])
+        return _files(paths, [f"images/{path.name}" for path in paths])
     path = Path(images).expanduser()
     if path.is_dir() and not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         if paths := sorted(image_files(path, leave_out)):

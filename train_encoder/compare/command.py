@@ -194,11 +194,11 @@ def run_flags(s: Settings, more: Sequence[str]) -> list[str]:
 
 
 def zero_shot_of(s: Settings, more: Sequence[str]) -> tuple[str, ...]:
-    """What is classified: what was asked for, else emoji by colour where they are what a cell trains on."""
+    """What is classified: what was asked for, else scenes by noun and colour where they are what a cell trains on."""
     if s.zero_shot or _given(more, "--evaluation.zero-shot", "--data.source"):
         return s.zero_shot
     emoji = scale_of(s) == "openmoji" and s.data in (None, "openmoji")
-    return ("openmoji-colours",) if emoji else ()
+    return ("openmoji-nouns", "openmoji-colours") if emoji else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- running

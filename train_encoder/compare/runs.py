@@ -113,7 +113,7 @@ def _tokens(data: str, base: Path, context: int, batch: int) -> CaptionTokens:
 
 def steps_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Steps of every training after the base, by its name."""
-    return {row["stage"]: row["steps"] for row in rows if "step" in row and row.get("stage") != "base"}
+    return {row["stage"]: row["steps"] for row in rows if "step" in row and not row.get("stage", "").startswith("base")}
 
 
 def cost_of(rows: Sequence[Mapping[str, Any]], batches: Mapping[str, int], cpu: bool = False) -> Cost:
@@ -123,7 +123,7 @@ def cost_of(rows: Sequence[Mapping[str, Any]], batches: Mapping[str, int], cpu: 
     training that was killed and resumed logs only its last part: its time is scaled up to the whole.
     """
     done = [row for row in rows if row.get("event") == "done" and row.get("work") != "evaluate"]
-    own = [row for row in done if (row["work"], row["stage"]) != ("train", "base")]
+    own = [row for row in done if not (row["work"] == "train" and row["stage"].startswith("base"))]
     steps = steps_of(rows)
     longest: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in sorted(own, key=lambda row: row.get("images", 0)):  # work begun again after a kill has two lines

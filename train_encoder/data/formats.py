@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config import DataConfig
-from ..openmoji.drawings import build_openmoji
+from ..openmoji.build import build_openmoji
 from .columns import find_columns, visible
 from .image_files import Tree, is_image_name, walk
 from .pairs import DataError, PairSource

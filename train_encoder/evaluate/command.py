@@ -157,7 +157,7 @@ class Mmvp(_Scored):
     Example: llava-clipmoe evaluate my-clip-moe mmvp --data /data/MMVP_VLM
     """
 
-    prompt: str = mmvp.PROMPT
+    prompt: str | None = None
     """What stands before each statement."""
     split: str | None = None
     """Only pairs whose two rows have this in the column `split`."""

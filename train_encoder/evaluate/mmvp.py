@@ -26,11 +26,12 @@ from llava_clipmoe.bundle import ClipBundle
 
 from ..data.decode import ImageTransform, open_image
 from ..features.encode import encode_images, encode_texts
-from ..openmoji.drawings import build_openmoji
+from ..openmoji.build import build_openmoji
 from .benchmarks import BenchmarkNotFound, first_existing
 from .judge import pairs_right, share
 from .retrieval import TIE
 
+OPENMOJI = "openmoji"
 PROMPT = "a photo of "
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images", "MMVP_VLM Images")
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -47,13 +48,16 @@ class Pair:
 
 
 def evaluate_mmvp(
-    bundle: ClipBundle, folder: str | Path, prompt: str = PROMPT, *, split: str | None = None, **encoding: Any
+    bundle: ClipBundle, folder: str | Path, prompt: str | None = None, *, split: str | None = None, **encoding: Any
 ) -> dict[str, Any]:
     """-> {"overall": share of right pairs, "pairs": n, "by_type": {type: {"accuracy": share, "pairs": n}}}.
 
-    folder, split: as in `read_pairs`. encoding: device, precision and batch size, as `encode_images` takes them.
+    folder, split: as in `read_pairs`. prompt: before every statement; "a photo of ", as upstream, when absent, and
+    nothing where the pairs are `openmoji`'s. encoding: device, precision and batch size, as `encode_images` takes them.
     Raises BenchmarkNotFound, ValueError, BadImage, NotFinite.
     """
+    if prompt is None:
+        prompt = "" if str(folder) == OPENMOJI else PROMPT
     pairs, transform = read_pairs(folder, split), ImageTransform(bundle.image_size)
     pixels = torch.stack([transform(open_image(path)) for pair in pairs for path in pair.images])
     prompts = [prompt + statement for pair in pairs for statement in pair.statements]
@@ -91,7 +95,7 @@ def read_pairs(folder: str | Path, split: str | None = None) -> list[Pair]:
     split: only the pairs whose two rows have it in a column of that name. Raises BenchmarkNotFound (files that are
     missing) and ValueError (rows that make no pair).
     """
-    folder = build_openmoji() / "attribute_pairs" if str(folder) == "openmoji" else Path(folder).expanduser()
+    folder = build_openmoji() / "attribute_pairs" if str(folder) == OPENMOJI else Path(folder).expanduser()
     table = folder / "Questions.csv"
     pictures = first_existing(*(folder / name for name in IMAGE_FOLDERS))
     if not table.exists() or pictures is None:

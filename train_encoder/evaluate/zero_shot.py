@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,18 @@ from llava_clipmoe.bundle import ClipBundle
 from ..data.decode import ImageTransform, open_image
 from ..data.image_files import image_files
 from ..features.encode import encode_images, encode_texts
-from ..openmoji.classes import COLOUR_TEMPLATES, main_colours
-from ..openmoji.drawings import build_openmoji
+from ..openmoji.build import build_openmoji
+from ..openmoji.scenes import COLOUR_TEMPLATES, NOUN_TEMPLATES
 from ..progress import Bar
 from .benchmarks import BenchmarkNotFound, first_existing
 from .retrieval import TIE, full_precision
 
 Templates = Sequence[str | Callable[[str], str]] | None
 """Prompts: a text with `{}` for the class, or a function of its name. None for OpenAI's 80."""
+
+
+OPENMOJI = {"openmoji-nouns": ("noun", NOUN_TEMPLATES), "openmoji-colours": ("colour", COLOUR_TEMPLATES)}
+"""Classifications of the scenes that this package makes: name -> (attribute, prompts)."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +124,17 @@ class _Pictures(Dataset):
 def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
     """What `--evaluation.zero-shot` names: `NAME=FOLDER` -> (NAME, (labelled images, prompts)).
 
-    NAME may be a preset's; `openmoji-colours` stands alone. Raises ValueError for an entry without a folder,
+    NAME may be a preset's; `openmoji-nouns` and `openmoji-colours` stand alone. Raises ValueError for an entry without a folder,
     BenchmarkNotFound when the folder is not what its name says.
     """
-    if entry == "openmoji-colours":
-        return entry, (openmoji_colours(build_openmoji()), COLOUR_TEMPLATES)
+    if entry in OPENMOJI:
+        attribute, templates = OPENMOJI[entry]
+        return entry, (openmoji_classes(build_openmoji(), attribute), templates)
     name, _, folder = entry.partition("=")
     if not folder:
         raise ValueError(
             f"--evaluation.zero-shot {entry}: write NAME=FOLDER (imagenet=/data/imagenet, or any name for a folder "
-            "with one subfolder of images a class), or openmoji-colours."
+            f"with one subfolder of images a class), or {' or '.join(OPENMOJI)}."
         )
     return name, (open_classes(name if name in PRESETS else None, folder), None)
 
@@ -150,11 +156,11 @@ def _read_pixels(images: np.ndarray, i: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(images[i].transpose(1, 2, 0)))
 
 
-def openmoji_colours(folder: Path) -> Classes:
-    """Held-out drawings; their classes are their main colours."""
-    paths, colours = zip(*main_colours(folder), strict=True)
-    names, labels = np.unique(colours, return_inverse=True)
-    return Classes(names.tolist(), labels, partial(_read_file, paths))
+def openmoji_classes(folder: Path, attribute: str) -> Classes:
+    """Held-out scenes of `build_openmoji`'s folder; their classes are the values of an attribute."""
+    rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    names, labels = np.unique([row["scene"][attribute] for row in rows], return_inverse=True)
+    return Classes(names.tolist(), labels, partial(_read_file, [folder / row["image"] for row in rows]))
 
 
 def image_folder(folder: Path) -> Classes:

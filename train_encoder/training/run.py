@@ -115,11 +115,13 @@ class Run:
         if self.folder.base.exists():
             return
         if base.source == "scratch":
-            source = open_source(dataclasses.replace(self.config.data, caption_columns=base.scratch.caption_columns))
-            self.train("base", self.base, lambda name: True, base.scratch.optim, source=source)
+            for name, columns, optim in base.scratch.trainings:
+                source = open_source(dataclasses.replace(self.config.data, caption_columns=columns))
+                self.train(name, self.base, lambda name: True, optim, source=source)
         card = self.card(role="the dense base of a CLIP-MoE run")
         self.save(lambda: save_bundle(self.base, self.folder.base, card=card))
-        self.discard("base")
+        for name, _, _ in base.scratch.trainings:
+            self.discard(name)
 
     def train(
         self,

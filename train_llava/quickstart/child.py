@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,17 +20,9 @@ from train_llava.eval.answers import read_jsonl, write_jsonl
 from train_llava.eval.batched import Prompts
 from train_llava.eval.batched import answer as answer_batches
 
-from .conversations import ANSWERS
-
-ANSWER_WEIGHT = 5.0
-"""Weight of an attribute's answer among the words that a picture's tokens are fitted to; a caption's word has 1."""
-TURNED_OFTEN = 5.0
-"""A turned drawing is sampled this many times as often as another: directions are rare, and the hardest to see."""
-_FILLER = frozenset("a an the with in it and than as about is its some little mostly partly by of".split())
-
 
 def warm_start(job: Mapping[str, Any]) -> None:
-    """Fit the projector to the words of the training captions and answers (projector.py) -> warm-start/."""
+    """Fit the projector to a word for each attribute of the training scenes (projector.py) -> warm-start/."""
     from llava.model.multimodal_encoder.builder import build_vision_tower
     from transformers import AutoTokenizer
 
@@ -41,14 +32,12 @@ def warm_start(job: Mapping[str, Any]) -> None:
     wanted = wanted_words(Path(job["data"]), lambda word: tokenizer(f" {word}", add_special_tokens=False).input_ids)
     # A dense CLIP is upstream's own tower, a CLIP-MoE is ours: upstream's builder knows both (llava_hook.py).
     tower = build_vision_tower(SimpleNamespace(mm_vision_tower=job["tower"], mm_vision_select_layer=-2))
-    turned = str(Path(job["data"]) / "pictures")
     state = fit_projector(
         visual_tokens(tower, list(wanted)),
         list(wanted.values()),
         load_tensors(job["language_model"])["model.embed_tokens.weight"],
         steps=job["warm_steps"],
         seed=job["seed"],
-        often=[TURNED_OFTEN if image.startswith(turned) else 1.0 for image in wanted],
         progress=lambda step: _say(step, job["warm_steps"], every=10),
     )
     with atomic_directory(job["warm_start"]) as folder:
@@ -56,35 +45,9 @@ def warm_start(job: Mapping[str, Any]) -> None:
 
 
 def wanted_words(data: Path, ids_of: Callable[[str], list[int]]) -> dict[str, dict[int, float]]:
-    """Image -> {token id: weight}: the words of its caption, and of its attributes' answers.
-
-    Rare answers weigh more (up to four times), so that of two answers the frequent one is not always the likelier.
-    """
-    given = {}
-    for row in read_json(data / "stage2.json"):
-        given[row["image"]] = [message["value"] for message in row["conversations"][1::2]]
-    weight_of = _answer_weights(Counter(answer for answers in given.values() for answer in answers))
-    wanted: dict[str, dict[int, float]] = {}
-    for row in read_json(data / "stage1.json"):
-        caption = re.split(r"[\s:;,.]+", row["conversations"][1]["value"])
-        weights = {i: 1.0 for word in caption if word and word not in _FILLER for i in ids_of(word)}
-        for answer in given.get(row["image"], ()):
-            if answer in weight_of:
-                weights |= dict.fromkeys(ids_of(answer), weight_of[answer])
-        wanted[row["image"]] = weights
-    often = Counter(i for weights in wanted.values() for i in weights)
-    return {image: {i: w for i, w in weights.items() if often[i] >= 4} for image, weights in wanted.items()}
-
-
-def _answer_weights(counts: Mapping[str, int]) -> dict[str, float]:
-    """How often each text was an answer -> weights of the attributes' answers among them."""
-    weights = {}
-    for answers in ANSWERS.values():
-        found = [answer for answer in answers if counts[answer]]
-        for answer in found:
-            usual = sum(counts[other] for other in found) / len(found)
-            weights[answer] = ANSWER_WEIGHT * min(4.0, usual / counts[answer])
-    return weights
+    """Image -> {token id: weight}: a word for each attribute of its scene, all of the same weight."""
+    rows = read_jsonl(data / "words.jsonl")
+    return {row["image"]: {i: 1.0 for word in row["words"] for i in ids_of(word)} for row in rows}
 
 
 def merge(job: Mapping[str, Any]) -> None:
@@ -109,8 +72,8 @@ def _card(name: str) -> str:
     tower = "a CLIP-MoE" if name == "clipmoe" else "the dense CLIP that the CLIP-MoE was made from"
     return (
         f"# llava-v1-smollm2-{name}\n\nA toy LLaVA for the CPU: SmolLM2-135M-Instruct (Apache-2.0) that looks through "
-        f"{tower}, trained by `llava-clipmoe llava-quickstart` on questions about OpenMoji drawings (CC BY-SA 4.0). It "
-        "knows the colour, shape, size, kind, skin tone and direction of a drawing, and little else.\n"
+        f"{tower}, trained by `llava-clipmoe llava-quickstart` on questions about scenes of OpenMoji drawings (CC BY-SA "
+        "4.0). It knows what is in such a scene, and little else.\n"
     )
 
 

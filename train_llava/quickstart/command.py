@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llava_clipmoe.files import read_json, remove_leftovers, write_json
 from llava_clipmoe.processes import exit_on_sigterm
-from train_encoder.openmoji.drawings import build_openmoji
+from train_encoder.openmoji.build import build_openmoji
 
 from .conversations import build_conversations
 from .language_model import find_gguf, make_language_model
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         remove_leftovers(s.output_dir)
         console.print("language model: SmolLM2-135M-Instruct")
         make_language_model(s.output_dir / "smollm2")
-        console.print("questions: from OpenMoji's names and pixels")
+        console.print("questions: from the scenes")
         build_conversations(s.output_dir / "data", build_openmoji(), seed=s.seed)
         threads = max(1, (os.cpu_count() or 1) // len(TOWERS))
         jobs = [job_of(s, name) for name in TOWERS]

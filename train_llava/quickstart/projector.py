@@ -51,7 +51,6 @@ def fit_projector(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     noise: float = 0.1,
-    often: Sequence[float] | None = None,
     seed: int = 0,
     progress=None,
 ) -> dict[str, Tensor]:
@@ -59,8 +58,7 @@ def fit_projector(
 
     tokens_INC: N visual tokens of each of I pictures. wanted: for each picture, word (an id of the language model's
     vocabulary) -> weight. embeddings_VH: the language model's input embeddings. `noise` is added to the standardised
-    tokens: a few thousand pictures would be memorised without it. `often`: for each picture, its relative frequency in
-    the batches. `progress(step)` is called after every step.
+    tokens: a few thousand pictures would be memorised without it. `progress(step)` is called after every step.
     """
     words, targets_IW = _targets(wanted)
     embeddings_WH = embeddings_VH[words].float()
@@ -68,7 +66,6 @@ def fit_projector(
     mean_C, std_C = tokens_INC.mean((0, 1)), tokens_INC.std((0, 1)).clamp(min=1e-6)
     tokens_INC = (tokens_INC - mean_C) / std_C
 
-    weights_I = torch.tensor(often or [1.0] * len(wanted))
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,7 +74,7 @@ def fit_projector(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for step in range(steps):
-        chosen = torch.multinomial(weights_I, batch_size, replacement=True, generator=generator)
+        chosen = torch.randint(len(tokens_INC), (batch_size,), generator=generator)
         tokens_BNC = tokens_INC[chosen]
         tokens_BNC = tokens_BNC + noise * torch.randn(tokens_BNC.shape, generator=generator)
         said_BNH = projector(tokens_BNC)

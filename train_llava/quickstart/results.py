@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 
-from train_encoder.evaluate.judge import is_answer, names_answer, pairs_right, share
+from train_encoder.evaluate.judge import is_answer, pairs_right, share
 from train_llava.eval.answers import read_jsonl
 
 from .conversations import ANSWERS
@@ -30,22 +30,22 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def pair_accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of right pairs, of right single pictures, of right pairs with a held-out picture; and pairs by type."""
+    """Shares of right pairs, of right single pictures, of right pairs of nouns that are new; and pairs by type."""
     rows = sorted(rows, key=lambda row: row["pair"])
-    right = [names_answer(row["text"], row["answer"], row["other"]) for row in rows]
+    right = [is_answer(row["text"], row["answer"]) for row in rows]
     both = pairs_right(right)
-    heldout: list[bool] = []
+    new: list[bool] = []
     types: dict[str, list[bool]] = defaultdict(list)
     for one, two, pair_is_right in zip(rows[::2], rows[1::2], both, strict=True):
         types[one["type"]].append(pair_is_right)
-        if "heldout" in (one["split"], two["split"]):
-            heldout.append(pair_is_right)
+        if one["split"] == "nouns":
+            new.append(pair_is_right)
     return {
         "pairs": share(both),
         "pictures": share(right),
-        "pairs with a held-out picture": share(heldout),
+        "pairs of new nouns": share(new),
         "by type": {kind: share(values) for kind, values in types.items()},
-        "counts": {"pairs": len(both), "pairs with a held-out picture": len(heldout)},
+        "counts": {"pairs": len(both), "pairs of new nouns": len(new)},
     }
 
 
@@ -74,10 +74,10 @@ def table_of(results: Mapping[str, Any]) -> Table:
         if attribute in results["chance"]:
             scores = [results[part][name][attribute] for part in ("heldout", BLIND) for name in TOWERS]
             numbers = [f"{100 * score:.1f}" for score in (*scores, results["chance"][attribute])]
-            last = attribute in ("direction", "overall")
+            last = attribute in (list(ANSWERS)[-1], "overall")
             table.add_row(attribute, *numbers, str(results["questions"][attribute]), end_section=last)
     pairs = [results["pairs"][name] for name in TOWERS]
-    for kind, label in (("pairs", "pairs"), ("pairs with a held-out picture", "held-out pairs")):
+    for kind, label in (("pairs", "pairs"), ("pairs of new nouns", "pairs, new nouns")):
         numbers = [f"{100 * scores[kind]:.1f}" for scores in pairs]
         table.add_row(label, *numbers, "0.0", "0.0", "25.0", str(pairs[0]["counts"][kind]))
     return table
