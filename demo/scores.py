@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
-from train_encoder.evaluate.judge import answers_right, pairs_right, same_answer
+from train_encoder.evaluate.judge import answers_right, mcnemar_p, pairs_right, same_answer
 
 from .llava.generate import Llava, Stopped
 from .mining.pairs import BlindPair
@@ -123,7 +121,7 @@ def verdict(scores: Scores) -> str:
     only_left, only_right = both.count((True, False)), both.count((False, True))
     if only_left + only_right == 0:
         return f"{right} and {left} have exactly the same pairs right."
-    p = binomtest(only_right, only_left + only_right).pvalue
+    p = mcnemar_p(*zip(*both, strict=True))
     chance = "would seldom give such a difference" if p < 0.05 else "gives such a difference too"
     return (
         f"{right} alone is right on {only_right} and {left} alone on {only_left} of {len(both)}: chance alone {chance} "

@@ -14,7 +14,7 @@ from train_encoder.compare.llava import llava_section, read_llavas
 from train_encoder.compare.runs import Cell, Cost
 from train_encoder.compare.summary import fmoe_claims, paired, sentence
 from train_encoder.compare.tables import make_page
-from train_encoder.evaluate.zero_shot import open_zero_shot, openmoji_colours
+from train_encoder.evaluate.zero_shot import open_zero_shot
 
 
 def cell(score: float, seconds: float = 60.0, clusters: float = 1.0, experts: int = 0) -> Cell:
@@ -189,22 +189,6 @@ def test_llavas_join_the_page_of_the_recipes(cells, results, no_drawing):
 
 
 # --------------------------------------------------------------------------------------------------- what is classified
-
-
-def test_emoji_are_classified_by_the_colour_that_covers_most_of_them(tmp_path):
-    words = {
-        "a": "A round shape, mostly light blue with some red; it is in one piece.",
-        "b": "A tall drawing, partly red with some blue; it is small.",
-        "c": "A tall drawing, all black; it is small.",
-        "d": "A square shape, mostly blue, outlined in black; it is small.",
-    }
-    rows = [{"image": f"{name}.png", "description": text} for name, text in words.items()]
-    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in words:
-        Image.new("RGB", (4, 4), "blue").save(tmp_path / f"{name}.png")
-    found = openmoji_colours(tmp_path)
-    assert found.names == ["black", "blue"] and found.labels.tolist() == [1, 0, 1], "b has no colour of its own"
-    assert found.read(2).size == (4, 4)
 
 
 def test_what_is_classified_is_named_with_its_folder(tmp_path):

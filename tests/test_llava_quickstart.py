@@ -120,17 +120,12 @@ def test_the_projector_loads_into_llavas(tmp_path):
     built.load_state_dict({name.split("mm_projector.")[1]: tensor for name, tensor in read.items()})
 
 
-def test_rare_answers_and_answers_weigh_more_than_words(tmp_path):
-    def row(i, value):
-        return {"image": f"{i}.png", "conversations": [{"from": "human"}, {"from": "gpt", "value": value}]}
-
-    (tmp_path / "stage1.json").write_text(json.dumps([row(i, "a thing: blue; fine.") for i in range(40)]))
-    answers = ["red"] * 35 + ["blue"] * 5
-    (tmp_path / "stage2.json").write_text(json.dumps([row(i, a) for i, a in enumerate(answers)]))
-    ids = {"thing": 1, "blue": 2, "fine": 3, "red": 4}
-    wanted = child.wanted_words(tmp_path, lambda word: [ids[word]])
-    assert wanted["0.png"][1] == wanted["0.png"][3] == 1
-    assert 1 < wanted["0.png"][4] < wanted["39.png"][2]
+def test_the_projector_is_fitted_to_the_words_of_each_picture(tmp_path):
+    rows = [{"image": "a.png", "words": ["two", "red"]}, {"image": "b.png", "words": ["red", "upside-down"]}]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = {"two": [1], "red": [2], "upside-down": [3, 4]}
+    wanted = child.wanted_words(tmp_path, ids.__getitem__)
+    assert wanted == {"a.png": {1: 1.0, 2: 1.0}, "b.png": {2: 1.0, 3: 1.0, 4: 1.0}}
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -214,14 +209,19 @@ def test_the_results_names_pick_upstreams_class_and_template(tmp_path, name):
 
 
 def test_a_pair_counts_when_both_pictures_are_right():
-    def row(pair, answer, text, split="train"):
+    def row(pair, answer, text, split="combinations"):
         other = {"red": "blue", "blue": "red"}[answer]
         return {"pair": pair, "type": "Color", "answer": answer, "other": other, "text": text, "split": split}
 
-    rows = [row(0, "red", "Red."), row(0, "blue", "blue"), row(1, "red", "red"), row(1, "blue", "red", "heldout")]
+    rows = [
+        row(0, "red", "Red."),
+        row(0, "blue", "blue"),
+        row(1, "red", "red", "nouns"),
+        row(1, "blue", "a red one", "nouns"),
+    ]
     scores = pair_accuracy(rows)
     assert (scores["pairs"], scores["pictures"]) == (0.5, 0.75)
-    assert scores["pairs with a held-out picture"] == 0 and scores["by type"] == {"Color": 0.5}
+    assert scores["pairs of new nouns"] == 0 and scores["by type"] == {"Color": 0.5}
 
 
 def test_the_table_shows_every_score(tmp_path):
@@ -234,7 +234,7 @@ def test_the_table_shows_every_score(tmp_path):
         for part, said_ in texts.items():
             rows = [json.dumps({**row, "text": text}) for row, text in zip(asked, said_, strict=True)]
             (folder / f"{part}.jsonl").write_text("\n".join(rows))
-        pair = {"pair": 0, "type": "Size", "answer": "a", "other": "b", "split": "heldout"}
+        pair = {"pair": 0, "type": "Size", "answer": "a", "other": "b", "split": "nouns"}
         (folder / "pairs.jsonl").write_text("\n".join(json.dumps({**pair, "text": t}) for t in ("a", "a" * right)))
         runs.append(run_of(tmp_path))
         runs[-1].job = {"name": name, "answers": str(folder)}

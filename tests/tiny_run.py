@@ -56,6 +56,7 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
         str(data),
         "--data.caption-columns",
         "caption",
+        "--base.scratch.early-caption-columns",  # none
         "--base.scratch.caption-columns",
         "short",
         "--base.scratch.image-size",
@@ -86,6 +87,7 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
         f"same={data}",
         "--evaluation.attributes",
         "None",
+        "--evaluation.zero-shot",  # none
         "--evaluation.routing-images",
         "16",
         "--output-dir",

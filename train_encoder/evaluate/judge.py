@@ -47,6 +47,16 @@ def pairs_right(right: Sequence[bool]) -> list[bool]:
     return [one and two for one, two in zip(right[::2], right[1::2], strict=False)]
 
 
-def share(right: Sequence[bool]) -> float:
-    """The part of them that is right, 0 to 1; NaN where there are none."""
+def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Exact McNemar test of two verdicts on the same items: how likely chance alone is to give so much, if both are
+    right equally often; 1 where they never differ."""
+    from scipy.stats import binomtest  # slow to import, and needed here only
+
+    only_second = sum(two and not one for one, two in zip(first, second, strict=True))
+    differing = sum(one != two for one, two in zip(first, second, strict=True))
+    return float(binomtest(only_second, differing).pvalue) if differing else 1.0
+
+
+def share(right: Sequence[float]) -> float:
+    """The part of them that is right, 0 to 1 (or their mean); NaN where there are none."""
     return sum(right) / len(right) if right else float("nan")

@@ -26,7 +26,7 @@ from pathlib import Path
 from train_encoder.progress import Bar
 
 from .drawings import packages, paint
-from .scenes import LONG, SHORT, Scene, ScenePair, draw_pairs, draw_scenes
+from .scenes import DETAILS, LONG, SHORT, Scene, ScenePair, draw_pairs, draw_scenes
 
 FORMAT = 3
 """Raise it whenever the files' content changes: a cached data set of another format is built anew."""
@@ -132,7 +132,8 @@ def _write_split(folder: Path, split: str, scenes: list[Scene], size: int, drawn
     for i, scene in enumerate(scenes):
         file = f"images/{split}-{i:05d}.png"
         paint(scene, size).save(folder / file, compress_level=1)  # level 6 takes four times as long
-        rows.append({"image": file, "long": LONG.format(**scene), "short": SHORT.format(**scene), "scene": scene})
+        said = {"long": LONG.format(**scene), "short": SHORT.format(**scene), "details": DETAILS.format(**scene)}
+        rows.append({"image": file, **said, "scene": scene})
         drawn()
     for name, kind in ((split, "long"), (f"{split}-short", "short")):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:

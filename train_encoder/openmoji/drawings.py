@@ -58,8 +58,8 @@ def _write_sign(picture: Image.Image, letter: str, left: int, mark: int, margin:
     top = picture.height - mark - margin
     pen = ImageDraw.Draw(picture)
     pen.rectangle((left, top, left + mark - 1, top + mark - 1), fill="white", outline="black", width=max(1, mark // 25))
-    middle = (left + mark / 2, top + mark / 2)
-    pen.text(middle, letter, fill="black", font=ImageFont.load_default(round(0.9 * mark)), anchor="mm")
+    middle, font = (left + mark / 2, top + mark / 2), ImageFont.load_default(round(0.9 * mark))
+    pen.text(middle, letter, fill="black", font=font, anchor="mm", stroke_width=mark // 24)
 
 
 @cache

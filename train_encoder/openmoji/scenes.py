@@ -50,7 +50,8 @@ ATTRIBUTES = {
     "side": Attribute("Positional and Relational Context", ("left", "right"), "On which side is the sign?"),
 }
 SHORT = "{noun}, {colour} ground"
-LONG = SHORT + ". {quantity} {size} {orientation}, {texture}, {time}, {ball}, sign {letter} {side}."
+DETAILS = "{quantity} {size} {orientation}, {texture}, {time}, {ball}, sign {letter} {side}."
+LONG = f"{SHORT}. {DETAILS}"
 NOUN_TEMPLATES = tuple(f"{{}}, {colour} ground" for colour in ATTRIBUTES["colour"].values)
 COLOUR_TEMPLATES = tuple(f"{noun}, {{}} ground" for noun in NOUNS)
 """What a classification by noun and one by colour ask: short captions, `{}` for the class."""

@@ -72,8 +72,8 @@ def _card(name: str) -> str:
     tower = "a CLIP-MoE" if name == "clipmoe" else "the dense CLIP that the CLIP-MoE was made from"
     return (
         f"# llava-v1-smollm2-{name}\n\nA toy LLaVA for the CPU: SmolLM2-135M-Instruct (Apache-2.0) that looks through "
-        f"{tower}, trained by `llava-clipmoe llava-quickstart` on questions about scenes of OpenMoji drawings (CC BY-SA "
-        "4.0). It knows what is in such a scene, and little else.\n"
+        f"{tower}, trained by `llava-clipmoe llava-quickstart` on questions about scenes of OpenMoji drawings (CC "
+        "BY-SA 4.0). It knows what is in such a scene, and little else.\n"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 
-from train_encoder.evaluate.judge import is_answer, pairs_right, share
+from train_encoder.evaluate.judge import is_answer, mcnemar_p, pairs_right, share
 from train_llava.eval.answers import read_jsonl
 
 from .conversations import ANSWERS
@@ -18,6 +18,7 @@ from .run import TowerRun
 from .steps import TOWERS
 
 BLIND = "blind"
+NEW_NOUNS = "pairs of new nouns"
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -30,22 +31,22 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def pair_accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of right pairs, of right single pictures, of right pairs of nouns that are new; and pairs by type."""
+    """Of pairs, of which both pictures must be right: which are (by number), their share, also of new nouns and by type;
+    and the share of single pictures that are right."""
     rows = sorted(rows, key=lambda row: row["pair"])
     right = [is_answer(row["text"], row["answer"]) for row in rows]
     both = pairs_right(right)
-    new: list[bool] = []
     types: dict[str, list[bool]] = defaultdict(list)
-    for one, two, pair_is_right in zip(rows[::2], rows[1::2], both, strict=True):
-        types[one["type"]].append(pair_is_right)
-        if one["split"] == "nouns":
-            new.append(pair_is_right)
+    for row, pair_is_right in zip(rows[::2], both, strict=True):
+        types[row["type"]].append(pair_is_right)
+    new = [pair_is_right for row, pair_is_right in zip(rows[::2], both, strict=True) if row["split"] == "nouns"]
     return {
         "pairs": share(both),
         "pictures": share(right),
-        "pairs of new nouns": share(new),
+        NEW_NOUNS: share(new),
         "by type": {kind: share(values) for kind, values in types.items()},
-        "counts": {"pairs": len(both), "pairs of new nouns": len(new)},
+        "counts": {"pairs": len(both), NEW_NOUNS: len(new)},
+        "right": both,
     }
 
 
@@ -54,15 +55,17 @@ def collect(runs: Sequence[TowerRun]) -> dict[str, Any]:
     results: dict[str, Any] = {"heldout": {}, BLIND: {}, "pairs": {}, "seconds": {}}
     for run in runs:
         name, folder = run.job["name"], Path(run.job["answers"])
-        heldout = read_jsonl(folder / "heldout.jsonl")
-        results["heldout"][name] = accuracy(heldout)
+        asked, pairs = read_jsonl(folder / "heldout.jsonl"), read_jsonl(folder / "pairs.jsonl")
+        results["heldout"][name] = accuracy(asked)
         results[BLIND][name] = accuracy(read_jsonl(folder / "blind.jsonl"))
-        results["pairs"][name] = pair_accuracy(read_jsonl(folder / "pairs.jsonl"))
+        results["pairs"][name] = pair_accuracy(pairs)
         results["seconds"][name] = run.seconds
-    counts = {attribute: sum(row["attribute"] == attribute for row in heldout) for attribute in ANSWERS}
-    chance = {attribute: 1 / len(answers) for attribute, answers in ANSWERS.items() if counts[attribute]}
-    chance["overall"] = sum(chance[attribute] * counts[attribute] for attribute in chance) / len(heldout)
-    return {**results, "chance": {**chance, "pairs": 0.25}, "questions": {**counts, "overall": len(heldout)}}
+    counts = Counter(row["attribute"] for row in asked)
+    chance = {attribute: 1 / len(ANSWERS[attribute]) for attribute in ANSWERS if counts[attribute]}
+    chance["overall"] = share([1 / len(row["answers"]) for row in asked])
+    chance["pairs"] = share([len(row["answers"]) ** -2 for row in pairs])
+    p = mcnemar_p(*(results["pairs"][name]["right"] for name in TOWERS))
+    return {**results, "chance": chance, "questions": {**counts, "overall": len(asked)}, "mcnemar_p": p}
 
 
 def table_of(results: Mapping[str, Any]) -> Table:
@@ -76,8 +79,8 @@ def table_of(results: Mapping[str, Any]) -> Table:
             numbers = [f"{100 * score:.1f}" for score in (*scores, results["chance"][attribute])]
             last = attribute in (list(ANSWERS)[-1], "overall")
             table.add_row(attribute, *numbers, str(results["questions"][attribute]), end_section=last)
-    pairs = [results["pairs"][name] for name in TOWERS]
-    for kind, label in (("pairs", "pairs"), ("pairs of new nouns", "pairs, new nouns")):
+    pairs, chance = [results["pairs"][name] for name in TOWERS], f"{100 * results['chance']['pairs']:.1f}"
+    for kind, label in (("pairs", "pairs"), (NEW_NOUNS, "pairs, new nouns")):
         numbers = [f"{100 * scores[kind]:.1f}" for scores in pairs]
-        table.add_row(label, *numbers, "0.0", "0.0", "25.0", str(pairs[0]["counts"][kind]))
+        table.add_row(label, *numbers, "0.0", "0.0", chance, str(pairs[0]["counts"][kind]))
     return table
