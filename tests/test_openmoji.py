@@ -1,4 +1,4 @@
-"""What the scenes of OpenMoji drawings promise: a clean split, true captions, pairs of one difference, whole folders."""
+"""What the scenes of OpenMoji drawings promise: a clean split, true captions, true pairs, whole folders."""
 
 import csv
 import json

@@ -119,6 +119,26 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert all((base[name] != tensor).any() for name, tensor in stage.items() if name.endswith("weight"))
 
 
+def test_a_base_from_nothing_is_trained_on_its_early_captions_first(finished):
+    stages = [stage for stage, _, _ in curve(finished)]
+    assert list(dict.fromkeys(stages)) == ["base-early", "base", "stage1", "stage2", "router"]
+
+
+def test_each_training_reads_its_own_captions(data, tmp_path):
+    """The router's loss changes with --moe.caption-columns, the base's early one with its own, and no other."""
+    runs = {}
+    for name, more in {
+        "as is": (),
+        "router": ("--moe.caption-columns", "short"),
+        "early": ("--base.scratch.early-caption-columns", "short"),
+    }.items():
+        tiny_run.run_here(tiny_run.arguments(data, tmp_path / name, *more))
+        runs[name] = curve(tmp_path / name)
+    differing = {name: {a[0] for a, b in zip(runs["as is"], runs[name], strict=True) if a != b} for name in runs}
+    assert differing["router"] == {"router"}
+    assert differing["early"] == {"base-early", "base", "stage1", "stage2", "router"}
+
+
 def test_only_routers_differ_from_base_and_stages_in_the_result(finished):
     base, moe = load_tensors(finished / "base"), load_tensors(finished / "clip-moe")
     stages = [base, load_tensors(finished / "stage1"), load_tensors(finished / "stage2")]

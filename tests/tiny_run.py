@@ -48,15 +48,17 @@ def draw_data(folder: Path, count: int = 60, size: int = 32) -> Path:
 
 
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
-    """Flags of a tiny run on `data`: 3 experts, 3 + 2 x 3 + 3 steps of 16 images."""
-    optim = {"base.scratch.optim": (1e-3, 1), "mcl.optim": (1e-3, 1), "moe.optim": (1e-2, 1)}
+    """Flags of a tiny run on `data`: 3 experts, 3 + 3 + 2 x 3 + 3 steps of 16 images."""
+    optim = {"base.scratch.early-optim": (1e-3, 1), "base.scratch.optim": (1e-3, 1)}
+    optim |= {"mcl.optim": (1e-3, 1), "moe.optim": (1e-2, 1)}
     flags = [
         "dmu-openmoji",
         "--data.source",
         str(data),
         "--data.caption-columns",
         "caption",
-        "--base.scratch.early-caption-columns",  # none
+        "--base.scratch.early-caption-columns",
+        "caption",
         "--base.scratch.caption-columns",
         "short",
         "--base.scratch.image-size",
@@ -75,6 +77,9 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
         "2",
         "--base.scratch.projection-dim",
         "16",
+        "--moe.caption-columns",
+        "caption",
+        "short",
         "--moe.num-experts",
         "3",
         "--engine.precision",

@@ -223,6 +223,9 @@ class MoEConfig:
     """Standard deviation of a fresh router's weights; a smaller one weighs the experts more evenly at the start."""
     expert_dropout: float = 0.0
     """Dropout in the experts while the routers train: 0.1 in the official code, not in the paper."""
+    caption_columns: tuple[str, ...] = ()
+    """Captions of the router training; the stages' when empty. Short captions among them let the routers keep what the
+    base knows."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-6, weight_decay=0.01))
     """Router training. At the paper's 1e-6 a router hardly moves; the report shows how far it did."""
 

@@ -45,18 +45,21 @@ _STAGE = OptimConfig(
     learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, epochs=2, global_batch_size=64, temperature=0.07
 )
 DMU_OPENMOJI = TrainConfig(
-    data=DataConfig(source="openmoji", split="train", caption_columns=("long",), cache_images=True),
+    data=DataConfig(source="openmoji", split="train", cache_images=True),
     base=BaseConfig(
         source="scratch",
         text_positions=None,
         scratch=replace(
             _BASE,
-            early_caption_columns=("long", "short"),
-            optim=replace(_BASE.optim, learning_rate=5e-4, epochs=3),
+            early_caption_columns=("long",),
+            early_optim=replace(_BASE.optim, epochs=12),
+            optim=replace(_BASE.optim, learning_rate=1e-3, epochs=3),
         ),
     ),
     mcl=MCLConfig(optim=_STAGE),
-    moe=MoEConfig(optim=replace(_STAGE, learning_rate=1e-2, weight_decay=0.01, epochs=1)),
+    moe=MoEConfig(
+        caption_columns=("long", "short"), optim=replace(_STAGE, learning_rate=1e-2, weight_decay=0.01, epochs=2)
+    ),
     evaluation=EvaluationConfig(
         retrieval=("held-out, long captions=openmoji:heldout",),
         attributes="openmoji",
@@ -106,7 +109,7 @@ def other_methods(dmu: TrainConfig) -> dict[str, tuple[str, TrainConfig]]:
         ),
         "sparse-upcycling": (
             "baseline: copies of the base's FFN as experts, trained together",
-            replace(dmu, method="sparse-upcycling", moe=replace(dmu.moe, optim=whole)),
+            replace(dmu, method="sparse-upcycling", moe=replace(dmu.moe, caption_columns=(), optim=whole)),
         ),
         # Everything is trained, at a tenth of the FFNs' rate (official code).
         "long-clip": (

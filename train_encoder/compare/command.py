@@ -182,8 +182,8 @@ def run_flags(s: Settings, more: Sequence[str]) -> list[str]:
         flags += ["--base.scratch.optim.epochs", str(BASE_EPOCHS)]
     if other:
         flags += ["--data.source", s.data]
-        if config.base.scratch.caption_columns:  # the emoji's; found by name elsewhere
-            flags += ["--base.scratch.caption-columns"]
+        if config.base.scratch.caption_columns:  # the scenes'; found by name elsewhere
+            flags += ["--base.scratch.early-caption-columns", "--base.scratch.caption-columns", "--moe.caption-columns"]
     if s.retrieval or other:
         flags += ["--evaluation.retrieval", *s.retrieval]
     if s.attributes or other:

@@ -124,8 +124,8 @@ class _Pictures(Dataset):
 def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
     """What `--evaluation.zero-shot` names: `NAME=FOLDER` -> (NAME, (labelled images, prompts)).
 
-    NAME may be a preset's; `openmoji-nouns` and `openmoji-colours` stand alone. Raises ValueError for an entry without a folder,
-    BenchmarkNotFound when the folder is not what its name says.
+    NAME may be a preset's; `openmoji-nouns` and `openmoji-colours` stand alone. Raises ValueError for an entry
+    without a folder, BenchmarkNotFound when the folder is not what its name says.
     """
     if entry in OPENMOJI:
         attribute, templates = OPENMOJI[entry]

@@ -92,11 +92,12 @@ class Method:
         """The configuration of the result's model."""
         return self.run.base.model.config
 
-    def train_last(self, name: str, start: Callable[[], ClipBundle], recipe: str) -> ClipBundle:
-        """The result: what `start` gives, after its training; kept in `output_folder`. recipe: for the model card."""
+    def train_last(self, name: str, start: Callable[[], ClipBundle], recipe: str, **more: Any) -> ClipBundle:
+        """The result: what `start` gives, after its training; kept in `output_folder`. recipe: for the model card.
+        more: what else `Run.train` takes."""
         if not self.output_folder.exists():
             bundle = start()
-            self.train(name, bundle)
+            self.train(name, bundle, **more)
             card = self.run.trained_card(recipe)
             self.run.save(lambda: save_bundle(bundle, self.output_folder, card=card))
             self.run.discard(name)

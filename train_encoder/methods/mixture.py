@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from llava_clipmoe.configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig, ac
 from llava_clipmoe.upcycling import is_router_or_gate, moe_config
 
 from ..config import TrainConfig
+from ..data.formats import open_source
 from ..evaluate.routing import evaluate_routing, router_movement
 from ..evaluate.run import Variant
 from .base import Method, Trainable, Training
@@ -61,7 +63,9 @@ class Mixture(Method):
 
     def train_routers(self) -> ClipBundle:
         """The result: the mixture after its last training, on shuffled global batches."""
-        return self.train_last("router", self.untrained_moe, self.recipe)
+        data, columns = self.config.data, self.config.moe.caption_columns
+        source = open_source(dataclasses.replace(data, caption_columns=columns)) if columns else None
+        return self.train_last("router", self.untrained_moe, self.recipe, source=source)
 
     def variants(self) -> Mapping[str, Variant]:
         """The base, every expert alone, the mixture before its last training and after it."""

@@ -35,6 +35,7 @@ def scratch_bundle(c: ScratchConfig, seed: int) -> ClipBundle:
         torch.manual_seed(seed)
         model = CLIPMoEModel(config).eval()
         _smooth_patches(model, c)
+        _spread_positions(model, c)
     return ClipBundle(model, open_clip_tokenizer(TEXT_POSITIONS), OPENAI_MEAN, OPENAI_STD)
 
 
@@ -50,3 +51,18 @@ def _smooth_patches(model: CLIPMoEModel, c: ScratchConfig, cells: int = 7) -> No
     coarse = torch.randn(weight.shape[0], 3, cells, cells) * (3 * cells**2) ** -0.5 / (c.patch_size / cells) ** 2
     with torch.no_grad():
         weight.copy_(torch.nn.functional.interpolate(coarse, size=c.patch_size, mode="nearest"))
+
+
+def _spread_positions(model: CLIPMoEModel, c: ScratchConfig, scale: float = 0.5) -> None:
+    """Start the patches' position embeddings as sines and cosines of row and column, as large as the patches' content.
+
+    Random ones are a thirtieth of the content, and it takes long until attention finds a mark in its corner.
+    """
+    side, quarter = c.image_size // c.patch_size, c.vision_width // 4
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([columns.flatten(), rows.flatten()], 1) / side  # [patches, 2]
+    angles = places[..., None] * torch.linspace(0.5, side / 2, quarter) * torch.pi  # [patches, 2, quarter]
+    waves = torch.cat([angles.sin(), angles.cos()], 2).flatten(1)  # [patches, 4 x quarter]
+    weight = model.vision_model.embeddings.position_embedding.weight
+    with torch.no_grad():
+        weight[1:, : waves.shape[1]] = scale * waves

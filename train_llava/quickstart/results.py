@@ -31,8 +31,8 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def pair_accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of pairs, of which both pictures must be right: which are (by number), their share, also of new nouns and by type;
-    and the share of single pictures that are right."""
+    """Of pairs, of which both pictures must be right: which are (by number), and their share, also of new nouns and by
+    type; and the share of single pictures that are right."""
     rows = sorted(rows, key=lambda row: row["pair"])
     right = [is_answer(row["text"], row["answer"]) for row in rows]
     both = pairs_right(right)
