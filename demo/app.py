@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,8 +113,8 @@ def build_page(demo: Demo) -> gr.Blocks:
                 pairs.build(demo, compared, tabs, page)
             with gr.Tab("Scores", id="scores"):
                 scores.build(demo)
-        first = 0 if demo.pairs else None
-        page.load(lambda: compare.show(demo, None, first), None, compared.show_outputs, show_progress="hidden")
+        opening = partial(compare.show, demo, None, demo.opening)
+        page.load(opening, None, compared.show_outputs, show_progress="hidden")
     return page
 
 

@@ -21,7 +21,7 @@ from llava_clipmoe.cli import raised_by_us
 from .llava.generate import Llava
 from .llava.settings import Generation
 from .llava.similarity import Similarity
-from .mining.pairs import BlindPair
+from .mining.pairs import BlindPair, clearest_first
 from .uploads import BadUpload, Uploads, read_picture
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Demo:
     def __post_init__(self) -> None:
         self.names = self.llavas[0].name, self.llavas[1].name
         self.similarity = Similarity(self.llavas)
+        self.opening = clearest_first(self.pairs)[0] if self.pairs else None
+        """Index of the pair that Compare opens on."""
         self._stops: dict[tuple[str, str | None], Stop] = {}
 
     def mined(self, pair: int) -> tuple[Image.Image, Image.Image]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,15 +92,33 @@ def test_one_picture_twice_is_matched_by_neither_statement(similarity):
 def test_the_higher_picture_is_marked_and_everything_is_escaped():
     match = Match([[0.25, 0.2], [0.31, 0.3]], (0, 0))
     shown = html.matches(["<i>eye</i>"], ("<b>", "&"), [match])
-    rows = [re.sub(r"<.*?>", "|", row) for row in re.findall("<tr>.*?</tr>", shown, re.DOTALL)]
-    cells = [[cell.strip() for cell in re.split(r"\|+", row) if cell.strip()] for row in rows]
+    rows = re.findall("<tr>.*?</tr>", shown, re.DOTALL)
+    cells = [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
     assert cells == [
-        ["Picture 1", "Picture 2"],
-        ["&lt;b&gt;", "0.2500", "✓ right", "0.2000"],
-        ["&amp;", "0.3100", "✗ wrong", "0.3000"],
+        ["", "Picture 1", "Picture 2"],
+        ["Statement 1", "0.2500 ✓ right", "0.2000"],
+        ["Statement 2", "0.3100 ✗ wrong", "0.3000"],
     ]
+    assert re.findall('class="text">(.*?)</span>', shown) == ["&lt;b&gt;", "&amp;"]
     assert "&lt;i&gt;eye&lt;/i&gt;" in shown
     assert "&lt;b&gt;: why" in html.matches(["<b>"], ("a", "b"), ["why"])
+
+
+@pytest.mark.parametrize(
+    ("statements", "shown"),
+    [
+        (("a red car, day", "a red car, night"), ["a red car, <b>day</b>", "a red car, <b>night</b>"]),
+        (("day, ball", "day, no ball"), ["day, ball", "day, <b>no</b> ball"]),
+        (("one &lt; <i>x</i> a", "one <i>y</i> z a"),
+         ["one <b>&amp;lt; &lt;i&gt;x&lt;/i&gt;</b> a", "one <b>&lt;i&gt;y&lt;/i&gt; z</b> a"]),
+        (("red", "green"), ["red", "green"]),
+        (("the same", "the same"), ["the same", "the same"]),
+        ((" ".join("a" * 300 + "b"), " ".join("a" * 300 + "c")), [f"{'a ' * 300}<b>b</b>", f"{'a ' * 300}<b>c</b>"]),
+    ],
+)  # fmt: skip
+def test_words_that_differ_are_bold(statements, shown):
+    found = html.matches([], statements, [])
+    assert re.findall('class="text">(.*?)</span>', found) == shown
 
 
 # --------------------------------------------------------------------------------------- an eye that reads no statement
@@ -163,5 +182,7 @@ def test_a_pairs_statements(names, statements):
     question = Question("color", "What colour is it?", ("red", "blue"))
     pair = BlindPair((Path("a"), Path("b")), names, {"dense": 1.0}, "clip-moe", 0.1, True, (question,))
     assert pair.statements == statements
+    told = Question("color", "What colour is it?", ("red", "blue"), ("it is red", "it is blue"))
+    assert replace(pair, questions=(told, question)).statements == ("it is red", "it is blue")
     unasked = BlindPair((Path("a"), Path("b")), names, {"dense": 1.0}, "clip-moe", 0.1, True)
     assert unasked.statements == (statements if "picture" in statements[0] else ("", ""))

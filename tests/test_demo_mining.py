@@ -30,14 +30,22 @@ from demo.mining import search as searching
 from demo.mining.command import Settings, main, mine
 from demo.mining.duplicates import NearDuplicates, looks
 from demo.mining.images import Pictures
-from demo.mining.pairs import BlindPair, Question, read_pairs, save_picture, write_pairs
+from demo.mining.pairs import (
+    BlindPair,
+    Question,
+    clearest_first,
+    read_pairs,
+    right_by_attribute,
+    save_picture,
+    write_pairs,
+)
 from demo.mining.search import Criteria, Pool, search
 from llava_clipmoe.files import SaveError, load_tensors, save_tensors
 from llava_clipmoe.load import load_bundle
 from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.data.decode import ImageTransform
 from train_encoder.data.pairs import DataError
-from train_encoder.features.encode import encode_images
+from train_encoder.features.encode import encode_images, encode_texts
 
 ENCODERS = ["dense", "clip-moe", "expert0", "expert1", "expert2", "expert3"]
 
@@ -391,9 +399,66 @@ def test_questions_are_joined_where_the_answers_differ(run, photos, tmp_path):
         run(photos, only_with_questions=True)
 
 
+def asked_about(pairs_of: dict[int, int | None], statements: bool = True) -> str:
+    """Lines that ask all 9 photos one thing, each with its own answer. pairs_of: {photo: the pair it was made for}."""
+    rows = []
+    for i, pair in pairs_of.items():
+        name = f"sub/deep/{i}.png" if i % 3 else f"{i}.png"
+        row = {"image": name, "attribute": "letter", "question": "Which letter?", "answer": "abcdefghi"[i]}
+        row |= {"pair": pair} if pair is not None else {}
+        rows.append(row | ({"statement": f"it is {'abcdefghi'[i]}"} if statements else {}))
+    return "\n".join(map(json.dumps, rows))
+
+
+def test_pictures_of_a_pair_share_questions_with_their_partners_alone(run, photos, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text(asked_about({0: 1, 1: 1, 2: 2, 3: 2, 4: 3, 5: None}))
+    pairs, _ = run(photos, questions=file, per_image=9, only_with_questions=True)
+    digits = {tuple(sorted(int(Path(name).stem) for name in pair.names)) for pair in pairs}
+    assert digits == {(0, 1), (2, 3), *((i, 5) for i in range(5))}  # 5 has no number: it may be beside any
+
+
+def test_what_each_eye_makes_of_the_statements_is_counted_by_mmvps_rule(run, photos, towers, tmp_path, capsys):
+    file, by_hand = tmp_path / "asked.jsonl", []
+    file.write_text(asked_about(dict.fromkeys(range(9))))
+    pairs, summary = run(photos, questions=file, per_image=9)
+    assert len(pairs) == 36
+    eyes = {"dense": load_bundle(towers[0]), "clip-moe": load_bundle(towers[1])}
+    for pair in pairs:
+        ((_, _, answers, statements),) = map(dataclasses.astuple, pair.questions)
+        assert statements == pair.statements == tuple(f"it is {answer}" for answer in answers)
+        by_hand.append({})
+        for eye, bundle in eyes.items():
+            pixels = torch.stack([ImageTransform(24)(Image.open(image)) for image in pair.images])
+            scores = encode_texts(bundle, statements) @ encode_images(bundle, pixels).T
+            by_hand[-1][eye] = int(scores[0, 0] > scores[0, 1]) + int(scores[1, 1] > scores[1, 0])
+    assert [pair.right for pair in pairs] == by_hand
+    assert {right["dense"] for right in by_hand} == {0, 1, 2} and any(r["dense"] != r["clip-moe"] for r in by_hand)
+    both = {eye: sum(right[eye] == 2 for right in by_hand) for eye in eyes}
+    assert summary["right"] == {"all": {"pairs": 36, **both}, "letter": {"pairs": 36, **both}}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(chance: 25%)" in printed and f"letter │ 36 │ {both['dense']} ({both['dense'] / 36:.0%})" in printed
+
+
+def test_without_statements_or_a_tokenizer_nothing_is_counted(run, photos, towers, tmp_path, capsys):
+    file = tmp_path / "asked.jsonl"
+    file.write_text(asked_about({0: None, 1: None}, statements=False))
+    pairs, summary = run(photos, questions=file, only_with_questions=True)
+    assert pairs[0].right is None and pairs[0].questions[0].statements is None and "right" not in summary
+    assert "right" not in (tmp_path / "pairs" / "pairs.jsonl").read_text() and "(chance" not in capsys.readouterr().out
+    file.write_text(asked_about({0: None, 1: None}))
+    dense = shutil.copytree(towers[0], tmp_path / "dense")
+    (dense / "vocab.json").unlink()
+    pairs, summary = run(photos, questions=file, only_with_questions=True, dense=str(dense))
+    assert pairs[0].right is None and pairs[0].questions[0].statements and "right" not in summary
+    assert "No statements were matched: " in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"image": "0.png", "attribute": "a", "question": "b", "answer": "c", "pair": true}', "a whole number"),
+        ('{"image": "0.png", "attribute": "a", "question": "b", "answer": "c", "statement": ""}', "it must be text"),
         ('{"image": "0.png", "question": "What?", "answer": "red"}', "row 1 has no text in 'attribute'"),
         ('{"image": "elsewhere.png", "attribute": "a", "question": "b", "answer": "c"}', "none of the 1 questions"),
         (r'{"image": "a\u0000.png", "attribute": "a", "question": "b", "answer": "c"}', "none of the 1 questions"),
@@ -664,6 +729,14 @@ def test_what_was_written_is_read_back_wherever_the_folder_is(folder, tmp_path):
         ({"questions": [{"attribute": "color"}]}, "'question' is missing"),
         ({"questions": [{"attribute": "a", "question": "b", "answers": ["c"]}]}, "`answers` must be two texts"),
         ({"questions": 3}, "is not a mined pair"),
+        (
+            {"questions": [{"attribute": "a", "question": "b", "answers": ["c", "d"], "statements": "ef"}]},
+            "`statements` must be two texts",
+        ),
+        ({"right": {"dense": 3, "clip-moe": 2}}, "`right` must say 0, 1 or 2"),
+        ({"right": {"dense": True, "clip-moe": 2}}, "`right` must say 0, 1 or 2"),
+        ({"right": {"dense": 1}}, "`right` must say 0, 1 or 2 for each of dense, clip-moe"),
+        ({"right": [1, 2]}, "`right` must say"),
     ],
 )
 def test_a_strangers_row_is_refused_with_its_line(folder, tmp_path, change, message):
@@ -673,6 +746,42 @@ def test_a_strangers_row_is_refused_with_its_line(folder, tmp_path, change, mess
     (folder / "pairs.jsonl").write_text(f"{good}\n{bad}\n")
     with pytest.raises(ValueError, match=rf"line 3 .*{message}"):
         read_pairs(folder)
+
+
+def scored(dense: int | None, moe: int = 0, gap: float = 0.1, *attributes: str) -> BlindPair:
+    asked = tuple(Question(name, "What?", ("a", "b")) for name in attributes)
+    right = None if dense is None else {"dense": dense, "clip-moe": moe}
+    return BlindPair((Path("a"), Path("b")), ("a", "b"), {"dense": 1.0}, "clip-moe", gap, True, asked, right)
+
+
+def test_scores_are_kept_in_the_folder(folder):
+    (pair,) = read_pairs(folder)
+    asked = dataclasses.replace(pair.questions[0], statements=("it is red", "it is blue"))
+    pair = dataclasses.replace(pair, questions=(asked, *pair.questions), right={"dense": 0, "clip-moe": 2})
+    write_pairs(folder, [pair], {})
+    assert read_pairs(folder) == [pair]
+
+
+def test_the_clearest_pair_comes_first():
+    pairs = [scored(None, gap=0.9), scored(2, 2), scored(0, 1), scored(0, 2, 0.2), scored(1, 2), scored(0, 2, 0.3),
+             scored(0, 0), scored(None, gap=0.95)]  # fmt: skip
+    assert clearest_first(pairs) == [5, 3, 4, 1, 2, 6, 0, 7]
+    assert clearest_first([scored(None, gap=gap) for gap in (0.1, 0.3, 0.2)]) == [0, 1, 2]
+
+
+def test_pairs_right_are_counted_by_attribute():
+    pairs = [
+        scored(2, 2, 0.1, "b", "a"),
+        scored(1, 2, 0.1, "b", "b"),
+        scored(0, 1, 0.1, "b"),
+        scored(None, 0, 0.1, "c"),
+    ]
+    assert right_by_attribute(pairs) == {
+        "all": {"pairs": 3, "dense": 1, "clip-moe": 2},
+        "a": {"pairs": 1, "dense": 1, "clip-moe": 1},
+        "b": {"pairs": 3, "dense": 1, "clip-moe": 2},
+    }
+    assert right_by_attribute([scored(None)]) == {}
 
 
 LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"

@@ -134,9 +134,8 @@ def test_two_pictures_of_ones_own(visit, site, llavas, tmp_path):
 
 def eyes(page, *statements: str) -> list[tuple[str, list[list[str]]]]:
     """(caption, the cells of each row) of both tables, once they are about these statements."""
-    heads = "() => [...document.querySelectorAll('#matches tbody th')].map(head => head.firstChild.textContent.trim())"
-    page.wait_for_function(f"given => JSON.stringify(({heads})()) === JSON.stringify([...given, ...given])",
-                           arg=list(statements))  # fmt: skip
+    texts = "[...document.querySelectorAll('#matches .statements .text')].map(text => text.textContent)"
+    page.wait_for_function(f"given => JSON.stringify({texts}) === JSON.stringify(given)", arg=list(statements))
     return [
         (
             table.locator("caption").inner_text(),
@@ -167,6 +166,8 @@ def test_what_the_eyes_themselves_say(visit, site, llavas):
     assert eyes(page, *site.pairs[0].statements) == matched(llavas, pictures_of(site, 0), *site.pairs[0].statements)
     choose_by_keyboard(page, "#pair-picker", "3 · count")
     three = eyes(page, "one", "three")
+    assert not fields[0].is_visible()
+    page.get_by_text("Change the statements").click()
     assert three == matched(llavas, pictures_of(site, 2), "one", "three")
     fields[0].fill("red")
     fields[1].fill("b")
@@ -210,6 +211,7 @@ def test_statements_about_pictures_of_ones_own(visit, site, llavas, tmp_path):
     needed = page.locator("#matches .note", has_text="a statement about each of them are needed")
     needed.wait_for()
     assert [field.input_value() for field in fields] == ["", ""], "a mined pair's statements, about other pictures"
+    assert fields[0].is_visible()
     fields[0].fill("red")
     fields[1].fill("green")
     fields[1].press("Enter")
@@ -310,7 +312,7 @@ def test_texts_are_readable_in_light_and_dark(visit, site, theme):
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) is (theme == "dark")
     page.locator("#matches .eye").nth(1).wait_for()
     places = [".answer", ".times", ".mark", ".badge", ".head", ".which", ".which small", ".bar-label", ".bars-title"]
-    places += [".eye caption", ".eye th", ".eye td", ".eye .mark"]
+    places += [".eye caption", ".eye th", ".eye td", ".eye .mark", ".statements .which", ".statements .text"]
     found = page.evaluate(CONTRAST, places)
     assert {where for where, _ in found} == set(places)
     assert not [(where, ratio) for where, ratio in found if ratio < 4.5]

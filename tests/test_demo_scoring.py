@@ -449,7 +449,7 @@ def quickstart(tmp_path) -> tuple[Path, Path]:
     for name, tower in (("llava-v1-base", dense), ("llava-v1-clipmoe", moe)):
         write_json(run / name / "config.json", {"mm_vision_tower": str(tower)})
     (run / "data").mkdir()
-    (run / "data" / "heldout.jsonl").write_text("")
+    (run / "data" / "pairs.jsonl").write_text("")
     write_json(run / "results.json", {})
     return run / "llava-v1-base", run / "llava-v1-clipmoe"
 
@@ -476,7 +476,7 @@ def test_the_quick_starts_towers_are_found_whichever_side_they_are_on(quickstart
     )
     (settings,) = mined
     assert (Path(settings.dense).name, Path(settings.moe).name) == ("clip", "clip-moe")
-    assert Path(settings.images) == settings.questions == quickstart[0].parent / "data" / "heldout.jsonl"
+    assert Path(settings.images) == settings.questions == quickstart[0].parent / "data" / "pairs.jsonl"
     assert settings.only_with_questions and settings.output_dir == tmp_path / "pairs"
 
 

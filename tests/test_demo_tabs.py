@@ -199,7 +199,7 @@ def test_a_pair_of_the_gallery_is_compared(visit, site, llavas):
     page.locator("#ask").wait_for()
     page.wait_for_function("document.querySelector('#question textarea').value.startsWith('How many')")
     assert page.locator("#pair-picker input").input_value().startswith("3 · count")
-    page.wait_for_function("document.querySelector('#matches tbody th')?.innerText === 'one'")
+    page.wait_for_function("document.querySelector('#matches .statements .text')?.innerText === 'one'")
     ask(page)
     assert board(page) == answers(llavas, pictures_of(site, 2), "How many circles are there?")
 

@@ -20,6 +20,7 @@ from train_encoder.data.decode import ImageTransform
 from train_encoder.evaluate.mmvp import right_statements
 from train_encoder.features.encode import encode_images, encode_texts
 
+from ..mining.encoders import check_reads_texts
 from .generate import Llava
 
 
@@ -74,11 +75,7 @@ class Similarity:
 
     def _match(self, llava: Llava, pictures: Sequence[Image.Image], statements: Sequence[str]) -> Match:
         bundle = self._bundle(llava)
-        if len(bundle.tokenizer) > bundle.model.config.text_config.vocab_size:  # CLIP's own, for want of another
-            raise ValueError(
-                "the folder of its vision tower has no tokenizer, and its text tower does not read CLIP's, so it can "
-                "match no statements."
-            )
+        check_reads_texts(bundle)
         images = self._encode(llava, pictures)[None]  # [1,2,P], as the statements
         texts = encode_texts(bundle, statements, device=llava.llm.model.device)[None]
         own, other = right_statements(images, texts)[0], right_statements(images.flip(1), texts)[0]

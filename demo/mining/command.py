@@ -28,11 +28,12 @@ from train_encoder.report.document import Table
 from .contact_sheet import draw_contact_sheet
 from .duplicates import NearDuplicates
 from .encode import Encoded, encode_pictures
-from .encoders import DENSE, DINOV2, EXPERTS, MOE, ClipTower, DinoTower
+from .encoders import DENSE, DINOV2, EXPERTS, MOE, ClipTower, DinoTower, ReadsNoTexts, Tower
 from .images import Pictures, open_pictures
-from .pairs import PICTURES, ROWS, SHEET, SUMMARY, BlindPair, save_picture, write_pairs
+from .pairs import PICTURES, ROWS, SHEET, SUMMARY, BlindPair, Question, right_by_attribute, save_picture, write_pairs
 from .questions import Asked, read_questions, shared_questions
 from .search import Criteria, Found, exact_cosines, search
+from .statements import match_statements
 
 OUTCOMES = {
     "both": "passed both thresholds",
@@ -81,7 +82,8 @@ class Settings:
     """... and no pixel of their thumbnails differs by more than this, of 255. -1 keeps near duplicates."""
     questions: Path | None = None
     """JSONL rows {image, attribute, question, answer}: a pair gets the questions that both its pictures have, word for
-    word, with different answers."""
+    word, with different answers. A row may also have `statement` (what the picture shows: each eye's matches are
+    counted) and `pair` (a number: such pictures share the question with those of their own pair alone)."""
     only_with_questions: bool = False
     """Keep only pairs that have a question."""
     split: str = "train"
@@ -145,8 +147,9 @@ def mine(s: Settings) -> Path:
         "settings": {name: _without_folders(value) for name, value in asdict(s).items()},
         "skipped": [{"image": name, "error": error} for name, error in skipped],
     }
-    pairs = _write(s, pictures, encoded, found, asked, summary)
+    pairs = _write(s, pictures, encoded, found, asked, towers, summary)
     _report(s, pairs, found, summary, time.monotonic() - start)
+    _report_statements(summary)
     return s.output_dir
 
 
@@ -192,7 +195,13 @@ def _search(s: Settings, pictures: Pictures, encoded: Encoded, asked: Asked) -> 
 
 
 def _write(
-    s: Settings, pictures: Pictures, encoded: Encoded, found: Found, asked: Asked, summary: dict
+    s: Settings,
+    pictures: Pictures,
+    encoded: Encoded,
+    found: Found,
+    asked: Asked,
+    towers: Sequence[Tower],
+    summary: dict,
 ) -> list[BlindPair]:
     """Write the folder of the result. An old pairs.jsonl is removed first and the new one is written last, so that it
     never names a picture that is not there; mining.json marks the pictures as ours."""
@@ -208,6 +217,8 @@ def _write(
             file = save_picture(pictures.image(image), temporary, pictures.names[image], len(files))
             files[image] = (folder / PICTURES / file).resolve()
     each = {name: exact_cosines(array, found.first, found.second) for name, array in encoded.embeddings.items()}
+    questions = [shared_questions(asked, *pair) for pair in images]
+    right = _match(s, encoded, found, questions, towers, summary)
     pairs = []
     for number, (first, second) in enumerate(images):
         cosines = {name: round(float(values[number]), 6) for name, values in each.items()}
@@ -219,12 +230,49 @@ def _write(
             reference=s.reference_name,
             gap=round(cosines[DENSE] - reference, 6),
             passed=found.outcome == "both",
-            questions=shared_questions(asked, first, second),
+            questions=questions[number],
+            right=right[number],
         )
         pairs.append(pair)
+    if table := right_by_attribute(pairs):
+        summary["right"] = table
     draw_contact_sheet(pairs, folder / SHEET, f"{len(pairs)} blind pairs; reference: {s.reference_name}")
     write_pairs(folder, pairs, summary)
     return pairs
+
+
+def _match(
+    s: Settings,
+    encoded: Encoded,
+    found: Found,
+    questions: Sequence[tuple[Question, ...]],
+    towers: Sequence[Tower],
+    summary: dict,
+) -> list[dict[str, int] | None]:
+    """`BlindPair.right` of each pair. Where an eye reads no texts no pair has any, and the summary says why."""
+    statements = [asked[0].statements if asked else None for asked in questions]
+    clips = [tower for tower in towers if isinstance(tower, ClipTower)]
+    try:
+        return match_statements(clips, encoded.embeddings, found, statements, s.device, s.precision)
+    except ReadsNoTexts as error:
+        summary["no_right"] = str(error)
+        return [None] * len(questions)
+
+
+def _report_statements(summary: dict) -> None:
+    """Print how many pairs each eye matches right, by attribute."""
+    console = Console()
+    if "no_right" in summary:
+        console.print(f"No statements were matched: {summary['no_right']}", markup=False, highlight=False)
+    if "right" not in summary:
+        return
+    rows = []
+    for attribute, counts in summary["right"].items():
+        total = counts["pairs"]
+        shares = [f"{counts[eye]} ({counts[eye] / total:.0%})" for eye in (DENSE, MOE)]
+        rows.append([replace_surrogates(attribute), str(total), *shares])
+    title = "Pairs of which both statements choose their own picture (chance: 25%)"
+    console.print(Table(["what differs", "pairs", DENSE, MOE], rows, title))
 
 
 def _report(s: Settings, pairs: Sequence[BlindPair], found: Found, summary: dict, seconds: float) -> None:

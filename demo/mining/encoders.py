@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,23 @@ from llava_clipmoe.load import load_bundle
 from llava_clipmoe.model_directory import local_directory, read_config
 from llava_clipmoe.transformer_clipmoe import only_expert
 from train_encoder.data.decode import ImageTransform
-from train_encoder.features.encode import NotFinite, Precision, encode_images
+from train_encoder.features.encode import NotFinite, Precision, encode_images, encode_texts
 
 DENSE, MOE, DINOV2, EXPERTS = "dense", "clip-moe", "dinov2", "experts"
 """Names of encoders; EXPERTS as the reference is the smallest cosine over "expert0", "expert1", ..."""
+
+
+class ReadsNoTexts(ValueError):
+    """A CLIP that has no tokenizer of its own, and whose text tower does not read CLIP's."""
+
+
+def check_reads_texts(bundle: ClipBundle) -> None:
+    """Raises ReadsNoTexts."""
+    if len(bundle.tokenizer) > bundle.model.config.text_config.vocab_size:  # CLIP's own, for want of another
+        raise ReadsNoTexts(
+            "the folder of its vision tower has no tokenizer, and its text tower does not read CLIP's, so it can match "
+            "no statements."
+        )
 
 
 class ClipTower:
@@ -52,7 +65,7 @@ class ClipTower:
     @cached_property
     def _bundle(self) -> ClipBundle:
         bundle = load_bundle(self.directory)
-        bundle.model.text_model = None  # a third of the memory, and never used here
+        bundle.model.text_model = None  # a third of the memory, and not used for pictures
         return bundle
 
     def encode(self, encoder: str, pixels: torch.Tensor, device: torch.device, precision: Precision) -> torch.Tensor:
@@ -61,6 +74,13 @@ class ClipTower:
         alone = only_expert(self._bundle.model, int(expert)) if expert.isdecimal() else contextlib.nullcontext()
         with alone:
             return encode_images(self._bundle, pixels, device=device, precision=precision, batch_size=len(pixels))
+
+    def encode_texts(self, texts: Sequence[str], device: torch.device, precision: Precision) -> torch.Tensor:
+        """-> L2-normalised [M,P] fp32 on the CPU. Reads the weights again. Raises ReadsNoTexts, NotFinite."""
+        bundle = load_bundle(self.directory)
+        check_reads_texts(bundle)
+        bundle.model.vision_model = None  # the larger part of the memory
+        return encode_texts(bundle, texts, device=device, precision=precision)
 
 
 class DinoTower:

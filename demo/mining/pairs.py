@@ -24,6 +24,8 @@ from llava_clipmoe.files import parse_json, write_json, write_text
 ROWS, PICTURES, SHEET, SUMMARY = "pairs.jsonl", "pictures", "contact_sheet.png", "mining.json"
 LONG_SIDE = 1024
 """Pixels: what a screen shows; LLaVA's towers look at 336."""
+EYES = ("dense", "clip-moe")
+"""Whose scores `BlindPair.right` holds."""
 HOW = "`llava-clipmoe mine-pairs IMAGES --output-dir FOLDER` makes one."
 
 
@@ -35,6 +37,8 @@ class Question:
     question: str
     answers: tuple[str, str]
     """The right answer for the first and for the second picture."""
+    statements: tuple[str, str] | None = None
+    """What the first and the second picture show, where the questions came with it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ class BlindPair:
     passed: bool
     """Both thresholds held. False for a pair that is only the best of what there was."""
     questions: tuple[Question, ...] = ()
+    right: dict[str, int] | None = None
+    """How many of the pair's two statements each of `EYES` matched to their own picture when the pair was mined; None
+    where no questions came with statements."""
 
     @property
     def difference(self) -> str:
@@ -61,8 +68,11 @@ class BlindPair:
 
     @property
     def statements(self) -> tuple[str, str]:
-        """What the pictures show, in words that a CLIP reads: by their names where these are words (no file's name, no
-        number) and differ, else the first question's answers; two empty texts where there is neither."""
+        """What the pictures show, in words that a CLIP reads: as the first question says it; else by their names where
+        these are words (no file's name, no number) and differ; else the first question's answers; else two empty
+        texts."""
+        if self.questions and self.questions[0].statements:
+            return self.questions[0].statements
         if all(map(_is_words, self.names)) and self.names[0] != self.names[1]:
             return f"a picture of {self.names[0]}", f"a picture of {self.names[1]}"
         return self.questions[0].answers if self.questions else ("", "")
@@ -71,6 +81,29 @@ class BlindPair:
     def attributes(self) -> tuple[str, ...]:
         """The questions' attributes, each once, in order."""
         return tuple(dict.fromkeys(question.attribute for question in self.questions))
+
+
+def clearest_first(pairs: Sequence[BlindPair]) -> list[int]:
+    """Numbers of the pairs: first those where CLIP-MoE matches most statements right, of these the ones where the dense
+    CLIP matches fewest, then the widest gap. Pairs without scores come last, in their order."""
+
+    def key(number: int) -> tuple[float, ...]:
+        right, gap = pairs[number].right, pairs[number].gap
+        return (1,) if right is None else (0, -right["clip-moe"], right["dense"], -gap)
+
+    return sorted(range(len(pairs)), key=key)
+
+
+def right_by_attribute(pairs: Sequence[BlindPair]) -> dict[str, dict[str, int]]:
+    """{attribute: {"pairs": n, eye: pairs of which it matched both statements right}}, "all" first, of the pairs with
+    scores; {} where none has any. A pair counts for each of its attributes."""
+    scored = [pair for pair in pairs if pair.right is not None]
+    attributes = sorted({name for pair in scored for name in pair.attributes})
+    table = {}
+    for attribute in ("all", *attributes) if scored else ():
+        own = [pair.right for pair in scored if attribute == "all" or attribute in pair.attributes]
+        table[attribute] = {"pairs": len(own)} | {eye: sum(right[eye] == 2 for right in own) for eye in EYES}
+    return table
 
 
 def _is_words(name: str) -> bool:
@@ -96,6 +129,9 @@ def write_pairs(folder: Path, pairs: Sequence[BlindPair], summary: dict[str, Any
     for pair in pairs:
         row = asdict(pair)
         row["images"] = [image.resolve().relative_to(folder).as_posix() for image in pair.images]
+        for part, name in [*((question, "statements") for question in row["questions"]), (row, "right")]:
+            if part[name] is None:
+                del part[name]
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_json(folder / SUMMARY, summary)
     write_text(folder / ROWS, "".join(lines))
@@ -145,13 +181,22 @@ def _pair(row: Any, folder: Path) -> BlindPair:
         gap=_number(row["gap"], "gap", 2),
         passed=row["passed"],
         questions=tuple(_question(question) for question in row.get("questions", ())),
+        right=_right(row["right"]) if row.get("right") is not None else None,
     )
 
 
 def _question(row: dict[str, Any]) -> Question:
     if not isinstance(row["attribute"], str) or not isinstance(row["question"], str):
         raise ValueError("`attribute` and `question` of a question must be text")
-    return Question(row["attribute"], row["question"], _two_texts(row, "answers"))
+    statements = _two_texts(row, "statements") if row.get("statements") is not None else None
+    return Question(row["attribute"], row["question"], _two_texts(row, "answers"), statements)
+
+
+def _right(scores: Any) -> dict[str, int]:
+    known = isinstance(scores, dict) and set(scores) == set(EYES)
+    if not known or not all(type(score) is int and 0 <= score <= 2 for score in scores.values()):
+        raise ValueError(f"`right` must say 0, 1 or 2 for each of {', '.join(EYES)}, found {scores!r}")
+    return scores
 
 
 def _two_texts(row: dict[str, Any], key: str) -> tuple[str, str]:

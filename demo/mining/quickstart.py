@@ -1,4 +1,4 @@
-"""The pairs of `make demo`: held-out drawings of the LLaVA quick start, with the questions that both were taught."""
+"""The pairs of `make demo`: held-out scenes of the LLaVA quick start that differ in one attribute each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from llava_clipmoe.tower_registry import MODEL_TYPE
 from .command import Settings, mine
 from .pairs import ROWS
 
-PER_IMAGE = 4
-"""There are a few hundred drawings only: each may be in more pairs than usual."""
+CHOICE = {"top": 1000, "per_image": 1, "reference_threshold": 1.0, "duplicate_colour": -1}
+"""All pairs that the dense eye finds alike, whatever the CLIP-MoE finds: what that one sees is counted on them. A scene
+is in one pair, and its partner is no near duplicate, however small the difference."""
 
 
 def quickstart_pairs(left: Path, right: Path, folder: Path) -> Path | None:
     """Mine the pairs of the LLaVA quick start that made `left` and `right` into `folder`; -> the folder.
 
-    They are of drawings that neither tower nor language model was trained on. Mined once, and again after the quick
-    start has run again. None where the two LLaVAs are not a finished quick start's.
+    They are of scenes that neither tower nor language model was trained on. Mined once, and again after the quick start
+    has run again. None where the two LLaVAs are not a finished quick start's.
     """
     run = left.resolve().parent
-    heldout, results = run / "data" / "heldout.jsonl", run / "results.json"
-    if right.resolve().parent != run or not (heldout.is_file() and results.is_file()):
+    asked, results = run / "data" / "pairs.jsonl", run / "results.json"
+    if right.resolve().parent != run or not (asked.is_file() and results.is_file()):
         return None
     if (folder / ROWS).is_file() and (folder / ROWS).stat().st_mtime >= results.stat().st_mtime:
         return folder
@@ -34,5 +35,5 @@ def quickstart_pairs(left: Path, right: Path, folder: Path) -> Path | None:
             towers["moe" if read_json(config).get("model_type") == MODEL_TYPE else "dense"] = tower
     if len(towers) < 2:
         return None
-    how = {"questions": heldout, "only_with_questions": True, "per_image": PER_IMAGE, "workers": 0}
-    return mine(Settings(str(heldout), output_dir=folder, **towers, **how))
+    how = {"questions": asked, "only_with_questions": True, "workers": 0}
+    return mine(Settings(str(asked), output_dir=folder, **towers, **how, **CHOICE))

@@ -14,13 +14,11 @@ from ..session import NO_PAIRS, Demo, explain, for_visitor
 from ..uploads import check_question
 from . import html
 
-HELP = (
-    "CLIP embeds both pictures as nearly the same point. Ask both eyes about both: an eye that gives the **same answer "
-    "twice**, though the truth differs, is blind to the difference. Choose a mined pair, or drop two pictures of yours."
-)
-EYES = (
-    "#### What the eyes themselves say\nNo language model: each statement chooses the picture that it fits better "
-    "(cosine). Write one about each picture."
+HELP = "CLIP embeds both pictures as nearly the same point. Choose a mined pair, or drop two pictures of yours."
+EYES = "#### What the eyes themselves say"
+ASKED = (
+    "#### What LLaVA says with each eye\nAn eye that gives the **same answer twice**, though the truth differs, is "
+    "blind to the difference."
 )
 NEEDED = "Both pictures and a statement about each of them are needed."
 
@@ -40,20 +38,21 @@ def build(demo: Demo) -> Compare:
     """Draw the tab (inside a gr.Tab)."""
     some = bool(demo.pairs)
     gr.Markdown(HELP if some else f"{NO_PAIRS} Or upload two pictures.")
-    pair = gr.State(0 if some else None)
+    pair = gr.State(demo.opening)
     choices = [
         (f"{i + 1} · {pair.difference or ' / '.join(pair.names)} · CLIP {pair.cosines['dense']:.3f}", i)
         for i, pair in enumerate(demo.pairs)
     ]
     with gr.Row(visible=some, equal_height=True):
         picker = gr.Dropdown(
-            choices, value=0 if some else None, label="Mined pair", scale=4, min_width=220, elem_id="pair-picker"
+            choices, value=demo.opening, show_label=False, scale=4, min_width=200, elem_id="pair-picker"
         )
-        surprise = gr.Button("Another pair", scale=1, min_width=120, elem_id="another-pair")
-    with gr.Row():
+        surprise = gr.Button("Another pair", scale=1, min_width=110, elem_id="another-pair")
+    with gr.Row(elem_id="pictures"):
         pictures = _picture_input(1), _picture_input(2)
+    matches, own, statements, match = _eyes()
     cosines = gr.HTML(elem_id="cosines")
-    statements, match, matches = _statements()
+    gr.Markdown(ASKED)
     known = gr.Radio([], label="Questions whose right answers differ", visible=False, elem_id="known-questions")
     with gr.Row(equal_height=True):
         what = "What do you want to know about both pictures?"
@@ -65,7 +64,7 @@ def build(demo: Demo) -> Compare:
     board = gr.HTML(elem_id="board")
 
     changed = gr.State()  # another value whenever there are other pictures, whichever event brought them
-    section = [*statements, matches, changed]
+    section = [own, *statements, matches, changed]
     shown = [pair, *pictures, cosines, known, question, board, *section]
     picker.input(for_visitor(demo, show), picker, shown)
     surprise.click(for_visitor(demo, _another), pair, [picker, *shown])
@@ -91,7 +90,7 @@ def build(demo: Demo) -> Compare:
 
 def _picture_input(number: int) -> gr.Image:
     """The place for picture 1 or 2: drop, choose or paste a file. PNG: what is shown back is what was read."""
-    look = dict(label=f"Picture {number}", height=260, min_width=140, buttons=["fullscreen"])
+    look = dict(label=f"Picture {number}", height=220, min_width=140, buttons=["fullscreen"])
     take = dict(type="filepath", format="png", sources=["upload", "clipboard"], elem_id=f"picture-{number}")
     picture = gr.Image(**look, **take)
     # The path that the visitor sent, unopened: Gradio itself would open it, wherever it leads. (On this one component,
@@ -100,27 +99,33 @@ def _picture_input(number: int) -> gr.Image:
     return picture
 
 
-def _statements() -> tuple[tuple[gr.Textbox, gr.Textbox], gr.Button, gr.HTML]:
-    """The section of what the eyes say: two statements, the button, the result."""
+def _eyes() -> tuple[gr.HTML, gr.Accordion, tuple[gr.Textbox, gr.Textbox], gr.Button]:
+    """The section of what the eyes say: the result, and folded away two fields for other statements and a button."""
     gr.Markdown(EYES)
-    with gr.Row(equal_height=True):
-        look = dict(scale=4, max_lines=2, min_width=220)
-        first, second = (gr.Textbox(label=f"Statement {n}", elem_id=f"statement-{n}", **look) for n in (1, 2))
-        match = gr.Button("Match", scale=1, min_width=90, size="sm", elem_id="match")
-    return (first, second), match, gr.HTML(elem_id="matches")
+    matches = gr.HTML(elem_id="matches")
+    with gr.Accordion("Change the statements", open=False, elem_id="own-statements") as own:
+        with gr.Row(equal_height=True):
+            look = dict(scale=4, max_lines=2, min_width=220)
+            first, second = (gr.Textbox(label=f"Statement {n}", elem_id=f"statement-{n}", **look) for n in (1, 2))
+            match = gr.Button("Match", scale=1, min_width=90, size="sm", elem_id="match")
+    return matches, own, (first, second), match
 
 
 def show(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:
     """Values of `show_outputs` for a mined pair. Drops a question that still runs: it is about other pictures."""
     demo.drop("ask", session)
     if index is None or not demo.pairs:
-        return None, None, None, "", gr.Radio(visible=False), "", "", "", "", "", random.random()
+        return None, None, None, "", gr.Radio(visible=False), "", "", *_section(("", ""))
     pair = demo.pairs[index]
     texts = list(dict.fromkeys(q.question for q in pair.questions))
     first = texts[0] if texts else "What is in this picture?"
     known = gr.Radio(texts, value=first if texts else None, visible=bool(texts))
-    section = *pair.statements, "", random.random()
-    return index, *demo.mined(index), html.cosines(pair.cosines), known, first, "", *section
+    return index, *demo.mined(index), html.cosines(pair.cosines), known, first, "", *_section(pair.statements)
+
+
+def _section(statements: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Values of the eyes' section for other pictures: unfolded where the visitor has to write the statements."""
+    return gr.Accordion(open=not all(statements)), *statements, "", random.random()
 
 
 def _another(demo: Demo, session: str | None, now: int | None) -> tuple[Any, ...]:
@@ -140,8 +145,9 @@ def _uploaded(demo: Demo, session: str | None, path: str | None, index: int | No
                 gr.Info(note, title=f"Picture {number}")
     except ValueError as error:
         gr.Warning(explain(error), title=f"Picture {number} was not taken", duration=15)
-    statement = gr.skip() if index is None else ""
-    return found, None, "", gr.Radio(visible=False), "", statement, statement, "", random.random()
+    kept = gr.skip() if index is None else ""
+    section = gr.Accordion(open=True), kept, kept, "", random.random()
+    return found, None, "", gr.Radio(visible=False), "", *section
 
 
 def _cleared(demo: Demo, session: str | None, index: int | None) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ Their HTML is in parts.html.j2, where every text is escaped; here is what goes i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from train_encoder.evaluate.judge import names_answer, same_answer
 
 from ..llava.ask import Board
 from ..llava.similarity import Match
+from ..mining.pairs import EYES
 from ..scores import Scores, verdict
 from ..votes import interval
 
@@ -25,6 +27,7 @@ COSINE_NAMES = {"dense": "CLIP", "clip-moe": "CLIP-MoE", "dinov2": "DINOv2"}
 COSINE_NAMES |= {f"expert{i}": f"expert {i}" for i in range(64)}
 """What the page calls the keys of a pair's cosines."""
 ALL = "all"
+CHANCE = "Share of pairs of which both statements choose their own picture (95% interval); chance is 25%."
 VERDICTS = ("matches none", "matches one", "matches both")
 """By the number of statements that choose their own picture."""
 
@@ -71,9 +74,38 @@ def cosines(values: Mapping[str, float], names: Mapping[str, str] = COSINE_NAMES
 
 
 def matches(names: Sequence[str], statements: Sequence[str], found: Sequence[Match | str]) -> str:
-    """For each eye a table of cosines: a row for each statement, a column for each picture, and how many match. A text
-    in place of a Match says why there is none."""
-    return _part("matches", statements, list(zip(names, found, strict=True)), VERDICTS)
+    """Both statements, and for each eye a table of cosines: a row for each statement, a column for each picture, and
+    how many match. A text in place of a Match says why there is none."""
+    return _part("matches", marked(*statements), list(zip(names, found, strict=True)), VERDICTS)
+
+
+Parts = list[tuple[str, bool]]
+"""A text in parts: (words, whether they are marked)."""
+
+
+def marked(first: str, second: str) -> tuple[Parts, Parts]:
+    """Both texts, those words marked that the other one does not have there. Nothing is marked where the two have no
+    word in common."""
+    one, two = first.split(), second.split()
+    steps = SequenceMatcher(None, one, two, autojunk=False).get_opcodes()
+    some = any(step == "equal" for step, *_ in steps)
+    parts: tuple[Parts, Parts] = [], []
+    for step, a, b, c, d in steps:
+        for words, own in zip((one[a:b], two[c:d]), parts, strict=True):
+            if words:
+                own.append((" ".join(words), some and step != "equal"))
+    return parts
+
+
+def right_by_attribute(table: Mapping[str, Mapping[str, int]]) -> str:
+    """The table of `mining.pairs.right_by_attribute`, with bars; "" where no pair has scores."""
+    if not table:
+        return ""
+    rows = [
+        (attribute, [_share(counts[eye], counts["pairs"]) for eye in EYES], counts["pairs"])
+        for attribute, counts in table.items()
+    ]
+    return _part("scores", [COSINE_NAMES[eye] for eye in EYES], rows, [CHANCE], "pairs")
 
 
 def scores(found: Scores) -> str:
@@ -85,14 +117,14 @@ def scores(found: Scores) -> str:
     rows = []
     for attribute in (ALL, *dict.fromkeys(item.attribute for item in found.items[:count])):
         which = [i for i in range(count) if attribute in (ALL, found.items[i].attribute)]
-        rows.append((attribute, [_share([values[i] for i in which]) for values in right], len(which)))
+        rows.append((attribute, [_share(sum(values[i] for i in which), len(which)) for values in right], len(which)))
     same = [f"{name}: {found.same(i)} of {len(found.both(i))}" for i, name in enumerate(found.names)]
     notes = [verdict(found), "One answer given for both pictures (blind to the difference): " + " · ".join(same)]
-    return _part("scores", found.names, rows, notes)
+    return _part("scores", found.names, rows, notes, "questions")
 
 
-def _share(right: Sequence[bool]) -> tuple[float, str]:
+def _share(right: int, count: int) -> tuple[float, str]:
     """(share, the share with its interval in per cent)."""
-    share = sum(right) / len(right)
-    low, high = interval(sum(right), len(right))
+    share = right / count
+    low, high = interval(right, count)
     return share, f"{share:.0%} ({100 * low:.0f}–{100 * high:.0f})"

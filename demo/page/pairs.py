@@ -12,6 +12,7 @@ from PIL import Image
 from train_encoder.config import DataConfig
 from train_encoder.data.decode import decode_image
 
+from ..mining.pairs import EYES, BlindPair, clearest_first, right_by_attribute
 from ..session import NO_PAIRS, Demo, for_visitor
 from ..uploads import FORMATS
 from . import html
@@ -20,6 +21,7 @@ from .compare import Compare, show
 THUMBNAIL = 160
 """Pixels of one picture of a pair in the gallery."""
 ANY = "any"
+CLEAREST = "clearest first"
 ORDERS = {
     "widest gap first": lambda pair: -pair.gap,
     "closest for CLIP first": lambda pair: -pair.cosines["dense"],
@@ -33,20 +35,20 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
         gr.Markdown(NO_PAIRS)
         return
     gr.Markdown(_summary(demo))
+    by_attribute = right_by_attribute(demo.pairs)
+    gr.HTML(html.right_by_attribute(by_attribute), visible=bool(by_attribute), elem_id="pair-counts")
     gaps = [pair.gap for pair in demo.pairs]
     lowest, highest = (math.floor(100 * gap) / 100 for gap in (min(gaps), max(gaps) + 0.01))
     attributes = sorted({name for pair in demo.pairs for name in pair.attributes})
     with gr.Row():
         attribute = gr.Dropdown([ANY, *attributes], value=ANY, label="What differs", min_width=150, elem_id="attribute")
-        order = gr.Dropdown(list(ORDERS), value=next(iter(ORDERS)), label="Order", min_width=190, elem_id="order")
+        orders = [CLEAREST, *ORDERS] if by_attribute else list(ORDERS)
+        order = gr.Dropdown(orders, value=orders[0], label="Order", min_width=190, elem_id="order")
         limits = dict(minimum=lowest, maximum=highest, value=lowest, step=0.01)
         least = gr.Slider(**limits, min_width=190, label="Gap of at least", elem_id="least-gap")
     shown = gr.State(list(range(len(demo.pairs))))
     thumbnails = [_thumbnail(pair.images) for pair in demo.pairs]
-    captions = [
-        f"{pair.difference}{' · ' if pair.difference else ''}CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
-        for pair in demo.pairs
-    ]
+    captions, clearest = [_caption(pair) for pair in demo.pairs], clearest_first(demo.pairs)
     gallery = gr.Gallery(
         label="Pairs", columns=3, object_fit="contain", allow_preview=False, height=560, buttons=[], elem_id="gallery"
     )
@@ -58,10 +60,11 @@ def build(demo: Demo, compared: Compare, tabs: gr.Tabs, page: gr.Blocks) -> None
     def select(demo: Demo, session: str | None, name: str, by: str, gap: float) -> tuple[Any, ...]:
         fitting = [
             index
-            for index, pair in enumerate(demo.pairs)
-            if pair.gap >= gap - 1e-9 and (name == ANY or name in pair.attributes)
+            for index in clearest
+            if demo.pairs[index].gap >= gap - 1e-9 and (name == ANY or name in demo.pairs[index].attributes)
         ]
-        fitting.sort(key=lambda index: ORDERS[by](demo.pairs[index]))
+        if by != CLEAREST:
+            fitting.sort(key=lambda index: (ORDERS[by](demo.pairs[index]), index))
         items = [(thumbnails[index], captions[index]) for index in fitting]
         text = f"{len(fitting)} of {len(demo.pairs)} pairs"
         return gr.Gallery(items, selected_index=None), fitting, text, None, "", gr.Button(visible=False)
@@ -88,9 +91,18 @@ def _summary(demo: Demo) -> str:
     passed = sum(pair.passed for pair in demo.pairs)
     rest = "" if passed == len(demo.pairs) else f" {passed} pass both thresholds; the others are the widest gaps found."
     return (
-        f"**{len(demo.pairs)} pairs** that the dense CLIP finds alike and *{demo.pairs[0].reference}* finds less "
-        f"alike. The gap is the difference of the two cosines.{rest} Choose one to see all cosines."
+        f"**{len(demo.pairs)} pairs** that the dense CLIP finds alike. The gap is how much less alike "
+        f"*{demo.pairs[0].reference}* finds them (difference of the two cosines).{rest} Choose one to see all cosines."
     )
+
+
+def _caption(pair: BlindPair) -> str:
+    """What differs, and how many of the two statements each eye matches right; without those, how alike the pair is."""
+    if pair.right is None:
+        numbers = f"CLIP {pair.cosines['dense']:.3f}, gap {pair.gap:.3f}"
+    else:
+        numbers = " · ".join(f"{html.COSINE_NAMES[eye]} {pair.right[eye]}/2" for eye in EYES)
+    return f"{pair.difference} · {numbers}" if pair.difference else numbers
 
 
 def _thumbnail(paths: tuple[Path, Path]) -> Image.Image:

@@ -9,8 +9,8 @@ The split is the encoder's own: neither tower nor language model saw a held-out 
     words.jsonl          {image, words}: what there is in each training picture, a word an attribute
     heldout.jsonl        {image, attribute, question, answer, answers}: every answer of an attribute equally often, so
                          that a model that does not see gets one in len(answers) right, whatever its habits
-    pairs.jsonl          the attribute pairs: {image, attribute, type, question, answer, other, answers, pair, split};
-                         both pictures of a pair get the same question
+    pairs.jsonl          the attribute pairs: {image, attribute, type, statement, question, answer, other, answers,
+                         pair, split}; both pictures of a pair get the same question
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llava_clipmoe.files import atomic_directory, read_json, write_json
 from train_encoder.openmoji.scenes import ATTRIBUTES, Scene
 from train_llava.eval.answers import read_jsonl, write_jsonl
 
-FORMAT = 2
+FORMAT = 3
 """Raise it whenever the questions change: a folder of another format is built anew."""
 IMAGE_TOKEN = "<image>"
 ANSWERS = {name: attribute.answers or attribute.values for name, attribute in ATTRIBUTES.items()}
@@ -108,6 +108,7 @@ def pair_questions(openmoji: Path) -> list[dict]:
                     "image": str(folder / "MMVP_VLM_Images" / row["type"] / f"{row['id']}.png"),
                     "attribute": row["attribute"],
                     "type": row["type"],
+                    "statement": row["statement"],
                     "question": attribute.question,
                     "answer": attribute.answer(row["value"]),
                     "other": attribute.answer(other["value"]),
