@@ -271,7 +271,7 @@ def _report_statements(summary: dict) -> None:
         total = counts["pairs"]
         shares = [f"{counts[eye]} ({counts[eye] / total:.0%})" for eye in (DENSE, MOE)]
         rows.append([replace_surrogates(attribute), str(total), *shares])
-    title = "Pairs of which both statements choose their own picture (chance: 25%)"
+    title = "Pairs with both statements right (chance: 25%)"
     console.print(Table(["what differs", "pairs", DENSE, MOE], rows, title))
 
 
