@@ -63,14 +63,18 @@ def test_an_ablation_changes_what_it_says_and_is_set_against_a_recipe(benchmark)
     spent = {3 * c.mcl.optim.epochs + c.moe.optim.epochs for c in (plain, *changed.values())}
     assert spent == {8}, "all pass over the data equally often"
 
-    def run(**scores: float) -> dict:
-        names = ("i2t_r1", "t2i_r1", "i2t_r5", "t2i_r5")
-        values = {name.replace("_", "-"): dict.fromkeys(names, score) for name, score in scores.items()}
-        return {"result": "clip-moe", "retrieval": {"held-out": values}}
+    def run(**pairs: float) -> dict:
+        systems = {name.replace("_", "-"): share for name, share in pairs.items()}
+        retrieval = {name: {"i2t_r1": 0.2, "t2i_r1": 0.4} for name in systems}
+        zero_shot = {name: {"top1": 0.6} for name in systems}
+        attributes = {name: {"overall": share} for name, share in systems.items()}
+        scores = {"retrieval": {"held-out": retrieval}, "zero_shot": {"nouns": zero_shot}, "attributes": attributes}
+        return {"result": "clip-moe", **scores}
 
-    runs = [run(clip_moe=0.2, expert1=0.1), run(clip_moe=0.4, expert1=0.3)]
-    cells = ablations.row("mine", runs, [0.1, 0.2])
-    assert cells == ["mine", "30.00 ± 14.14", "20.0 40.0", "15.00 ± 7.07", "20.00", "", "", ""]
+    runs, others = [run(clip_moe=0.2, expert1=0.1), run(clip_moe=0.4, expert1=0.3)], [run(clip_moe=0.1)] * 2
+    cells = ablations.row("mine", runs, others, ablations.pair_score)
+    assert cells == ["mine", "30.00 ± 14.14", "20.0 40.0", "20.00 ± 14.14", "20.00", "", "", ""]
+    assert ablations.mean_score(runs[1], "expert1") == pytest.approx((0.3 + 0.3 + 0.6) / 3)
 
 
 def test_tower_speed_compares_every_way_to_run_one_model(benchmark, capsys, tmp_path):

@@ -21,8 +21,8 @@ from train_encoder.openmoji.scenes import ATTRIBUTES, LONG, NEW_NOUNS, NOUNS, SH
 
 SIZE, SCALE = 64, 0.1
 SCENE = {
-    **{"quantity": "one", "size": "large", "orientation": "upright", "noun": "house", "texture": "plain"},
-    **{"colour": "blue", "time": "day", "ball": "ball", "letter": "A", "side": "left"},
+    **{"noun": "house", "colour": "blue", "quantity": "one", "size": "large", "texture": "plain"},
+    **{"time": "day", "ball": "ball left", "arrow": "up", "letter": "A"},
 }
 MMVP_KINDS = 9
 
@@ -73,13 +73,15 @@ def test_scenes_of_a_split_differ():
 
 def test_a_pair_differs_in_one_attribute_and_both_scenes_are_held_out():
     pairs = scenes.draw_pairs(4, 2, random.Random(0))
-    assert Counter(pair.kind for pair in pairs) == dict.fromkeys({a.kind for a in ATTRIBUTES.values()} - {""}, 6)
-    assert len({pair.kind for pair in pairs}) == MMVP_KINDS
+    assert Counter(pair.kind for pair in pairs) == dict.fromkeys(scenes.KINDS, 6)
+    assert len(scenes.KINDS) == MMVP_KINDS
     for pair in pairs:
         one, two = pair.scenes
         assert [name for name in ATTRIBUTES if one[name] != two[name]] == [pair.attribute]
         assert scenes.held_out(one) and scenes.held_out(two)
         assert (one["noun"] in NEW_NOUNS) == (pair.split == "nouns")
+        if pair.attribute == "ball":
+            assert (pair.kind == scenes.POSITION) == ("no ball" not in (one["ball"], two["ball"]))
         assert pair.statements == (LONG.format(**one), LONG.format(**two)) and len(set(pair.statements)) == 2
 
 
@@ -88,9 +90,10 @@ def test_pairs_are_read_as_mmvp(built):
     assert len(pairs) == len(rows) // 2 == (3 + 1) * MMVP_KINDS
     assert len(read_pairs(built / "attribute_pairs", split="nouns")) == 9
     for row, other in zip(rows[::2], rows[1::2], strict=True):
-        words = [set(text["statement"].replace(",", "").replace(".", "").split()) for text in (row, other)]
-        said = [set(text["value"].split()) for text in (row, other)]
-        assert words[0] - words[1] == said[0] - said[1] and words[1] - words[0] == said[1] - said[0]
+        words = zip(row["statement"].split(" "), other["statement"].split(" "), strict=True)
+        differing = [pair for pair in words if pair[0] != pair[1]]
+        assert 1 <= len(differing) <= 2  # "no ball" and "ball left" differ in both words
+        assert [word.strip(",.") for word, _ in differing] == row["value"].split()[-len(differing) :]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -112,16 +115,29 @@ def test_what_is_not_another_value_does_not_show():
     assert np.array_equal(drawings.paint(SCENE, SIZE), drawings.paint(dict(reversed(SCENE.items())), SIZE))
 
 
-@pytest.mark.parametrize(("side", "column"), [("left", slice(0, 80)), ("right", slice(160, 240))])
-def test_the_sign_is_where_its_caption_says(side, column):
-    corner = np.asarray(drawings.paint({**SCENE, "side": side, "ball": "no ball"}, 240))[180:, column]
-    assert (corner == 255).all(2).mean() > 0.4
+@pytest.mark.parametrize(("side", "column"), [("left", slice(0, 90)), ("right", slice(150, 240))])
+def test_the_ball_is_where_its_caption_says(side, column):
+    with_ball, without = (
+        np.asarray(drawings.paint({**SCENE, "size": "small", "ball": ball}, 240))
+        for ball in (f"ball {side}", "no ball")
+    )
+    changed = (with_ball != without).any(2)
+    assert changed[:, column].sum() == changed.sum() > 1000
 
 
-@pytest.mark.parametrize(("quantity", "count"), [("one", 1), ("two", 2), ("four", 4)])
+@pytest.mark.parametrize(("way", "axis", "end"), [("left", 1, 0), ("right", 1, -1), ("up", 0, 0)])
+def test_the_arrow_points_where_its_caption_says(way, axis, end):
+    """Its head, the widest part, is at that end."""
+    sign = np.asarray(drawings._arrow(way, 80))[4:-4, 4:-4, 0] < 128
+    across = sign.sum(1 - axis)  # black pixels along each line that crosses the arrow's axis
+    halves = np.array_split(across, 2)
+    assert halves[end].max() > 1.5 * halves[-1 - end].max()
+
+
+@pytest.mark.parametrize(("quantity", "count"), [("one", 1), ("four", 4)])
 def test_the_drawing_is_there_as_often_as_its_caption_says(quantity, count):
     label = pytest.importorskip("scipy.ndimage").label
-    scene = {**SCENE, "noun": "apple", "quantity": quantity, "size": "small", "ball": "no ball"}
+    scene = {**SCENE, "noun": "mushroom", "quantity": quantity, "size": "small", "ball": "no ball"}
     pixels = np.asarray(drawings.paint(scene, 240)).astype(int)[:160]  # above the sign
     painted = np.abs(pixels - np.array(drawings.COLOURS["blue"])).max(2) > 30
     regions, found = label(painted)
@@ -156,8 +172,10 @@ def test_scenes_are_classified_by_what_they_show(built):
     assert openmoji_classes(built, "colour").names == sorted(ATTRIBUTES["colour"].values)
 
 
-def test_answers_are_the_values_or_stand_for_them():
-    assert ATTRIBUTES["ball"].answer("no ball") == "no" and ATTRIBUTES["letter"].answer("X") == "X"
+def test_an_answer_is_a_word_and_tells_the_values_apart():
+    for attribute in ATTRIBUTES.values():
+        assert len(set(attribute.answers)) == len(attribute.values)
+        assert all(len(answer.split()) == 1 for answer in attribute.answers)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -127,15 +127,20 @@ class ScratchConfig:
     from hundreds of millions of captions, a few of which name any detail; a small one's comes from these."""
     early_optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
     """Training on the early captions."""
+    hard_epochs: float = 0
+    """Then as many epochs on the early captions in batches of which all images have the same later caption: what tells
+    them apart is what that leaves out. For data whose later captions are few."""
     caption_columns: tuple[str, ...] = ("short",)
     """Captions that the base is trained on, in the same data: the web's kind, which say little."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
 
     @property
-    def trainings(self) -> list[tuple[str, tuple[str, ...], OptimConfig]]:
-        """The base's trainings in order: name, caption columns, settings."""
-        early = [("base-early", self.early_caption_columns, self.early_optim)] if self.early_caption_columns else []
-        return [*early, ("base", self.caption_columns, self.optim)]
+    def trainings(self) -> dict[str, tuple[tuple[str, ...], OptimConfig]]:
+        """The base's trainings in order: name -> (caption columns, settings)."""
+        early = {"base-early": (self.early_caption_columns, self.early_optim)}
+        if self.hard_epochs:
+            early["base-hard"] = (self.early_caption_columns, replace(self.early_optim, epochs=self.hard_epochs))
+        return {**(early if self.early_caption_columns else {}), "base": (self.caption_columns, self.optim)}
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,9 @@ DMU_OPENMOJI = TrainConfig(
         scratch=replace(
             _BASE,
             early_caption_columns=("long",),
-            early_optim=replace(_BASE.optim, epochs=12),
-            optim=replace(_BASE.optim, learning_rate=1e-3, epochs=3),
+            early_optim=replace(_BASE.optim, epochs=5),
+            hard_epochs=6,
+            optim=replace(_BASE.optim, learning_rate=1e-3, epochs=5),
         ),
     ),
     mcl=MCLConfig(optim=_STAGE),

@@ -1,4 +1,4 @@
-"""Paints a scene from OpenMoji's drawings: a ground, the noun's drawing once or more, a ball, a sign with a letter."""
+"""Paints a scene from OpenMoji's drawings: a ground, the noun's drawing once or more, a ball, two signs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SIDES = {"large": 0.7, "small": 0.44}
 SEVERAL = 0.6
 """Side of a drawing as a share of the picture's, and how much smaller each one is where there are several."""
 MARK = 0.32
-"""Side of the ball and of the sign."""
-PLACES = {"one": ((0, 0),), "two": ((-1, 0), (1, 0)), "four": ((-1, -1), (1, -1), (-1, 1), (1, 1))}
+"""Side of the ball and of both signs."""
+PLACES = {"one": ((0, 0),), "four": ((-1, -1), (1, -1), (-1, 1), (1, 1))}
 
 
 def paint(scene: Scene, size: int) -> Image.Image:
@@ -42,24 +42,42 @@ def paint(scene: Scene, size: int) -> Image.Image:
     picture = _ground(scene["colour"], scene["texture"], size).copy()
     places = PLACES[scene["quantity"]]
     side = round(SIDES[scene["size"]] * size * (SEVERAL if len(places) > 1 else 1))
-    drawing = _drawing(scene["noun"], side, scene["orientation"] == "flipped")
+    drawing = _drawing(scene["noun"], side)
     for x, y in places:
         corner = (round(0.5 * size + 0.52 * side * x - side / 2), round(0.46 * size + 0.52 * side * y - side / 2))
         picture.paste(drawing, corner, drawing)
     mark, margin = round(MARK * size), max(1, size // 50)
-    if scene["ball"] == "ball":
-        ball = _drawing("ball", mark, False)
-        picture.paste(ball, (size - mark - margin, margin), ball)
-    _write_sign(picture, scene["letter"], margin if scene["side"] == "left" else size - mark - margin, mark, margin)
+    left, right = margin, size - mark - margin
+    if scene["ball"] != "no ball":
+        ball = _drawing("ball", mark)
+        picture.paste(ball, (left if scene["ball"] == "ball left" else right, margin), ball)
+    for sign, place in ((_arrow(scene["arrow"], mark), left), (_letter(scene["letter"], mark), right)):
+        picture.paste(sign, (place, right))
     return picture if scene["time"] == "day" else picture.point(lambda value: round(NIGHT * value))
 
 
-def _write_sign(picture: Image.Image, letter: str, left: int, mark: int, margin: int) -> None:
-    top = picture.height - mark - margin
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((left, top, left + mark - 1, top + mark - 1), fill="white", outline="black", width=max(1, mark // 25))
-    middle, font = (left + mark / 2, top + mark / 2), ImageFont.load_default(round(0.9 * mark))
-    pen.text(middle, letter, fill="black", font=font, anchor="mm", stroke_width=mark // 24)
+@cache
+def _letter(letter: str, mark: int) -> Image.Image:
+    sign, middle = _blank_sign(mark), (mark / 2, mark / 2)
+    font = ImageFont.load_default(round(0.9 * mark))
+    ImageDraw.Draw(sign).text(middle, letter, fill="black", font=font, anchor="mm", stroke_width=mark // 24)
+    return sign
+
+
+@cache
+def _arrow(way: str, mark: int) -> Image.Image:
+    sign = _blank_sign(mark)
+    head = [(0.12, 0.5), (0.5, 0.14), (0.5, 0.86)]
+    shaft = [(0.5, 0.38), (0.88, 0.38), (0.88, 0.62), (0.5, 0.62)]
+    for part in (head, shaft):
+        ImageDraw.Draw(sign).polygon([(mark * x, mark * y) for x, y in part], fill="black")
+    return sign.rotate({"left": 0, "up": -90, "right": 180}[way])
+
+
+def _blank_sign(mark: int) -> Image.Image:
+    sign, edge = Image.new("RGB", (mark, mark), "white"), max(1, mark // 25)
+    ImageDraw.Draw(sign).rectangle((0, 0, mark - 1, mark - 1), outline="black", width=edge)
+    return sign
 
 
 @cache
@@ -78,10 +96,9 @@ def _ground(colour: str, texture: str, size: int) -> Image.Image:
 
 
 @cache
-def _drawing(thing: str, side: int, flipped: bool) -> Image.Image:
-    """RGBA, cropped to its paint, upright or turned by half a circle."""
-    drawing = _rendered(thing).resize((side, side), Image.Resampling.LANCZOS)
-    return drawing.transpose(Image.Transpose.ROTATE_180) if flipped else drawing
+def _drawing(thing: str, side: int) -> Image.Image:
+    """RGBA, cropped to its paint."""
+    return _rendered(thing).resize((side, side), Image.Resampling.LANCZOS)
 
 
 @cache

@@ -28,29 +28,36 @@ class Attribute:
     values: tuple[str, ...]
     """What a caption says; a scene holds one of these."""
     question: str
-    answers: tuple[str, ...] = ()
-    """What answers the question, where that is not the value itself."""
 
-    def answer(self, value: str) -> str:
-        return self.answers[self.values.index(value)] if self.answers else value
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What may answer the question."""
+        return tuple(map(answer_of, self.values))
+
+
+def answer_of(value: str) -> str:
+    """What answers the question about an attribute of this value."""
+    return {"no ball": "nowhere"}.get(value, value.split()[-1])
 
 
 ATTRIBUTES = {
-    "quantity": Attribute("Quantity and Count", ("one", "two", "four"), "How many are there?"),
-    "size": Attribute("Viewpoint and Perspective", ("large", "small"), "Is it large or small?"),
-    "orientation": Attribute("Orientation and Direction", ("upright", "flipped"), "Is it upright or flipped?"),
     "noun": Attribute("", NOUNS, "What is it?"),
+    "colour": Attribute("Color and Appearance", ("red", "yellow", "green", "blue"), "What color is it on?"),
+    "quantity": Attribute("Quantity and Count", ("one", "four"), "How many are there?"),
+    "size": Attribute("Viewpoint and Perspective", ("large", "small"), "Is it large or small?"),
     "texture": Attribute(
         "Structural and Physical Characteristics", ("plain", "striped", "dotted", "checked"), "What pattern is it on?"
     ),
-    "colour": Attribute("Color and Appearance", ("red", "yellow", "green", "blue"), "What color is it on?"),
     "time": Attribute("State and Condition", ("day", "night"), "Is it day or night?"),
-    "ball": Attribute("Presence of Specific Features", ("ball", "no ball"), "Is there a ball?", ("yes", "no")),
+    "ball": Attribute("Presence of Specific Features", ("ball left", "ball right", "no ball"), "Where is the ball?"),
+    "arrow": Attribute("Orientation and Direction", ("left", "right", "up"), "Which way does the arrow point?"),
     "letter": Attribute("Texts", ("A", "O", "X"), "Which letter is on the sign?"),
-    "side": Attribute("Positional and Relational Context", ("left", "right"), "On which side is the sign?"),
 }
+POSITION = "Positional and Relational Context"
+"""MMVP's ninth kind: the ball on the one side and on the other."""
+KINDS = (*(attribute.kind for attribute in ATTRIBUTES.values() if attribute.kind), POSITION)
 SHORT = "{noun}, {colour} ground"
-DETAILS = "{quantity} {size} {orientation}, {texture}, {time}, {ball}, sign {letter} {side}."
+DETAILS = "{quantity}, {size}, {texture}, {time}, {ball}, arrow {arrow}, sign {letter}."
 LONG = f"{SHORT}. {DETAILS}"
 NOUN_TEMPLATES = tuple(f"{{}}, {colour} ground" for colour in ATTRIBUTES["colour"].values)
 COLOUR_TEMPLATES = tuple(f"{noun}, {{}} ground" for noun in NOUNS)
@@ -91,7 +98,9 @@ class ScenePair:
 
     @property
     def kind(self) -> str:
-        return ATTRIBUTES[self.attribute].kind
+        """MMVP's name of what differs."""
+        moved = self.attribute == "ball" and all(scene["ball"] != "no ball" for scene in self.scenes)
+        return POSITION if moved else ATTRIBUTES[self.attribute].kind
 
     @property
     def statements(self) -> tuple[str, str]:
@@ -102,16 +111,16 @@ class ScenePair:
 def draw_pairs(known: int, new: int, rng: random.Random) -> list[ScenePair]:
     """Pairs of every kind of MMVP's: `known` of known nouns and `new` of new ones."""
     pairs = []
-    for (name, attribute), (split, nouns, count) in itertools.product(
-        ATTRIBUTES.items(), (("combinations", NOUNS, known), ("nouns", NEW_NOUNS, new))
+    for kind, (split, nouns, count) in itertools.product(
+        KINDS, (("combinations", NOUNS, known), ("nouns", NEW_NOUNS, new))
     ):
-        if not attribute.kind:
-            continue
+        (name,) = [name for name, a in ATTRIBUTES.items() if kind in (a.kind, POSITION if name == "ball" else "")]
         drawn: list[ScenePair] = []
         while len(drawn) < count:
             (scene,) = draw_scenes(1, rng, held=True, nouns=nouns)
-            other = {**scene, name: rng.choice([value for value in attribute.values if value != scene[name]])}
-            if held_out(other):
-                drawn.append(ScenePair(name, (scene, other), split))
+            other = {**scene, name: rng.choice([value for value in ATTRIBUTES[name].values if value != scene[name]])}
+            pair = ScenePair(name, (scene, other), split)
+            if held_out(other) and pair.kind == kind:
+                drawn.append(pair)
         pairs += drawn
     return pairs

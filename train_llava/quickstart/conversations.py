@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_clipmoe.files import atomic_directory, read_json, write_json
-from train_encoder.openmoji.scenes import ATTRIBUTES, Scene
+from train_encoder.openmoji.scenes import ATTRIBUTES, Scene, answer_of
 from train_llava.eval.answers import read_jsonl, write_jsonl
 
 FORMAT = 3
 """Raise it whenever the questions change: a folder of another format is built anew."""
 IMAGE_TOKEN = "<image>"
-ANSWERS = {name: attribute.answers or attribute.values for name, attribute in ATTRIBUTES.items()}
+ANSWERS = {name: attribute.answers for name, attribute in ATTRIBUTES.items()}
 """The possible answers to the question about each attribute."""
 
 
@@ -62,14 +62,14 @@ def build_conversations(folder: str | Path, openmoji: Path, *, seed: int = 0, mo
 
 def conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """(question, answer) of every attribute, in random order: no answer tells a later one."""
-    turns = [(attribute.question, attribute.answer(scene[name])) for name, attribute in ATTRIBUTES.items()]
+    turns = [(attribute.question, answer_of(scene[name])) for name, attribute in ATTRIBUTES.items()]
     rng.shuffle(turns)
     return turns
 
 
 def words_of(scene: Scene) -> list[str]:
-    """A word for each attribute; none for what is not there."""
-    return [value for value in scene.values() if not value.startswith("no ")]
+    """The answer about each attribute, in words."""
+    return [answer_of(value) for value in scene.values()]
 
 
 def as_llava(image: str, turns: Sequence[tuple[str, str]]) -> dict:
@@ -88,7 +88,7 @@ def balanced(rows: Sequence[Mapping[str, Any]], most: int, rng: random.Random) -
         showing = {value: [row for row in rows if row["scene"][name] == value] for value in attribute.values}
         count = min(most, *map(len, showing.values()))
         for value, found in showing.items():
-            asked = {"question": attribute.question, "answer": attribute.answer(value), "answers": ANSWERS[name]}
+            asked = {"question": attribute.question, "answer": answer_of(value), "answers": ANSWERS[name]}
             drawn = rng.sample(found, count)
             questions += [{"image": row["image"], "attribute": name, **asked} for row in drawn]
     return questions
@@ -110,8 +110,8 @@ def pair_questions(openmoji: Path) -> list[dict]:
                     "type": row["type"],
                     "statement": row["statement"],
                     "question": attribute.question,
-                    "answer": attribute.answer(row["value"]),
-                    "other": attribute.answer(other["value"]),
+                    "answer": answer_of(row["value"]),
+                    "other": answer_of(other["value"]),
                     "answers": ANSWERS[row["attribute"]],
                     "pair": number,
                     "split": row["split"],
