@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -127,9 +127,6 @@ class ScratchConfig:
     from hundreds of millions of captions, a few of which name any detail; a small one's comes from these."""
     early_optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
     """Training on the early captions."""
-    hard_epochs: float = 0
-    """Then as many epochs on the early captions in batches of which all images have the same later caption: what tells
-    them apart is what that leaves out. For data whose later captions are few."""
     caption_columns: tuple[str, ...] = ("short",)
     """Captions that the base is trained on, in the same data: the web's kind, which say little."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
@@ -137,10 +134,8 @@ class ScratchConfig:
     @property
     def trainings(self) -> dict[str, tuple[tuple[str, ...], OptimConfig]]:
         """The base's trainings in order: name -> (caption columns, settings)."""
-        early = {"base-early": (self.early_caption_columns, self.early_optim)}
-        if self.hard_epochs:
-            early["base-hard"] = (self.early_caption_columns, replace(self.early_optim, epochs=self.hard_epochs))
-        return {**(early if self.early_caption_columns else {}), "base": (self.caption_columns, self.optim)}
+        early = {"base-early": (self.early_caption_columns, self.early_optim)} if self.early_caption_columns else {}
+        return {**early, "base": (self.caption_columns, self.optim)}
 
 
 @dataclass(frozen=True)
@@ -179,6 +174,9 @@ class MCLConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     start_from: Literal["base", "previous"] = "base"
     """The FFNs a stage starts from."""
+    in_cluster_share: float = 1.0
+    """Share of the images whose batches come from clusters; the others' come from everything. Lower it where a stage
+    forgets what tells the clusters apart."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +335,8 @@ class TrainConfig:
                 f"--moe.num-experts-per-tok is {k}, but there are {e} experts: a token cannot use more experts than "
                 "there are. Lower it, or raise --moe.num-experts."
             )
+        if not 0 <= self.mcl.in_cluster_share <= 1:
+            raise ValueError(f"--mcl.in-cluster-share must lie between 0 and 1, got {self.mcl.in_cluster_share}.")
         for name in ("mcl", "moe", "finetune", "fmoe"):
             optim = getattr(self, name).optim
             if optim.global_batch_size < 2:

@@ -28,7 +28,7 @@ from train_encoder.progress import Bar
 from .drawings import packages, paint
 from .scenes import DETAILS, LONG, SHORT, Scene, ScenePair, draw_pairs, draw_scenes
 
-FORMAT = 4
+FORMAT = 5
 """Raise it whenever the files' content changes: a cached data set of another format is built anew."""
 TRAIN, HELD_OUT = 6000, 500
 PAIRS, PAIRS_OF_NEW_NOUNS = 30, 10

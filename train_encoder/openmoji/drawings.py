@@ -71,7 +71,7 @@ def _arrow(way: str, mark: int) -> Image.Image:
     shaft = [(0.5, 0.38), (0.88, 0.38), (0.88, 0.62), (0.5, 0.62)]
     for part in (head, shaft):
         ImageDraw.Draw(sign).polygon([(mark * x, mark * y) for x, y in part], fill="black")
-    return sign.rotate({"left": 0, "up": -90, "right": 180}[way])
+    return sign.rotate({"up": -90, "down": 90}[way])
 
 
 def _blank_sign(mark: int) -> Image.Image:

@@ -50,7 +50,7 @@ ATTRIBUTES = {
     ),
     "time": Attribute("State and Condition", ("day", "night"), "Is it day or night?"),
     "ball": Attribute("Presence of Specific Features", ("ball left", "ball right", "no ball"), "Where is the ball?"),
-    "arrow": Attribute("Orientation and Direction", ("left", "right", "up"), "Which way does the arrow point?"),
+    "arrow": Attribute("Orientation and Direction", ("up", "down"), "Which way does the arrow point?"),
     "letter": Attribute("Texts", ("A", "O", "X"), "Which letter is on the sign?"),
 }
 POSITION = "Positional and Relational Context"

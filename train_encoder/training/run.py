@@ -117,18 +117,11 @@ class Run:
         trainings = base.scratch.trainings if base.source == "scratch" else {}
         for name, (columns, optim) in trainings.items():
             source = open_source(dataclasses.replace(self.config.data, caption_columns=columns))
-            batches = self._same_caption(base.scratch.caption_columns) if name == "base-hard" else None
-            self.train(name, self.base, lambda name: True, optim, source=source, cluster_ids=batches)
+            self.train(name, self.base, lambda name: True, optim, source=source)
         card = self.card(role="the dense base of a CLIP-MoE run")
         self.save(lambda: save_bundle(self.base, self.folder.base, card=card))
         for name in trainings:
             self.discard(name)
-
-    def _same_caption(self, columns: tuple[str, ...]) -> np.ndarray:
-        """Clusters [N,1] of the usable rows: those whose first caption in these columns is the same."""
-        source = open_source(dataclasses.replace(self.config.data, caption_columns=columns))
-        captions = [source.captions(int(row))[0] for row in self.rows]
-        return np.unique(captions, return_inverse=True)[1].reshape(-1, 1)
 
     def train(
         self,
