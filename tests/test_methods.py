@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tiny_run import arguments, draw_data, run_two
@@ -19,7 +17,6 @@ from llava_clipmoe.upcycling import is_ffn
 from train_encoder.command import main
 from train_encoder.config import METHOD_TITLES
 from train_encoder.methods import METHODS
-from train_encoder.methods.dmu import DMU
 from train_encoder.recipes import RECIPES
 from train_encoder.training.run import training_seed
 
@@ -217,22 +214,3 @@ def test_every_training_draws_its_own_batches_whatever_comes_before_it():
     seeds = {name: training_seed(3, name) for name in NAMES}
     assert list(seeds.values()) == [3000, 3500, 3001, 3002, 3011, 3012, 3110]
     assert training_seed(3, "distilled4") not in seeds.values()
-
-
-def test_a_share_of_a_stages_images_comes_from_everything(monkeypatch):
-    dmu = object.__new__(DMU)
-    labels = np.random.default_rng(0).integers(0, 9, (3, 1000))
-    monkeypatch.setattr(dmu, "clusters", lambda stage: SimpleNamespace(labels=labels[stage]), raising=False)
-
-    def ids(number: int, share: float) -> np.ndarray:
-        recipe = RECIPES["dmu-openmoji"][1]
-        dmu.config = replace(recipe, mcl=replace(recipe.mcl, in_cluster_share=share))
-        return dmu.cluster_ids(number)
-
-    assert np.array_equal(ids(2, 1.0), labels[:2].T)
-    half = ids(2, 0.5)
-    outside = (half == -1).all(1)
-    assert 400 < outside.sum() < 600 and np.array_equal(half[~outside], labels[:2].T[~outside])
-    assert np.array_equal(half, ids(2, 0.5)) and not np.array_equal(outside, (ids(3, 0.5) == -1).all(1))
-    with pytest.raises(ValueError, match="in-cluster-share"):
-        ids(2, 1.5)

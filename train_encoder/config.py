@@ -174,9 +174,6 @@ class MCLConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     start_from: Literal["base", "previous"] = "base"
     """The FFNs a stage starts from."""
-    in_cluster_share: float = 1.0
-    """Share of the images whose batches come from clusters; the others' come from everything. Lower it where a stage
-    forgets what tells the clusters apart."""
 
 
 @dataclass(frozen=True)
@@ -335,8 +332,6 @@ class TrainConfig:
                 f"--moe.num-experts-per-tok is {k}, but there are {e} experts: a token cannot use more experts than "
                 "there are. Lower it, or raise --moe.num-experts."
             )
-        if not 0 <= self.mcl.in_cluster_share <= 1:
-            raise ValueError(f"--mcl.in-cluster-share must lie between 0 and 1, got {self.mcl.in_cluster_share}.")
         for name in ("mcl", "moe", "finetune", "fmoe"):
             optim = getattr(self, name).optim
             if optim.global_batch_size < 2:

@@ -106,14 +106,8 @@ class DMU(Mixture):
     # ---------------------------------------------------------------------------------------------------- clusters
 
     def cluster_ids(self, number: int) -> np.ndarray | None:
-        """Accumulated clusters [N,number] that stage `number` draws its batches from.
-
-        Rows left out by `mcl.in_cluster_share` are a cluster of their own, -1: a sample of everything.
-        """
-        cluster_ids = accumulate([self.clusters(stage) for stage in range(number)])
-        rng = np.random.default_rng([self.config.seed, number])
-        cluster_ids[rng.random(len(cluster_ids)) >= self.config.mcl.in_cluster_share] = -1
-        return cluster_ids
+        """Accumulated clusters [N,number] that stage `number` draws its batches from."""
+        return accumulate([self.clusters(stage) for stage in range(number)])
 
     def clusters(self, number: int) -> StageClusters:
         """Clusters of the training data's embeddings (images and first captions) under stage `number` (0: the base)."""
