@@ -23,6 +23,7 @@ import tyro
 
 from llava_clipmoe.files import read_json, write_text
 from llava_clipmoe.processes import Children, end_of
+from train_encoder.report.run import mean_score
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "previous": ("each stage goes on from the one before it", ("--mcl.start-from", "previous")),
@@ -76,13 +77,6 @@ def make(s: Settings, children: Children, name: str, seed: int) -> None:
 def pair_score(result: dict, system: str) -> float:
     """Share of attribute pairs that are right."""
     return result["attributes"][system]["overall"]
-
-
-def mean_score(result: dict, system: str) -> float:
-    """Mean of attribute pairs, of retrieval (R@1, both ways) and of zero-shot classification, as shares."""
-    retrieval = [scores[system][way] for scores in result["retrieval"].values() for way in ("i2t_r1", "t2i_r1")]
-    classified = [scores[system]["top1"] for scores in result["zero_shot"].values()]
-    return statistics.mean([pair_score(result, system), statistics.mean(retrieval), statistics.mean(classified)])
 
 
 def mean_and_spread(values: list[float]) -> str:

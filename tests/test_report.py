@@ -21,7 +21,7 @@ from llava_clipmoe.cli import main
 from train_encoder.config import to_dict
 from train_encoder.recipes import RECIPES
 from train_encoder.report import figures
-from train_encoder.report.run import reproduce_command, summary_table, write_report
+from train_encoder.report.run import mean_score, reproduce_command, summary_table, write_report
 
 VARIANTS = ["base", "stage1", "stage2", "stage3", "expert0", "expert1", "expert2", "expert3",
            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip
@@ -492,8 +492,23 @@ def test_the_summary_has_a_row_a_variant_and_the_numbers_of_the_results(run):
     view = summary_table(results)
     columns = [[getattr(cell, "text", cell) for cell in column] for column in zip(*view.rows, strict=True)]
     assert columns[0] == VARIANTS
-    assert len(columns) == 1 + 2 * 4 + 1
+    colours = results["zero_shot"]["colours"]
+    assert len(columns) == 1 + 2 * 2 + 1 + 1 + 1
     names = results["retrieval"]["held-out, names"]
-    assert columns[5] == [f"{100 * names[s]['i2t_r1']:.1f}" for s in VARIANTS]
-    assert columns[-1] == [f"{100 * results['attributes'][s]['overall']:.1f}" for s in VARIANTS]
+    assert columns[3] == [f"{100 * names[s]['i2t_r1']:.1f}" for s in VARIANTS]
+    assert columns[-3] == [f"{100 * colours[s]['top1']:.1f}" for s in VARIANTS]
+    assert columns[-2] == [f"{100 * results['attributes'][s]['overall']:.1f}" for s in VARIANTS]
+    assert columns[-1] == [f"{100 * mean_score(results, s):.1f}" for s in VARIANTS]
     assert [row[1].best for row in view.rows] == [False] * 9 + [True]
+
+
+def test_the_mean_weighs_every_kind_of_score_alike():
+    results = {
+        "retrieval": {"a": {"base": {"i2t_r1": 0.2, "t2i_r1": 0.4}}, "b": {"base": {"i2t_r1": 0.0, "t2i_r1": 0.2}}},
+        "zero_shot": {"colours": {"base": {"top1": 0.8}}},
+        "attributes": {"base": {"overall": 0.3}},
+    }
+    assert mean_score(results, "base") == pytest.approx((0.2 + 0.8 + 0.3) / 3)
+    assert mean_score(results, "clip-moe") is None, "not measured yet"
+    assert mean_score({"retrieval": results["retrieval"]}, "base") is None, "one kind is no mean"
+    assert mean_score({**results, "attributes": {}}, "base") == pytest.approx(0.5)

@@ -10,6 +10,7 @@ fractions of 1 and shown in percent.
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,16 +156,37 @@ def _now(run: Run) -> str:
     return f"Not evaluated yet. Last logged: {stage}, step {rows[-1]['step']:,}{total}."
 
 
+R_AT_1 = ("i2t_r1", "t2i_r1")
+
+
 def summary_table(results: dict[str, Any]) -> Table:
     """The headline of results.json for the terminal: a row a variant, in percent, the best of a column in bold."""
     columns: dict[str, dict[str, float | None]] = {}
     for name, variants in (results.get("retrieval") or {}).items():
-        for key, title in RECALLS.items():
-            columns[f"{name}\n{title}"] = {variant: scores.get(key) for variant, scores in variants.items()}
+        for key in R_AT_1:
+            columns[f"{name}\n{RECALLS[key]}"] = {variant: scores.get(key) for variant, scores in variants.items()}
+    for name, variants in (results.get("zero_shot") or {}).items():
+        columns[f"{name}\ntop-1"] = {variant: scores.get("top1") for variant, scores in variants.items()}
     if attributes := results.get("attributes"):
         columns["attribute\npairs"] = {variant: scores.get("overall") for variant, scores in attributes.items()}
+    names = list(dict.fromkeys(name for values in columns.values() for name in values))
+    means = {name: mean_score(results, name) for name in names}
+    if any(mean is not None for mean in means.values()):
+        columns["mean of\nthe kinds"] = means
     best = {title: best_of(values.values()) for title, values in columns.items()}
-    rows = []
-    for name in dict.fromkeys(name for values in columns.values() for name in values):
-        rows.append([name, *(score(values.get(name), best[title]) for title, values in columns.items())])
+    rows = [[name, *(score(values.get(name), best[title]) for title, values in columns.items())] for name in names]
     return Table(["variant", *columns], rows, "Results, in percent")
+
+
+def mean_score(results: dict[str, Any], variant: str) -> float | None:
+    """Mean of what was measured of a variant: retrieval (mean of R@1, both ways), classification (mean of top-1) and
+    attribute pairs. None where fewer than two of these kinds were measured, or one of this variant is missing."""
+    kinds = [
+        [scores.get(variant, {}).get(key) for scores in (results.get("retrieval") or {}).values() for key in R_AT_1],
+        [scores.get(variant, {}).get("top1") for scores in (results.get("zero_shot") or {}).values()],
+        [results["attributes"].get(variant, {}).get("overall")] if results.get("attributes") else [],
+    ]
+    measured = [kind for kind in kinds if kind]
+    if len(measured) < 2 or any(value is None for kind in measured for value in kind):
+        return None
+    return statistics.mean(map(statistics.mean, measured))
