@@ -102,7 +102,7 @@ def broken_off(data, tmp_path_factory) -> tuple[Path, str]:
 
 def test_every_training_measures_its_own_chunk_and_keeps_it(undisturbed):
     kept = {file.stem: read_json(file)["images"] for file in (undisturbed / "chunks").iterdir()}
-    assert kept == done(undisturbed) and list(done(undisturbed)) == ["base", "stage1", "router"]
+    assert kept == done(undisturbed) and list(done(undisturbed)) == ["base-early", "base", "stage1", "router"]
     assert kept["base"] < kept["stage1"]  # all of the base is trained
     assert all(1 <= chunk < 16 for chunk in kept.values())
     assert read_json(undisturbed / "config.json")["engine"]["chunk_size"] == "auto"

@@ -234,7 +234,7 @@ def test_the_table_shows_every_score(tmp_path):
         for part, said_ in texts.items():
             rows = [json.dumps({**row, "text": text}) for row, text in zip(asked, said_, strict=True)]
             (folder / f"{part}.jsonl").write_text("\n".join(rows))
-        pair = {"pair": 0, "type": "Size", "answer": "a", "other": "b", "split": "nouns"}
+        pair = {"pair": 0, "type": "Size", "answer": "a", "other": "b", "answers": ["a", "b"], "split": "nouns"}
         (folder / "pairs.jsonl").write_text("\n".join(json.dumps({**pair, "text": t}) for t in ("a", "a" * right)))
         runs.append(run_of(tmp_path))
         runs[-1].job = {"name": name, "answers": str(folder)}

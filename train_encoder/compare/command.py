@@ -41,9 +41,6 @@ from .runs import Cell, read_cell
 from .tables import make_page
 
 Scale = Literal["openmoji", "vitl14-336-sharegpt4v"]
-BASE_EPOCHS = 30
-"""Of a base trained from nothing: twice the quick start's. A comparison needs one that has converged; else a recipe
-wins by going on with what the base had not finished. What follows `--` may say otherwise."""
 LARGE = ("cache", "features", "checkpoints")
 """Folders of a finished cell that nothing reads any more; decoded images of 2,000 drawings alone are 700 MB."""
 
@@ -178,8 +175,6 @@ def run_flags(s: Settings, more: Sequence[str]) -> list[str]:
     """Flags of every cell, the user's own last."""
     config = RECIPES[base_recipe(s)][1]
     flags, other = [], s.data is not None and s.data != config.data.source
-    if config.base.source == "scratch":
-        flags += ["--base.scratch.optim.epochs", str(BASE_EPOCHS)]
     if other:
         flags += ["--data.source", s.data]
         if config.base.scratch.caption_columns:  # the scenes'; found by name elsewhere
@@ -188,8 +183,8 @@ def run_flags(s: Settings, more: Sequence[str]) -> list[str]:
         flags += ["--evaluation.retrieval", *s.retrieval]
     if s.attributes or other:
         flags += ["--evaluation.attributes", s.attributes or "None"]
-    if zero_shot := zero_shot_of(s, more):
-        flags += ["--evaluation.zero-shot", *zero_shot]
+    if not _given(more, "--evaluation.zero-shot"):
+        flags += ["--evaluation.zero-shot", *zero_shot_of(s, more)]
     return [*flags, *more]
 
 
