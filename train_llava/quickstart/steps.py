@@ -27,13 +27,13 @@ class Settings:
     """Everything is written there; the two models are its llava-v1-smollm2-* folders."""
     seed: int = 0
     """Of the conversations, the projector's start and upstream's trainer."""
-    warm_steps: int = 800
+    warm_steps: int = 300
     """Steps of the projector's start, without the language model."""
-    stage1_steps: int = 16
+    stage1_steps: int = 4
     """Optimiser steps of stage 1: the projector learns from captions."""
     stage1_learning_rate: float = 2e-4
     """The projector's highest learning rate in stage 1."""
-    stage2_steps: int = 60
+    stage2_steps: int = 20
     """Optimiser steps of stage 2: projector and LoRA learn from conversations."""
     stage2_learning_rate: float = 1e-3
     """The LoRA's highest learning rate in stage 2."""
@@ -99,11 +99,11 @@ def steps_of(s: Settings, job: Mapping[str, Any]) -> list[Step]:
     train = [*run, "llava.train.train"]
     size = s.batch_size / 8
     return [
-        Step("start of the projector", Path(job["warm_start"]), [*child, "warm-start", file], 15 + 0.13 * s.warm_steps),
-        Step("stage 1", Path(job["stage1"]), [*train, *_flags(s, job, stage1)], 20 + 6.5 * size * s.stage1_steps),
-        Step("stage 2", Path(job["stage2"]), [*train, *_flags(s, job, stage2)], 20 + 10.5 * size * s.stage2_steps),
+        Step("start of the projector", Path(job["warm_start"]), [*child, "warm-start", file], 15 + 0.04 * s.warm_steps),
+        Step("stage 1", Path(job["stage1"]), [*train, *_flags(s, job, stage1)], 15 + 1 * size * s.stage1_steps),
+        Step("stage 2", Path(job["stage2"]), [*train, *_flags(s, job, stage2)], 15 + 11.6 * size * s.stage2_steps),
         Step("merge", Path(job["result"]), [*child, "merge", file], 16),
-        Step("questions", Path(job["answers"]), [*child, "answer", file], 270),
+        Step("questions", Path(job["answers"]), [*child, "answer", file], 250),
     ]
 
 
