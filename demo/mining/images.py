@@ -71,9 +71,9 @@ def open_pictures(images: str, *, split: str = "train", leave_out: Path | None =
     return Pictures(names, None, digest(source.fingerprint, source.images_fingerprint), source)
 
 
-def _files(paths: list[Path], names: list[str], shown: list[str] | None = None) -> Pictures:
+def _files(paths: list[Path], names: list[str]) -> Pictures:
     fingerprint = digest(list(zip(names, map(_stamp, paths), strict=True)))
-    return Pictures([replace_surrogates(name) for name in shown or names], paths, fingerprint)
+    return Pictures([replace_surrogates(name) for name in names], paths, fingerprint)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
