@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
-from tiny.browser import LEFT, RIGHT, Site, choose_by_keyboard, draw, open_tab, picture_loaded, serve
+from tiny.browser import LEFT, RIGHT, Site, choose_by_keyboard, draw, gallery_captions, open_tab, picture_loaded, serve
 
 pytest_plugins = ["tiny.browser_fixtures"]
 pytestmark = [pytest.mark.xdist_group("browser")] if importlib.util.find_spec("xdist") else []
@@ -65,16 +65,10 @@ def test_the_clearest_pair_and_the_eyes_verdict_are_seen_without_scrolling(visit
     assert page.evaluate("scrollY") == 0
 
 
-def captions(page, count: int) -> list[str]:
-    page.locator("#pair-count").get_by_text(f"{count} of 5 pairs", exact=True).wait_for()
-    page.wait_for_function("n => document.querySelectorAll('#gallery .caption-label').length === n", arg=count)
-    return page.locator("#gallery .caption-label").all_inner_texts()
-
-
 def test_the_gallery_tells_each_eyes_score_and_shows_the_clearest_first(visit, scored_site):
     page = visit(scored_site)
     open_tab(page, "Pairs")
-    assert captions(page, 5) == [
+    assert gallery_captions(page, 5, 5) == [
         "letter: A / X · CLIP 0/2 · CLIP-MoE 2/2",
         "side: left / right · CLIP 0/2 · CLIP-MoE 2/2",
         "color: red / blue · CLIP 2/2 · CLIP-MoE 2/2",
@@ -82,7 +76,7 @@ def test_the_gallery_tells_each_eyes_score_and_shows_the_clearest_first(visit, s
         "CLIP 0.990, gap 0.050",
     ]
     choose_by_keyboard(page, "#attribute", "letter")
-    assert [text[:13] for text in captions(page, 2)] == ["letter: A / X", "letter: O / A"]
+    assert [text[:13] for text in gallery_captions(page, 5, 2)] == ["letter: A / X", "letter: O / A"]
     choose_by_keyboard(page, "#order", "widest gap first")
     page.locator("#gallery .caption-label").first.get_by_text("letter: O / A").wait_for()
     page.locator("#gallery button.thumbnail-item").first.click()

@@ -16,6 +16,7 @@ from tiny.browser import (
     board,
     choose_by_keyboard,
     columns,
+    gallery_captions,
     number,
     open_tab,
     panel,
@@ -48,7 +49,7 @@ def new_round(page) -> None:
 def test_a_vote_is_blind_until_it_is_given(visit, site, llavas, votes):
     page = visit(site)
     open_tab(page, "Pairs")
-    captions(page, 6)  # which tell what CLIP says of pairs, and are loaded with the page
+    gallery_captions(page, 6, 6)  # which tell what CLIP says of pairs, and are loaded with the page
     page.locator("#matches .eye").nth(1).wait_for(state="attached")  # so are these
     open_tab(page, "Blind vote")
     assert "No votes yet" in page.locator("#vote-score").inner_text()
@@ -159,36 +160,29 @@ def test_one_picture_twice_differs_nowhere(visit, site):
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
-def captions(page, count: int) -> list[str]:
-    """Of the gallery, once it holds `count` pairs."""
-    page.locator("#pair-count").get_by_text(f"{count} of 6 pairs", exact=True).wait_for()
-    page.wait_for_function("n => document.querySelectorAll('#gallery .caption-label').length === n", arg=count)
-    return page.locator("#gallery .caption-label").all_inner_texts()
-
-
 def test_the_gallery_is_filtered_and_sorted(visit, site):
     page = visit(site)
     open_tab(page, "Pairs")
-    gaps = [number(text.rpartition("gap ")[2]) for text in captions(page, 6)]
+    gaps = [number(text.rpartition("gap ")[2]) for text in gallery_captions(page, 6, 6)]
     assert gaps == sorted((pair.gap for pair in site.pairs), reverse=True)
     choose_by_keyboard(page, "#attribute", "count")
-    assert all(text.startswith("count: ") for text in captions(page, 2))
+    assert all(text.startswith("count: ") for text in gallery_captions(page, 6, 2))
     choose_by_keyboard(page, "#attribute", "any")
-    captions(page, 6)
+    gallery_captions(page, 6, 6)
     choose_by_keyboard(page, "#order", "closest for CLIP first")
     page.locator("#gallery .caption-label").first.get_by_text("CLIP 0.990").wait_for()
-    dense = [number(text.rpartition("CLIP ")[2]) for text in captions(page, 6)]
+    dense = [number(text.rpartition("CLIP ")[2]) for text in gallery_captions(page, 6, 6)]
     assert dense == sorted(dense, reverse=True)
     least = page.locator("#least-gap input[type=number]")
     least.fill("0.25")
     least.press("Enter")
-    assert all(number(text.rpartition("gap ")[2]) >= 0.25 for text in captions(page, 3))
+    assert all(number(text.rpartition("gap ")[2]) >= 0.25 for text in gallery_captions(page, 6, 3))
 
 
 def test_a_pair_of_the_gallery_is_compared(visit, site, llavas):
     page = visit(site)
     open_tab(page, "Pairs")
-    captions(page, 6)
+    gallery_captions(page, 6, 6)
     assert page.locator("#compare-pair").is_hidden()
     page.locator("#gallery button.thumbnail-item").nth(2).click()
     page.locator("#compare-pair").wait_for()

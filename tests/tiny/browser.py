@@ -280,3 +280,10 @@ def still_answers(page, llavas, site: Site) -> None:
 
 def pictures_of(site: Site, pair: int) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in site.pairs[pair].images]
+
+
+def gallery_captions(page, total: int, count: int) -> list[str]:
+    """Of the gallery of pairs, once it holds `count` of the `total` pairs."""
+    page.locator("#pair-count").get_by_text(f"{count} of {total} pairs", exact=True).wait_for()
+    page.wait_for_function("n => document.querySelectorAll('#gallery .caption-label').length === n", arg=count)
+    return page.locator("#gallery .caption-label").all_inner_texts()
