@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,19 +62,29 @@ def tested(s: Settings, seconds: float) -> tuple[int, str, float]:
     their time is Triton's compiler's."""
     if importlib.util.find_spec("pytest") is None:
         return 0, "not run: pytest is not installed (pip install pytest pytest-xdist)", 0
-    started, command = time.perf_counter(), [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    started, command = time.perf_counter(), [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     command += [str(TESTS / file) for file in FILES]
     if s.tiny:
         command += ["-k", "ties"]
     elif importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return UNFINISHED, f"not finished after {seconds:.0f} s", seconds
-    print(done.stdout[-20_000:], done.stderr[-5_000:], sep="", file=sys.stderr)
-    lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
-    return WRONG if done.returncode else 0, lines[-1].strip("= "), time.perf_counter() - started
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    with tempfile.TemporaryFile("w+") as said:
+        # A session of its own: pytest's workers must end with it, or they would hold the card while others are timed.
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        output = said.read()
+    print(output[-20_000:], file=sys.stderr)
+    took = time.perf_counter() - started
+    if process.returncode == -signal.SIGKILL:
+        failed = len(re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?FAILED", output, re.MULTILINE))
+        return WRONG if failed else UNFINISHED, f"not finished after {took:.0f} s, {failed} failed until then", took
+    lines = output.strip().splitlines() or [f"exit status {process.returncode}"]
+    return WRONG if process.returncode else 0, lines[-1].strip("= "), took
 
 
 def main(argv: Sequence[str] | None = None) -> None:

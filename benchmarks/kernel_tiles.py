@@ -27,15 +27,15 @@ from rich.console import Console
 
 COLUMNS = ["kernel", "dtype", "tokens", "rows, cols, inner, warps, stages", "ms", "TFLOP/s", "GB/s", ""]
 TRIED = {
-    "delta of rank 64": [(64, 64, 2, 4, 2), (64, 32, 2, 4, 2), (128, 32, 2, 8, 2), (128, 64, 2, 8, 2),
-                         (64, 16, 2, 4, 3)],
-    "delta back of rank 64": [(64, 32, 2, 4, 2), (128, 32, 2, 8, 2), (32, 16, 2, 2, 2)],
+    "delta of rank 64": [(64, 64, 2, 4, 2), (64, 32, 2, 4, 3), (128, 32, 2, 8, 3), (64, 16, 2, 4, 3)],
+    "delta of rank 64, few tokens": [(64, 64, 2, 4, 2), (128, 64, 2, 8, 2)],
+    "delta back of rank 64": [(64, 32, 2, 4, 2), (64, 16, 2, 4, 2), (32, 16, 2, 2, 2)],
     "grouped": [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3),
                 (128, 128, 32, 4, 4)],
     "grouped, few rows": [(64, 256, 64, 4, 3), (64, 64, 64, 4, 4), (128, 128, 64, 8, 3)],
     "rows": [(1, 1024, 0, 4, 1), (1, 4096, 0, 8, 1)],
-    "rows back": [(16, 256, 0, 4, 1), (8, 1024, 0, 8, 1)],
-    "route": [(16, 16, 256, 4, 2), (32, 16, 128, 4, 2)],
+    "rows back": [(32, 256, 0, 8, 1), (8, 1024, 0, 8, 1)],
+    "route": [(16, 16, 128, 4, 2), (32, 16, 128, 4, 2)],
 }  # fmt: skip
 
 
@@ -131,9 +131,11 @@ def delta_works(sizes: Sizes, dtype: torch.dtype, said, draw, dense) -> Iterator
     packed = pack_delta(experts)
     order = kernels.order_if_it_pays(said.experts, sizes.experts)
     y1, y2_grad = draw(n, len(packed.first)), draw(n, packed.second.shape[1])
-    yield Work("delta of rank 64", lambda: kernels._delta_middle(packed, y1, said.weights, order), 4 * n * k * h * r,
+    kind = kernels.tile_kind("delta", packed, y1, order)
+    yield Work(kind, lambda: kernels._delta_middle(packed, y1, said.weights, order), 4 * n * k * h * r,
                (y1.numel() + y2_grad.numel()) * dtype.itemsize, {"torch: a whole dense FFN": dense})  # fmt: skip
-    yield Work("delta back of rank 64",
+    kind = kernels.tile_kind("delta back", packed, y1, order)
+    yield Work(kind,
                lambda: kernels._delta_middle_grad(packed, y1, y2_grad, said.weights, order), 6 * n * k * h * r,
                (2 * y1.numel() + y2_grad.numel()) * dtype.itemsize, {})  # fmt: skip
 

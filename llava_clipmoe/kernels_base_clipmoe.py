@@ -35,15 +35,17 @@ class Tile(NamedTuple):
 
 
 # By kernel and by bytes of a number (2: fp16, bf16; 4: fp32): the KiB of shared memory that a tile needs, best first.
-# Counted from registers and shared memory (tests/test_kernels.py: nothing is spilled), never measured. A 4090 gives one
-# program 99 KiB, an A100 163, an H100 227. benchmarks/kernel_tiles.py tries others.
+# Of 2 bytes and rank 64: the fastest of those that were tried on an H100 (benchmarks/kernel_tiles.md). The others are
+# counted from registers and shared memory (tests/test_kernels.py), never measured. A 4090 gives one program 99 KiB, an
+# A100 163, an H100 227. benchmarks/kernel_tiles.py tries others.
 TILES = {
-    ("route", 2): {0: Tile(16, 16, 128, 4, 2)},
+    ("route", 2): {0: Tile(16, 16, 256, 4, 2)},
     ("route", 4): {0: Tile(16, 16, 64, 4, 2)},
-    ("delta of rank 64", 2): {227: Tile(64, 32, 2, 4, 3), 0: Tile(64, 16, 2, 4, 3)},
+    ("delta of rank 64", 2): {227: Tile(128, 64, 2, 8, 2), 0: Tile(64, 16, 2, 4, 3)},
+    ("delta of rank 64, few tokens", 2): {0: Tile(32, 64, 2, 4, 2)},
     ("delta of rank 128", 2): {227: Tile(128, 32, 2, 8, 2), 0: Tile(64, 32, 1, 4, 2)},
     ("delta of rank 256", 2): {227: Tile(64, 32, 1, 8, 2), 0: Tile(32, 16, 1, 4, 2)},
-    ("delta back of rank 64", 2): {227: Tile(64, 16, 2, 4, 2), 0: Tile(32, 16, 2, 2, 2)},
+    ("delta back of rank 64", 2): {227: Tile(128, 32, 2, 8, 2), 0: Tile(32, 16, 2, 2, 2)},
     ("delta back of rank 128", 2): {227: Tile(64, 32, 1, 4, 2), 0: Tile(32, 16, 1, 2, 2)},
     ("delta back of rank 256", 2): {227: Tile(64, 16, 1, 8, 2), 0: Tile(32, 16, 1, 4, 2)},
     ("delta of rank 64", 4): {0: Tile(16, 32, 2, 4, 2)},
@@ -60,9 +62,9 @@ TILES = {
     ("gate", 4): {0: Tile(32, 32, 32, 4, 2)},
     ("rows", 2): {0: Tile(1, 2048, 0, 4, 1)},  # whatever goes over rows without a product
     ("rows", 4): {0: Tile(1, 1024, 0, 4, 1)},
-    ("rows back", 2): {0: Tile(32, 256, 0, 8, 1)},
+    ("rows back", 2): {0: Tile(32, 128, 0, 4, 1)},
     ("rows back", 4): {0: Tile(32, 128, 0, 8, 1)},
-    ("sort", 8): {0: Tile(128, 1024, 0, 8, 1)},  # keys that are placed, keys that are counted in one step
+    ("sort", 8): {0: Tile(256, 2048, 0, 8, 1)},  # keys that are placed, keys that are counted in one step
 }
 
 

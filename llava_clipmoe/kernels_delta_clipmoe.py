@@ -16,6 +16,7 @@ import torch
 
 from .kernels_base_clipmoe import (
     _WIDE,
+    TILES,
     Tile,
     _activate,
     _activate_and_slope,
@@ -32,7 +33,8 @@ from .kernels_pack_clipmoe import PackedDelta
 
 ENOUGH_PROGRAMS = 512  # about four for each multiprocessor of an H100; with fewer, H is split
 MAX_SPLIT = 16
-SORT_FROM = 4096  # tokens from which sorting them by their set of experts should pay
+FEW_TOKENS = 1024  # up to so many, smaller tiles are faster where the table has them
+SORT_FROM = 2048  # tokens from which sorting them by their set of experts pays on an H100
 
 # ------------------------------------------------------------------------------------- what both kernels begin with
 
@@ -237,10 +239,18 @@ class _Plan(NamedTuple):
     constants: dict[str, int | bool]
 
 
+def tile_kind(kind: str, packed: PackedDelta, y1: torch.Tensor, order_N: torch.Tensor | None) -> str:
+    """Which line of the table of tiles `delta` or `delta back` takes for these tokens."""
+    rank = triton.next_power_of_2(max(packed.up.shape[2], packed.down.shape[1], 64))
+    name = f"{kind} of rank {rank}"
+    few = order_N is None and len(y1) <= FEW_TOKENS  # those that are sorted are many
+    return f"{name}, few tokens" if few and (f"{name}, few tokens", y1.element_size()) in TILES else name
+
+
 def _plan(kind: str, packed: PackedDelta, y1: torch.Tensor, order_N: torch.Tensor | None) -> _Plan:
     (e, hidden, r1), r2, n = packed.up.shape, packed.down.shape[1], len(y1)
     br1, br2 = triton.next_power_of_2(r1), triton.next_power_of_2(r2)
-    tile = find_tile(f"{kind} of rank {max(br1, br2, 64)}", y1)
+    tile = find_tile(tile_kind(kind, packed, y1, order_N), y1)
     split = _delta_split(n, hidden, tile)
     part_width = triton.cdiv(triton.cdiv(hidden, split), tile.cols) * tile.cols
     constants = {"E": e, "R1": r1, "R2": r2, "BR1": br1, "BR2": br2, "BM": tile.rows, "BN": tile.cols}
@@ -251,9 +261,9 @@ def _plan(kind: str, packed: PackedDelta, y1: torch.Tensor, order_N: torch.Tenso
 
 
 def _delta_split(tokens: int, hidden: int, tile: Tile) -> int:
-    """Into how many parts H is cut, so that a few tokens keep a whole card busy."""
+    """Into how many parts H is cut, so that a few tokens keep a whole card busy; each of at least five tiles."""
     wanted = triton.cdiv(ENOUGH_PROGRAMS, max(1, triton.cdiv(tokens, tile.rows)))
-    return max(1, min(wanted, MAX_SPLIT, hidden // (4 * tile.cols)))
+    return max(1, min(wanted, MAX_SPLIT, hidden // (5 * tile.cols)))
 
 
 def _delta_middle(packed, y1, weights_NE, order_N) -> torch.Tensor:

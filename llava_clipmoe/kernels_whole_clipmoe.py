@@ -30,7 +30,7 @@ from .kernels_base_clipmoe import (
 from .kernels_dense_clipmoe import bias_act
 from .kernels_pack_clipmoe import PackedFFN
 
-FEW_TILES = 264  # two for each multiprocessor of an H100: with fewer large tiles, small ones
+FEW_TILES = 132  # one for each multiprocessor of an H100: with fewer large tiles, small ones
 GROUP = 8  # tiles of rows that go over the weights together: what they read is then still in the card's cache
 
 # --------------------------------------------------------------------------------------------------- grouped product

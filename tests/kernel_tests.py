@@ -173,7 +173,7 @@ def test_router_of_a_large_tower_is_exact(weight_dtype):
     """ViT-L's width: products of half-precision numbers are summed in fp32, and an fp32 weight is not rounded."""
     x, weight = draw(18, 1024, dtype=torch.float16), draw(4, 1024, dtype=weight_dtype, seed=5)
     found = route(on_device(x, torch.float16), on_device(weight, weight_dtype), 2)
-    near(found.logits, x @ weight.t(), 1e-6)
+    near(found.logits, x @ weight.t(), 2e-5)  # a GPU cuts off a little at each of its sums; rounding would be 1e-4
 
 
 # -------------------------------------------------------------------------------------------------------------- sort
@@ -265,8 +265,9 @@ def test_an_expert_that_a_token_did_not_choose_cannot_spoil_it():
 def test_delta_of_some_experts_at_a_time(monkeypatch, e, k, step, split):
     """A tile whose tokens use many experts takes several launches, which add to what is there; here H is a multiple of
     the tile's columns, too."""
+    monkeypatch.setitem(globals(), "H", 48)
     for kind in ("delta of rank 64", "delta back of rank 64"):
-        monkeypatch.setitem(TILES, (kind, 4), {0: Tile(16, 8, step, 4, 1)})
+        monkeypatch.setitem(TILES, (kind, 4), {0: Tile(16, 16, step, 4, 1)})
     monkeypatch.setattr(kernels_delta_clipmoe, "_delta_split", lambda *_: split)
     experts, x = make_delta(torch.float32, e, k), draw(N, D, dtype=torch.float32)
     _, weights, chosen = routing(N, e, k)
@@ -390,11 +391,24 @@ def test_delta_backward(small_tiles, monkeypatch, dtype, act, e, k, sort, split)
 
 
 def test_few_tokens_split_the_width():
-    split = kernels_delta_clipmoe._delta_split
-    assert split(577, 4096, Tile(64, 32, 2, 4, 3)) == 16
-    assert split(32 * 577, 4096, Tile(64, 32, 2, 4, 3)) == 2
-    assert split(10**6, 4096, Tile(64, 32, 2, 4, 3)) == 1
-    assert split(0, 40, Tile(64, 32, 2, 4, 3)) == 1
+    """Each part has at least five tiles of columns, and there are no more parts than the card needs."""
+    split, large = kernels_delta_clipmoe._delta_split, Tile(128, 64, 2, 8, 2)
+    assert split(577, 4096, Tile(32, 64, 2, 4, 2)) == split(577, 4096, large) == 4096 // (5 * 64)
+    assert split(32 * 577, 4096, large) == 4
+    assert split(10**6, 4096, large) == 1
+    assert split(0, 40, large) == 1
+
+
+def test_few_tokens_take_smaller_tiles():
+    experts = make_delta(torch.float16, 4, 2, (64, 64))
+    packed = packed_on_device(experts, torch.float16)
+
+    def rows(kind: str, n: int) -> int:
+        return kernels_delta_clipmoe._plan(kind, packed, torch.zeros(n, 1, dtype=torch.float16), None).tile.rows
+
+    few = kernels_delta_clipmoe.FEW_TOKENS
+    assert rows("delta", few) == TILES["delta of rank 64, few tokens", 2][0].rows != rows("delta", few + 1)
+    assert rows("delta back", few) == rows("delta back", few + 1)  # none of its own in the table
 
 
 @pytest.mark.parametrize(("ranks", "e"), [((16, 32), 4), ((8, 24), 3)], ids=["no padding", "padding"])
@@ -491,10 +505,12 @@ def test_whole_of_any_number_of_tokens(request, both_products, n, kind, small):
     near(found, of_loop(experts, x, weights, chosen), 1e-5)
 
 
-@pytest.mark.parametrize(("cols", "inner"), [(8, 8), (16, 16)], ids=["even", "uneven"])
-def test_whole_in_many_tiles(monkeypatch, cols, inner):
+@pytest.mark.parametrize(("width", "hidden"), [(32, 48), (24, 40)], ids=["even", "uneven"])
+def test_whole_in_many_tiles(monkeypatch, width, hidden):
     """Several groups of tiles, the last of them smaller; sizes that are multiples of the tile (no masks) and not."""
-    monkeypatch.setitem(TILES, ("grouped", 4), {0: Tile(16, cols, inner, 4, 1)})
+    monkeypatch.setitem(globals(), "D", width)
+    monkeypatch.setitem(globals(), "H", hidden)
+    monkeypatch.setitem(TILES, ("grouped", 4), {0: Tile(16, 16, 16, 4, 1)})
     monkeypatch.setattr(kernels_whole_clipmoe, "FEW_TILES", 0)
     monkeypatch.setattr(kernels_whole_clipmoe, "GROUP", 3)
     (experts, packed), x = make_whole(torch.float32, 4, 2), draw(70, D, dtype=torch.float32)
@@ -564,7 +580,7 @@ def test_dense_in_training_gives_what_is_asked_for(wanted):
     for i, (tensor, other) in enumerate(zip(tensors, expected, strict=True)):
         assert (tensor.grad is not None) == (i in wanted)
         if i in wanted:
-            near(tensor.grad, other.grad, 1e-5)
+            near(tensor.grad, other.grad.cpu(), 1e-5)
 
 
 def test_dense_in_training_keeps_one_hidden_tensor():
