@@ -651,6 +651,11 @@ def test_check_is_content(dtype):
     assert kernels.check(DEVICE, dtype) is None
 
 
+def test_check_is_content_where_llava_asks():
+    with torch.inference_mode():
+        assert kernels.check(DEVICE, torch.float16) is None
+
+
 def test_check_says_what_is_wrong(monkeypatch):
     assert "float64" in kernels.check(DEVICE, torch.float64)
     monkeypatch.setattr(kernels, "fuse", lambda x, weight, bias, base, y: base)
