@@ -2,8 +2,8 @@
 
     python benchmarks/kernel_tiles.py --output benchmarks/kernel_tiles.md
 
-For whoever has a card on which nobody has tried them: the tiles in `llava_clipmoe/kernels_base_clipmoe.py` were chosen
-by counting registers and shared memory. Sizes of ViT-L/14@336, 4 experts of which a token takes 2, rank 64; one picture
+For whoever has a card on which nobody has tried them: the tiles in `llava_clipmoe/kernels_base_clipmoe.py` are those of an
+H100 (`kernel_tiles.md`) or, for fp32 and higher ranks, counted from registers and shared memory. Sizes of ViT-L/14@336, 4 experts of which a token takes 2, rank 64; one picture
 (577 tokens) and 32. All tiles are tried in fp16 with 32 pictures; elsewhere the one in use and the best of those.
 """
 
@@ -156,9 +156,9 @@ def tile_in_use(kernel: str, dtype: torch.dtype, tile: tuple[int, ...]) -> Itera
 def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     """Median time of a call, which has run before."""
     if device.type == "cuda":
-        from triton.testing import do_bench
+        from triton.testing import do_bench_cudagraph
 
-        return do_bench(run, warmup=10, rep=40, return_mode="median")
+        return do_bench_cudagraph(run, rep=20, return_mode="median")  # for few tokens Python's launches take longer
     return 1000 * timing.medians(timing.interleaved({"it": run}, 1, device, warm=0))["it"]
 
 
