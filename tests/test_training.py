@@ -18,6 +18,7 @@ import tiny_run
 
 from llava_clipmoe.files import load_tensors, save_tensors
 from train_encoder import run_directory
+from train_encoder.config import ScratchConfig
 
 pytestmark = pytest.mark.xdist_group("training")  # `make test`: its runs are made once
 
@@ -122,6 +123,17 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 def test_a_base_from_nothing_is_trained_on_its_early_captions_first(finished):
     stages = [stage for stage, _, _ in curve(finished)]
     assert list(dict.fromkeys(stages)) == ["base-early", "base", "stage1", "stage2", "router"]
+
+
+def test_a_base_from_nothing_may_begin_with_a_locked_text_tower(data, tmp_path, finished):
+    flags = ("--method", "base", "--base.scratch.locked-text-epochs", "1")
+    tiny_run.run_here(tiny_run.arguments(data, tmp_path, *flags))
+    assert list(dict.fromkeys(stage for stage, _, _ in curve(tmp_path))) == ["base-locked", "base-early", "base"]
+    trainings = ScratchConfig(early_caption_columns=("caption",), locked_text_epochs=1).trainings
+    names = load_tensors(tmp_path / "base").keys()
+    locked = {name for name in names if not trainings["base-locked"].trainable(name)}
+    assert locked == {name for name in names if "text" in name} and 0 < len(locked) < len(names)
+    assert all(map(trainings["base-early"].trainable, names)) and all(map(trainings["base"].trainable, names))
 
 
 def test_each_training_reads_its_own_captions(data, tmp_path):

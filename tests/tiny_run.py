@@ -59,6 +59,8 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
         "caption",
         "--base.scratch.early-caption-columns",
         "caption",
+        "--base.scratch.locked-text-epochs",
+        "0",
         "--base.scratch.caption-columns",
         "short",
         "--base.scratch.image-size",

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,20 @@ _FROM_NOTHING = {
 
 
 @dataclass(frozen=True)
+class BaseTraining:
+    """One training of a base from nothing."""
+
+    caption_columns: tuple[str, ...]
+    optim: OptimConfig
+    lock_text: bool = False
+    """Whether the text tower stays as it is."""
+
+    def trainable(self, name: str) -> bool:
+        """Whether this parameter of a CLIP is."""
+        return not (self.lock_text and name.startswith(("text_model.", "text_projection.")))
+
+
+@dataclass(frozen=True)
 class ScratchConfig:
     """A small CLIP to start from where there is no pretrained one (`--base.source scratch`)."""
 
@@ -125,6 +139,10 @@ class ScratchConfig:
     early_caption_columns: tuple[str, ...] = ()
     """Captions that the base is trained on first, in the same data; left out when empty. A real CLIP's attention comes
     from hundreds of millions of captions, a few of which name any detail; a small one's comes from these."""
+    locked_text_epochs: float = 0
+    """Epochs on the early captions before any other, in which the text tower stays as it was drawn. Its last token
+    holds every word then; in training it soon drops those that the pictures do not show yet, and no gradient asks for
+    them again. (LiT, Zhai et al. 2022, locks the image tower, which is trained there and the text tower is not.)"""
     early_optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
     """Training on the early captions."""
     caption_columns: tuple[str, ...] = ("short",)
@@ -132,10 +150,15 @@ class ScratchConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(**_FROM_NOTHING))
 
     @property
-    def trainings(self) -> dict[str, tuple[tuple[str, ...], OptimConfig]]:
-        """The base's trainings in order: name -> (caption columns, settings)."""
-        early = {"base-early": (self.early_caption_columns, self.early_optim)} if self.early_caption_columns else {}
-        return {**early, "base": (self.caption_columns, self.optim)}
+    def trainings(self) -> dict[str, BaseTraining]:
+        """The base's trainings in order, by their names in metrics.jsonl."""
+        found = {}
+        if self.early_caption_columns and self.locked_text_epochs:
+            locked = replace(self.early_optim, epochs=self.locked_text_epochs)
+            found["base-locked"] = BaseTraining(self.early_caption_columns, locked, lock_text=True)
+        if self.early_caption_columns:
+            found["base-early"] = BaseTraining(self.early_caption_columns, self.early_optim)
+        return found | {"base": BaseTraining(self.caption_columns, self.optim)}
 
 
 @dataclass(frozen=True)

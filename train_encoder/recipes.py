@@ -38,7 +38,7 @@ DMU_SHAREGPT4V = replace(
 DMU_RECAP1M = replace(_PAPER, data=DataConfig(source="data/recap-datacomp-1m", caption_columns=("re_caption",)))
 
 # Everything is scaled to 6,000 scenes: a base whose attention learns from captions that say everything, and whose
-# features then forget what the web's captions do not say; learning rates for a CLIP of width 128, the temperature that
+# features then forget what the web's captions do not say (at half the rate they keep half of it); learning rates for a CLIP of width 128, the temperature that
 # the small base finds by itself (the paper's 0.01 is OpenAI's), and fp32, which is faster than bf16 on most CPUs.
 _BASE = ScratchConfig()
 _STAGE = OptimConfig(
@@ -52,8 +52,9 @@ DMU_OPENMOJI = TrainConfig(
         scratch=replace(
             _BASE,
             early_caption_columns=("long",),
-            early_optim=replace(_BASE.optim, epochs=14),
-            optim=replace(_BASE.optim, learning_rate=1e-3, epochs=5),
+            locked_text_epochs=4,
+            early_optim=replace(_BASE.optim, epochs=6),
+            optim=replace(_BASE.optim, epochs=8),
         ),
     ),
     mcl=MCLConfig(optim=_STAGE),

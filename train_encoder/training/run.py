@@ -115,9 +115,9 @@ class Run:
         if self.folder.base.exists():
             return
         trainings = base.scratch.trainings if base.source == "scratch" else {}
-        for name, (columns, optim) in trainings.items():
-            source = open_source(dataclasses.replace(self.config.data, caption_columns=columns))
-            self.train(name, self.base, lambda name: True, optim, source=source)
+        for name, training in trainings.items():
+            source = open_source(dataclasses.replace(self.config.data, caption_columns=training.caption_columns))
+            self.train(name, self.base, training.trainable, training.optim, source=source)
         card = self.card(role="the dense base of a CLIP-MoE run")
         self.save(lambda: save_bundle(self.base, self.folder.base, card=card))
         for name in trainings:
