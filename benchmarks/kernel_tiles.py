@@ -2,9 +2,10 @@
 
     python benchmarks/kernel_tiles.py --output benchmarks/kernel_tiles.md
 
-For whoever has a card on which nobody has tried them: the tiles in `llava_clipmoe/kernels_base_clipmoe.py` are those of an
-H100 (`kernel_tiles.md`) or, for fp32 and higher ranks, counted from registers and shared memory. Sizes of ViT-L/14@336, 4 experts of which a token takes 2, rank 64; one picture
-(577 tokens) and 32. All tiles are tried in fp16 with 32 pictures; elsewhere the one in use and the best of those.
+For whoever has a card on which nobody has tried them: the tiles in `llava_clipmoe/kernels_base_clipmoe.py` are those of
+an H100 (`kernel_tiles.md`) or, for fp32 and higher ranks, counted from registers and shared memory. Sizes of
+ViT-L/14@336, 4 experts of which a token takes 2, rank 64; one picture (577 tokens) and 32. All tiles are tried in fp16
+with 32 pictures; elsewhere the one in use and the best of those.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ DMU_SHAREGPT4V = replace(
 DMU_RECAP1M = replace(_PAPER, data=DataConfig(source="data/recap-datacomp-1m", caption_columns=("re_caption",)))
 
 # Everything is scaled to 6,000 scenes: a base whose attention learns from captions that say everything, and whose
-# features then forget what the web's captions do not say (at half the rate they keep half of it); learning rates for a CLIP of width 128, the temperature that
-# the small base finds by itself (the paper's 0.01 is OpenAI's), and fp32, which is faster than bf16 on most CPUs.
+# features then forget what the web's captions do not say (at half the rate they keep half of it); learning rates for a
+# CLIP of width 128, the temperature that the small base finds by itself (the paper's 0.01 is OpenAI's), and fp32, which
+# is faster than bf16 on most CPUs.
 _BASE = ScratchConfig()
 _STAGE = OptimConfig(
     learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, epochs=2, global_batch_size=64, temperature=0.07
