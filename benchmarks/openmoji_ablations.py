@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Name of the folder -> in words, and flags for train-encoder."""
 BESIDE = ("base", "direct-ft", "direct-ft-all", "sparse-upcycling")
-"""Recipes of the comparison that are listed for reference."""
+"""Recipes of the comparison that are listed for reference, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def main() -> None:
     def results(runs: Path, name: str) -> list[dict[str, Any]]:
         return [read_json(folder_of(runs, name, seed) / "results.json") for seed in range(s.seeds)]
 
-    known = {name: results(s.comparison, f"{name}-openmoji") for name in (*BESIDE, "dmu")}
+    beside = [name for name in (*BESIDE, "dmu") if folder_of(s.comparison, f"{name}-openmoji", 0).is_dir()]
+    known = {name: results(s.comparison, f"{name}-openmoji") for name in beside}
     known |= {f"dmu: {VARIANTS[name][0]}": results(s.runs, name) for name in s.variants}
     columns = ("system", "mean", "by seed", "minus direct-ft", "expert 1", "expert 2", "expert 3", "untrained router")
     text = timing.command(__file__, None)
