@@ -14,6 +14,7 @@ _HOME = {
     "CLIPMoETextConfig": "configuration_clipmoe",
     "CLIPMoEVisionConfig": "configuration_clipmoe",
     "CLIPMoEModel": "modeling_clipmoe",
+    "CLIPMoETextModel": "modeling_clipmoe",
     "CLIPMoEVisionModel": "modeling_clipmoe",
     "load_bundle": "load",
     "save_bundle": "model_directory",
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
     from .load import load_bundle
     from .model_directory import save_bundle
-    from .modeling_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+    from .modeling_clipmoe import CLIPMoEModel, CLIPMoETextModel, CLIPMoEVisionModel
     from .transformer_clipmoe import only_expert
     from .upcycling import fuse, sparse_upcycle, upcycle
 

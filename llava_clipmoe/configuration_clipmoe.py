@@ -210,6 +210,7 @@ class CLIPMoEConfig(PretrainedConfig):
 
 
 CLIPMoEConfig.register_for_auto_class()
+CLIPMoETextConfig.register_for_auto_class()
 CLIPMoEVisionConfig.register_for_auto_class()
 
 

@@ -34,7 +34,11 @@ _FIELDS = {
 }
 MODELING_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_clipmoe.py")))
 """What a saved model carries, so that it loads without this package."""
-_AUTO_MAP = {"AutoConfig": "configuration_clipmoe.CLIPMoEConfig", "AutoModel": "modeling_clipmoe.CLIPMoEModel"}
+_AUTO_MAP = {
+    "AutoConfig": "configuration_clipmoe.CLIPMoEConfig",
+    "AutoModel": "modeling_clipmoe.CLIPMoEModel",
+    "AutoModelForZeroShotImageClassification": "modeling_clipmoe.CLIPMoEModel",
+}
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's usual shard size
 
 
@@ -259,6 +263,7 @@ def preprocessor(size: int, mean: Sequence[float], std: Sequence[float], **other
         "image_mean": list(mean),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(std),
+        "processor_class": "CLIPProcessor",
         "resample": 3,  # PIL's number for bicubic
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},

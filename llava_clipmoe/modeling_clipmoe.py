@@ -12,7 +12,7 @@ with Diversified Multiplet Upcycling"); the fusion gate is CLIP-FMoE's.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
+from .configuration_clipmoe import CLIPMoEConfig, CLIPMoETextConfig, CLIPMoEVisionConfig
 from .experts_clipmoe import Router
 from .experts_delta_clipmoe import DeltaLinear
 from .losses_clipmoe import block_logits, end_of_text, kept_tokens, router_counts, router_losses, weighted
@@ -213,6 +213,40 @@ class CLIPMoEVisionModel(CLIPMoEPreTrainedModel):
         return _finish(out, output_router_logits, return_dict)
 
 
+class CLIPMoETextModel(CLIPMoEPreTrainedModel):
+    """The text tower alone, with the weight names of the whole CLIP. What diffusers asks of a text encoder it has:
+    the last hidden state first, the hidden states last, and `text_model.final_layer_norm`."""
+
+    config_class = CLIPMoETextConfig
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$", r"^vision_model\.", r"_projection\.", r"^logit_scale$"]
+
+    def __init__(self, config: CLIPMoETextConfig):
+        super().__init__(config)
+        self.text_model = CLIPMoETextTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        self.text_model.embeddings.token_embedding = embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CLIPMoETowerOutput:
+        """Token ids [B,T] -> `last_hidden_state` [B,T,D] after the final norm, `pooler_output` [B,D], on demand
+        `hidden_states` (depth + 1 of them, before that norm) and `router_logits` (one [B,T,E] per MoE block)."""
+        out = self.text_model(input_ids, attention_mask, output_hidden_states=bool(output_hidden_states))
+        return _finish(out, output_router_logits, return_dict)
+
+
 @dataclass
 class CLIPMoEOutput(ModelOutput):
     """What `CLIPMoEModel` returns.
@@ -269,7 +303,7 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
         output_router_logits: bool = False,
         return_dict: bool | None = None,
         **_: Any,
-    ):
+    ) -> CLIPMoEOutput:
         vision = self.vision_model(pixel_values, output_hidden_states)
         text = self.text_model(input_ids, attention_mask, output_hidden_states)
         image_embeds = F.normalize(self.visual_projection(vision.pooler_output), dim=-1)
@@ -299,10 +333,12 @@ class CLIPMoEModel(CLIPMoEPreTrainedModel):
 
 
 def _finish(out: ModelOutput, output_router_logits: bool | None, return_dict: bool | None):
-    if not output_router_logits:
-        out.router_logits = None
+    if not output_router_logits:  # made anew: a field that is set to None stays in what indexing and to_tuple give
+        kept = {field.name: getattr(out, field.name) for field in fields(out) if field.name != "router_logits"}
+        out = type(out)(**kept)
     return out.to_tuple() if return_dict is False else out
 
 
 CLIPMoEModel.register_for_auto_class("AutoModel")
 CLIPMoEVisionModel.register_for_auto_class("AutoModel")
+CLIPMoETextModel.register_for_auto_class("AutoModel")
