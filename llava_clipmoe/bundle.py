@@ -17,7 +17,8 @@ class ClipBundle:
     """A model and what it needs to read images and captions.
 
     `model` is dense when its config's `is_dense` says so; as loaded it is fp32 and in eval mode. `image_mean` and
-    `image_std` are per RGB channel, for pixels in [0, 1]. `name` says where it came from, without any path.
+    `image_std` are per RGB channel, for pixels in [0, 1]. `name` says where it came from, without any path;
+    `license` is the one that the card there says, as the hub names it.
     """
 
     model: CLIPMoEModel
@@ -25,6 +26,7 @@ class ClipBundle:
     image_mean: tuple[float, float, float] = OPENAI_MEAN
     image_std: tuple[float, float, float] = OPENAI_STD
     name: str = "clip"
+    license: str | None = None
 
     @property
     def image_size(self) -> int:

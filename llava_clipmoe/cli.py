@@ -34,6 +34,16 @@ COMMANDS = {
         "turn an OpenAI, open_clip or CLIP-MoE checkpoint into a model directory, and back",
         "llava-clipmoe convert CLIP-MoE.pt clip-moe --num-experts-per-tok 2",
     ),
+    "update": Command(
+        "llava_clipmoe.update:main",
+        "bring a CLIP-MoE directory of an older version up to date: code, metadata and card",
+        "llava-clipmoe update runs/quickstart/clip-moe",
+    ),
+    "push": Command(
+        "llava_clipmoe.push:main",
+        "upload a model directory to the hub, with a model card",
+        "llava-clipmoe push runs/quickstart/clip-moe ORG/NAME --dry-run",
+    ),
     "train-encoder": Command(
         "train_encoder.command:main",
         "train a CLIP-MoE from a dense CLIP and image-caption pairs, by a recipe",

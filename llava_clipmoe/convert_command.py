@@ -48,7 +48,7 @@ def convert(
             raise ValueError("open_clip models have no experts: leave --num-experts-per-tok out.")
         bundle = load_open_clip(open_clip_name, source, quick_gelu=quick_gelu)
     if to == "directory":
-        save_bundle(bundle, output, card={"base": bundle.name})
+        save_bundle(bundle, output, card={"base": bundle.name, "license": bundle.license})
     elif Path(output).suffix == ".safetensors":
         save_tensors(output, to_openai_state(bundle), {"format": "pt"})
     else:

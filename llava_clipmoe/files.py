@@ -223,11 +223,16 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(replace_surrogates(text), encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Halves of surrogate pairs are written as JSON's escapes: Python has them in the names of files that are not
-    UTF-8, and `read_json` gives the same name back."""
+def json_text(value: Any) -> str:
+    """What `write_json` writes. Halves of surrogate pairs become JSON's escapes: Python has them in the names of files
+    that are not UTF-8, and `read_json` gives the same name back."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_text(path, text if text.isascii() else _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text))
+    return text if text.isascii() else _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `json_text` of a value."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: str | Path) -> Any:
@@ -319,6 +324,20 @@ def iter_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: Tr
 def load_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
     """All that `iter_tensors` gives."""
     return dict(iter_tensors(path, keep))
+
+
+def load_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a directory's safetensors, from their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(directory):
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                shapes.update((name, tuple(content.get_slice(name).get_shape())) for name in content.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return shapes
 
 
 def load_foreign_pt(path: str | Path) -> Any:

@@ -19,7 +19,7 @@ import torch
 from .bundle import OPENAI_MEAN, OPENAI_STD, ClipBundle
 from .configuration_clipmoe import EXPERT_FIELDS, CLIPMoEConfig
 from .files import atomic_directory, load_tensors, read_json, save_shards, write_json
-from .model_card import model_card
+from .model_card import CARD, license_of, model_card
 from .modeling_clipmoe import CLIPMoEModel
 from .tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer, save_tokenizer
 
@@ -34,7 +34,7 @@ _FIELDS = {
 }
 MODELING_FILES = tuple(sorted(path.name for path in Path(__file__).parent.glob("*_clipmoe.py")))
 """What a saved model carries, so that it loads without this package."""
-_AUTO_MAP = {
+AUTO_MAP = {
     "AutoConfig": "configuration_clipmoe.CLIPMoEConfig",
     "AutoModel": "modeling_clipmoe.CLIPMoEModel",
     "AutoModelForZeroShotImageClassification": "modeling_clipmoe.CLIPMoEModel",
@@ -55,7 +55,7 @@ def load_directory(directory: Path, name: str, quick_gelu: bool | None, num_expe
         tokenizer = load_tokenizer(directory, length)
     else:
         tokenizer = open_clip_tokenizer(length)
-    return ClipBundle(model, tokenizer, mean, std, name)
+    return ClipBundle(model, tokenizer, mean, std, name, license_of(directory))
 
 
 def read_config(directory: str | Path) -> CLIPMoEConfig:
@@ -114,20 +114,27 @@ def build_model(
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     with torch.device("meta"):  # no time or memory for random weights that are replaced at once
         model = CLIPMoEModel(config)
-    _check_fit({name: tuple(p.shape) for name, p in model.state_dict().items()}, state, where, advice)
+    _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where, advice)
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()}, assign=True)
     return model.eval()
 
 
-def _check_fit(
-    expected: dict[str, tuple[int, ...]], state: Mapping[str, torch.Tensor], where: str, advice: str
-) -> None:
+def check_shapes(config: CLIPMoEConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise ValueError as `build_model` does, by names and shapes alone: no weight is read."""
+    with torch.device("meta"):
+        model = CLIPMoEModel(config)
+    kept = {name: shape for name, shape in shapes.items() if not name.endswith("position_ids")}
+    _check_fit(model, kept, where, WRONG_DIRECTORY)
+
+
+def _check_fit(model: CLIPMoEModel, state: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shared = [name for name in expected if name in state]
-    wrong = [name for name in shared if tuple(state[name].shape) != expected[name]]
+    wrong = [name for name in shared if state[name] != expected[name]]
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [f"{n} {list(state[n].shape)} instead of {list(expected[n])}" for n in wrong],
+        "of another shape": [f"{n} {list(state[n])} instead of {list(expected[n])}" for n in wrong],
     }
     found = [
         f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
@@ -194,7 +201,7 @@ def save_bundle(
     """Write a whole model directory, atomically; the same model gives the same bytes.
 
     A model with experts is written as clip_moe with its modeling files, a dense one as a plain transformers CLIP.
-    card: lines for the README ("name", "base", "license", "recipe", "data" or any other key).
+    card: lines for the README ("name", "base", "license", "recipe", "data" or any other key, see `model_card`).
     Raises SaveError when the write fails (what stood there before is unchanged then), and ValueError when something
     else than a model directory stands there: it would be replaced as a whole.
     """
@@ -206,7 +213,8 @@ def save_bundle(
         write_json(folder / "preprocessor_config.json", pixels)
         save_shards(sorted(bundle.model.state_dict().items()), folder, max_shard_bytes)
         save_tokenizer(bundle.tokenizer, folder, bundle.context_length)
-        (folder / "README.md").write_text(model_card(bundle, card or {}), encoding="utf-8")
+        facts = {"name": bundle.name, "base": bundle.name, "base_license": bundle.license, **(card or {})}
+        (folder / CARD).write_text(model_card(config, facts), encoding="utf-8")
         if not config.is_dense:
             copy_modeling_files(folder)
 
@@ -245,7 +253,7 @@ def config_dict(config: CLIPMoEConfig) -> dict[str, Any]:
         content[key]["model_type"] = f"clip_{kind}" if dense else f"clip_moe_{kind}"
         content[key] = dict(sorted(content[key].items()))
     if not dense:
-        content["auto_map"] = _AUTO_MAP
+        content["auto_map"] = AUTO_MAP
         content.update({name: getattr(config, name) for name in EXPERT_FIELDS})
     return dict(sorted(content.items()))
 

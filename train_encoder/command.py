@@ -13,6 +13,8 @@ from __future__ import annotations
 import tyro
 from rich.console import Console
 
+from llava_clipmoe.model_card import write_renewed_card
+
 from .evaluate.run import evaluate_run
 from .methods import METHODS
 from .recipes import RECIPES
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> int:
     if accelerator.is_main_process:
         results = evaluate_run(run, method.variants(), method.final, method.describe)
         page = write_report(run.folder.path)
+        write_renewed_card(method.output_folder, method.result.model.config)
         console = Console()
         if not console.is_terminal:  # a log has no width: never cut a variant's name
             console = Console(width=160)

@@ -118,7 +118,7 @@ class Run:
         for name, training in trainings.items():
             source = open_source(dataclasses.replace(self.config.data, caption_columns=training.caption_columns))
             self.train(name, self.base, training.trainable, training.optim, source=source)
-        card = self.card(role="the dense base of a CLIP-MoE run")
+        card = {**self.card(role="the dense base of a CLIP-MoE run"), "license": self.base.license}
         self.save(lambda: save_bundle(self.base, self.folder.base, card=card))
         for name in trainings:
             self.discard(name)
