@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "update": Command(
         "llava_clipmoe.update:main",
-        "bring a CLIP-MoE directory of an older version up to date: code, metadata and card",
+        "bring a directory that an older version wrote up to date: code, metadata and card",
         "llava-clipmoe update runs/quickstart/clip-moe",
     ),
     "push": Command(

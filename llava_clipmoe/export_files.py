@@ -156,11 +156,15 @@ def write_generation_config(source: Path, folder: Path, config: Mapping[str, Any
     write_json(folder / "generation_config.json", content)
 
 
+def remote_code() -> str:
+    """The file that `trust_remote_code` runs of an exported LLaVA; it imports the modeling files beside it."""
+    return render(f"{REMOTE_CODE}.j2", modules=[Path(file).stem for file in MODELING_FILES])
+
+
 def write_card(folder: Path, config: Mapping[str, Any], clip: CLIPMoEConfig) -> None:
     """README.md, and for a CLIP-MoE the files that `trust_remote_code` needs."""
     if not clip.is_dense:
-        code = render(f"{REMOTE_CODE}.j2", modules=[Path(file).stem for file in MODELING_FILES])
-        (folder / REMOTE_CODE).write_text(code, encoding="utf-8")
+        (folder / REMOTE_CODE).write_text(remote_code(), encoding="utf-8")
         copy_modeling_files(folder)
     card = render("llava_card.md.j2", clip=clip, vision=clip.vision_config, config=config)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,6 +1,7 @@
-"""A CLIP-MoE's directory that an older version wrote, brought to what this version writes: `llava-clipmoe update DIR`.
+"""A directory that an older version wrote, brought to what this version writes: `llava-clipmoe update DIR`.
 
-The weights, the tokenizer and the model's settings stay as they are, to the byte.
+A CLIP-MoE's directory, or what `export-hf` wrote of a LLaVA with one. Weights, tokenizer and the model's settings stay
+as they are, to the byte.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from . import export_files
 from .configuration_clipmoe import CLIPMoEConfig
 from .files import json_text, read_json, weight_files, write_text
 from .model_card import CARD, renewed_card
@@ -22,17 +24,29 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 def outdated(directory: Path) -> dict[str, str]:
     """File -> what it would hold, for every file that this version would write otherwise.
 
-    Raises FileNotFoundError or ValueError for what is no CLIP-MoE's directory, saying what it is.
+    Raises FileNotFoundError or ValueError for what is no directory of ours, saying what it is.
     """
-    config = _check(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is no directory on this machine. A model of the hub is updated in a copy: download it "
+            "(hf download ORG/NAME --local-dir DIR), update DIR, and push it again."
+        )
     wanted = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in MODELING_FILES}
+    if (directory / export_files.REMOTE_CODE).is_file():  # an exported LLaVA; its card says nothing that changes
+        wanted[export_files.REMOTE_CODE] = export_files.remote_code()
+        auto_map = export_files.AUTO_MAP
+    else:
+        config = _check(directory)
+        auto_map = AUTO_MAP
+        pixels = {**_pixels(directory, config), "processor_class": "CLIPProcessor"}
+        if not (directory / PREPROCESSOR).is_file() or read_json(directory / PREPROCESSOR) != pixels:
+            wanted[PREPROCESSOR] = json_text(dict(sorted(pixels.items())))
+        wanted[CARD] = renewed_card(directory, config)
+    weight_files(directory)
     raw = read_json(directory / CONFIG)
-    if raw.get("auto_map", {}) != (auto_map := {**raw.get("auto_map", {}), **AUTO_MAP}):
-        wanted[CONFIG] = json_text({**raw, "auto_map": auto_map})
-    pixels = _pixels(directory, config)
-    if pixels.get("processor_class") != "CLIPProcessor":
-        wanted[PREPROCESSOR] = json_text(dict(sorted({**pixels, "processor_class": "CLIPProcessor"}.items())))
-    wanted[CARD] = renewed_card(directory, config)
+    known = raw.get("auto_map") or {}
+    if {**known, **auto_map} != known:
+        wanted[CONFIG] = json_text({**raw, "auto_map": {**known, **auto_map}})
     return {file: text for file, text in wanted.items() if not _holds(directory / file, text)}
 
 
@@ -45,15 +59,9 @@ def update_directory(directory: Path) -> list[str]:
 
 
 def _check(directory: Path) -> CLIPMoEConfig:
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is no directory on this machine. A model of the hub is updated in a copy: download it "
-            "(hf download ORG/NAME --local-dir DIR), update DIR, and push it again."
-        )
     config = read_config(directory)
     if read_json(directory / CONFIG)["model_type"] != CLIPMoEConfig.model_type:
         raise ValueError(f"{directory} is a dense CLIP, which transformers' own code opens: it has no files of ours.")
-    weight_files(directory)
     return config
 
 
@@ -62,7 +70,7 @@ def _pixels(directory: Path, config: CLIPMoEConfig) -> dict[str, Any]:
     file = directory / PREPROCESSOR
     if file.is_file():
         return read_json(file)
-    return {**preprocessor(config.vision_config.image_size, *pixel_statistics(directory)), "processor_class": None}
+    return preprocessor(config.vision_config.image_size, *pixel_statistics(directory))
 
 
 def _holds(file: Path, text: str) -> bool:
@@ -71,13 +79,13 @@ def _holds(file: Path, text: str) -> bool:
 
 @dataclass
 class Update:
-    """Bring an older CLIP-MoE directory to what this version writes: code, metadata and card. Weights stay.
+    """Bring a directory of an older version to what this one writes: code, metadata and card. Weights stay.
 
     Example: llava-clipmoe update runs/quickstart/clip-moe
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """A CLIP-MoE's model directory."""
+    """A CLIP-MoE's model directory, or what export-hf wrote of a LLaVA with one."""
 
 
 def main(argv: list[str]) -> int:

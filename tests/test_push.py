@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from test_model_directory import assert_same, dense, edit_json, features, moe, tiny_tokenizer  # noqa: F401
 from tiny import hub as hubs
 
-from llava_clipmoe import cli, load_bundle
-from llava_clipmoe.files import load_tensors, save_tensors
+from llava_clipmoe import cli, export_files, load_bundle
+from llava_clipmoe.files import load_tensors, save_tensors, write_json
 from llava_clipmoe.model_directory import MODELING_FILES, save_bundle
 from llava_clipmoe.push import plan
 
@@ -147,6 +147,24 @@ def test_another_directory_of_a_run_does_not_get_its_scores(older):
     shutil.move(older, older.with_name("clip-moe-delta"))
     assert cli.main(["update", str(older.with_name("clip-moe-delta"))]) == 0
     assert "## Scores" not in (older.with_name("clip-moe-delta") / "README.md").read_text()
+
+
+def test_an_exported_llavas_code_is_updated(tmp_path, moe):  # noqa: F811
+    def export(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        export_files.write_card(folder, {}, moe.model.config)
+        write_json(folder / "config.json", {"model_type": "llava", "auto_map": dict(export_files.AUTO_MAP)})
+        save_tensors(folder / "model.safetensors", {"weight": torch.zeros(1)}, {"format": "pt"})
+        return folder
+
+    fresh, old = export("fresh"), export("old")
+    assert cli.main(["update", str(fresh)]) == 0 and snapshot(fresh) == snapshot(old)  # nothing to do
+    (old / "experts_clipmoe.py").unlink()
+    (old / export_files.REMOTE_CODE).write_text("# older\n")
+    edit_json(old / "config.json", auto_map={"AutoConfig": export_files.AUTO_MAP["AutoConfig"]})
+    assert cli.main(["update", str(old)]) == 0
+    assert snapshot(old) == snapshot(fresh)
 
 
 def test_what_is_not_ours_is_not_updated(tmp_path, directory, dense, capsys):  # noqa: F811
