@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -44,19 +45,23 @@ def directory(tmp_path, moe) -> Path:  # noqa: F811
     return tmp_path / "model"
 
 
-def stranger(folder: Path, code: str, python: str = sys.executable, timeout: int = 300) -> dict:
-    """What `code` leaves in `result`, run in `folder` by an interpreter that cannot import this package."""
+def stranger(folder: Path, code: str, python: str = sys.executable, remote: bool = True) -> dict:
+    """What `code` leaves in `result`, run in `folder` by an interpreter that cannot import this package.
+
+    remote: whether the code beside the weights is to have run.
+    """
     before = "import json, sys\nsys.modules['llava_clipmoe'] = None\n"
-    after = f"\nresult['foreign'] = any('clipmoe' in n for n in sys.modules)\nprint({MARK!r} + json.dumps(result))\n"
+    after = "\nresult['remote'] = any('modeling_clipmoe' in name for name in sys.modules)"
+    after += f"\nprint({MARK!r} + json.dumps(result))\n"
     (folder / "stranger.py").write_text(before + code + after)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "LLAVA_CLIPMOE_HOOK": "0"}
     # -I: no PYTHONPATH and no current folder, so that only what is installed can be imported
     command = [python, "-I", "stranger.py"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.rpartition(MARK)[2])
-    assert result.pop("foreign"), "the model's own code was not what ran"
+    assert result.pop("remote") == remote
     return result
 
 
@@ -191,10 +196,9 @@ def test_the_text_model_returns_what_was_asked_for(tiny_moe, batch):
     assert len(routed.router_logits) == 2 and len(routed) == 3
 
 
-@pytest.fixture
-def long_directory(tmp_path) -> Path:
-    """A CLIP-MoE of 248 text positions."""
-    config = make_tiny_config(num_experts=4, num_experts_per_tok=2)
+def make_long(tmp_path: Path, **experts: int) -> Path:
+    """The directory `model` of a tiny model of 248 text positions."""
+    config = make_tiny_config(**experts)
     config.text_config.max_position_embeddings = 248
     write_tiny_tokenizer(tmp_path / "tokenizer")
     model = shake(CLIPMoEModel(config), seed=1).eval()
@@ -205,7 +209,7 @@ def long_directory(tmp_path) -> Path:
 _DIFFUSERS = """
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import AutoTokenizer
+from transformers import CLIPTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 CLIPMoETextModel = get_class_from_dynamic_module("modeling_clipmoe.CLIPMoETextModel", "model")
@@ -218,7 +222,7 @@ unet = UNet2DConditionModel(
 )
 pipe = StableDiffusionPipeline(
     vae=AutoencoderKL(block_out_channels=(16,), norm_num_groups=8), text_encoder=text_encoder, unet=unet,
-    tokenizer=AutoTokenizer.from_pretrained("model"), scheduler=DDIMScheduler(), safety_checker=None,
+    tokenizer=CLIPTokenizer.from_pretrained("model"), scheduler=DDIMScheduler(), safety_checker=None,
     feature_extractor=None, requires_safety_checker=False,
 )
 pipe.set_progress_bar_config(disable=True)
@@ -243,8 +247,28 @@ pipe.save_pretrained("saved")
 
 
 @needs("diffusers")
-def test_stable_diffusion_draws_with_it_as_text_encoder(long_directory):
-    result = stranger(long_directory.parent, _DIFFUSERS)
+def test_stable_diffusion_draws_with_it_as_text_encoder(tmp_path):
+    make_long(tmp_path, num_experts=4, num_experts_per_tok=2)
+    result = stranger(tmp_path, _DIFFUSERS)
     assert result["shape"] == [1, 16, 16, 3] and result["spread"] > 0.01 and result["again"] == 0
     assert result["beyond 77 tokens"] > 1e-4 and result["clip skip"] > 1e-4
     assert (result["tokens"], result["dtype"]) == (248, "torch.float32")
+
+
+# --------------------------------------------------------------------------------------------------------- the card
+
+
+@needs("sentence_transformers")
+@pytest.mark.parametrize("experts", [4, 1], ids=["clip-moe", "dense"])
+def test_the_cards_own_examples_run(tmp_path, experts):
+    """All of them, in one process that cannot import this package; the last, which needs it, in this one."""
+    directory = make_long(tmp_path, num_experts=experts)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.jpg")
+    card = (directory / "README.md").read_text().replace("path/to/this/directory", "model")
+    *foreign, ours = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(foreign) == 3 and "load_bundle" in ours
+    code = "\n".join(foreign) + "\nresult = {'width': text_encoder.config.hidden_size}"
+    assert stranger(tmp_path, code, remote=experts > 1) == {"width": 32}
+    names = {"path": str(directory)}
+    exec(ours, names)
+    assert names["bundle"].model.config.is_dense == (experts == 1)

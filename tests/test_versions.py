@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel
 sys.path.insert(0, "tests")
 from conftest import make_tiny_config, shake
 import llava_clipmoe
-from llava_clipmoe import CLIPMoEModel, CLIPMoEVisionModel
+from llava_clipmoe import CLIPMoEModel, CLIPMoETextModel, CLIPMoEVisionModel
 
 task, folder = sys.argv[1], Path(sys.argv[2])
 ids = torch.tensor([[97, 5, 98, 98, 98], [97, 40, 41, 42, 98]])
@@ -40,6 +40,8 @@ def features(model):
     with torch.no_grad():
         if isinstance(model, CLIPMoEVisionModel):
             return {"pooled": model(pixels).pooler_output}
+        if isinstance(model, CLIPMoETextModel):
+            return {"pooled": model(ids).pooler_output, "tokens": model(ids, output_hidden_states=True)[0]}
         return {"image": model.get_image_features(pixels), "text": model.get_text_features(ids)}
 
 def expected(path):
@@ -75,7 +77,10 @@ if task == "write":
     gated = shake(CLIPMoEModel(make_tiny_config(**experts, fusion_gate=True)), seed=1).eval()
     vision = CLIPMoEVisionModel(whole.config.vision_config).eval()
     vision.load_state_dict({k: v for k, v in whole.state_dict().items() if k.startswith("vision_model.")})
-    for name, model in (("whole", whole), ("sharded", whole), ("vision", vision), ("gated", gated)):
+    text = CLIPMoETextModel(whole.config.text_config).eval()
+    text.load_state_dict({k: v for k, v in whole.state_dict().items() if k.startswith("text_model.")})
+    models = {"whole": whole, "sharded": whole, "vision": vision, "text": text, "gated": gated}
+    for name, model in models.items():
         model.save_pretrained(folder / name, max_shard_size="100KB" if name == "sharded" else "5GB")
         save_file(features(model), folder / f"{name}.features")
     result = {"shards": len(list((folder / "sharded").glob("*.safetensors")))}
@@ -85,6 +90,9 @@ else:
         "sharded": check(CLIPMoEModel, folder / "sharded", "sharded"),
         "vision": check(CLIPMoEVisionModel, folder / "vision", "vision"),
         "vision of whole": check(CLIPMoEVisionModel, folder / "whole", "vision", only="vision_model."),
+        "text": check(CLIPMoETextModel, folder / "text", "text"),
+        "text of whole": check(CLIPMoETextModel, folder / "whole", "text", only="text_model."),
+        "auto text": check(AutoModel, folder / "text", "text"),
         "gated": check(CLIPMoEModel, folder / "gated", "gated"),
         "gates": sum(".mlp.fusion_gate." in name for name in expected(folder / "gated")),
         "auto gated": check(AutoModel, folder / "gated", "gated"),
@@ -118,14 +126,16 @@ def test_a_directory_written_by_one_version_loads_bit_for_bit_in_the_other(tmp_p
     versions = {writer: written["transformers"], reader: read["transformers"]}
     assert versions["pinned"] == "4.37.2" and int(versions["current"].split(".")[0]) >= 5, versions
     assert written["shards"] > 1
+    assert len([result for result in read.values() if isinstance(result, dict)]) == 11
     assert read["auto config"] == "CLIPMoEConfig" and read["gates"] == 2 * 5
-    for case in ("whole", "sharded", "vision", "vision of whole", "gated", "auto gated", "auto whole", "auto vision"):
+    for case in (name for name, result in read.items() if isinstance(result, dict)):
         result = read[case]
-        assert result["class"] == ("CLIPMoEVisionModel" if "vision" in case else "CLIPMoEModel"), case
+        tower = next((tower for tower in ("vision", "text") if tower in case), "")
+        assert result["class"] == f"CLIPMoE{tower.capitalize()}Model", case
         assert not result["missing"] and result["same names"] and result["same bits"], (case, result)
         assert result["dtypes"] == ["torch.float32"], case
         assert result["off"] <= 1e-6 * max(1.0, result["size"]), (case, result)
-        if case != "vision of whole":  # there, the text tower is left out on purpose
+        if " of whole" not in case:  # there, the other tower is left out on purpose
             assert not result["unexpected"], (case, result)
 
 
