@@ -18,6 +18,8 @@ _LICENSE = re.compile(r"\A---\n(?:(?!---\n).*\n)*?license: *([\w.-]+) *\n")
 _HEADLINES = {"i2t_r1": "image to text, R@1", "t2i_r1": "text to image, R@1", "top1": "top-1", "overall": "pairs right"}
 _RUN_PARTS = ("base", "clip", "clip-moe")
 """Model directories of a run whose scores its results.json holds."""
+_DATA_LICENSES = {"openmoji": "CC BY-SA 4.0 (OpenMoji project)"}
+"""Of the data that come with this package."""
 _OLD_LICENCE = "The weights derive from the base model and from the data they were trained on; their licences apply.\n"
 
 
@@ -49,7 +51,7 @@ def model_card(
     card: "name", "base", and what else is known: "license" and "base_license" as the hub names them, "data", "recipe"
     or any other line. scores: as `run_scores` gives them. path: what the examples load.
     """
-    own = ("name", "base", "license", "base_license")
+    own, data = ("name", "base", "license", "base_license"), card.get("data", "")
     return render(
         "model_card.md.j2",
         config=config,
@@ -60,7 +62,8 @@ def model_card(
         scores=scores,
         path=path,
         trust="" if config.is_dense else ", trust_remote_code=True",
-        data=card.get("data", ""),
+        data=data,
+        data_license=_DATA_LICENSES.get(data.partition(":")[0]),
         **{name: card.get(name) for name in own},
     )
 

@@ -229,6 +229,12 @@ def test_the_bases_licence_reaches_the_card(tmp_path, dense, moe):  # noqa: F811
     assert "license: mit" in card.partition("# base")[0]
 
 
+def test_the_embedded_datas_licence_is_in_the_card(tmp_path, moe):  # noqa: F811
+    save_bundle(moe, tmp_path / "moe", card={"data": "openmoji"})
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "- the data, openmoji: CC BY-SA 4.0 (OpenMoji project)\n" in card and "datasets" not in card
+
+
 def test_what_is_no_whole_model_directory_is_not_pushed(tmp_path, directory, capsys):
     def broken(name: str) -> Path:
         return shutil.copytree(directory, tmp_path / name)
