@@ -13,7 +13,7 @@ from train_encoder.compare.command import main
 from train_encoder.compare.llava import llava_section, read_llavas
 from train_encoder.compare.runs import Cell, Cost
 from train_encoder.compare.summary import fmoe_claims, paired, sentence
-from train_encoder.compare.tables import make_page
+from train_encoder.compare.tables import CONTROL, make_page
 from train_encoder.evaluate.zero_shot import open_zero_shot
 
 
@@ -115,6 +115,40 @@ def test_nothing_of_a_name_becomes_markup(cells):
     cells["<script>"] = cells.pop("fmoe")
     page = make_page(cells, {}, ["<b>"]).html()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>'" not in page
+
+
+def with_control(cell: Cell, score: float, name: str = "clip-moe (untrained router)") -> Cell:
+    """The run, with a variant of which every score is `score`."""
+    results = cell.results
+    for kind in ("retrieval", "zero_shot"):
+        for variants in results[kind].values():
+            (shown,) = variants.values() if len(variants) == 1 else [variants["clip-moe"]]
+            variants[name] = {key: score if isinstance(value, float) else value for key, value in shown.items()}
+    results["attributes"][name] = {"overall": score, "by_type": {"Colour": {"accuracy": score}}}
+    results.setdefault("done", []).append(name)
+    return cell
+
+
+def test_every_table_has_a_mixtures_random_router_as_its_control(cells, no_drawing):
+    for recipe in ("dmu", "fmoe"):
+        for seed, one in enumerate(cells[recipe]):
+            with_control(one, 0.2 + seed / 100)
+    sections = {section.anchor: section for section in make_page(cells, {}, ["x"]).sections}
+    for anchor in ("retrieval", "classification", "attributes"):
+        (table,) = sections[anchor].tables
+        rows = {row[0]: row[1] for row in table.rows}
+        assert rows["dmu: random router (control)"].text == "21.0 ± 1.0"
+        names = [name for name in rows if "expert" not in name]
+        assert names == ["base", *(name + more for name in ("dmu", "fmoe") for more in ("", CONTROL))]
+    assert "dmu is first with 32.0" in make_page(cells, {}, ["x"]).points[0], "a control takes no part in the ranking"
+
+
+def test_where_routers_start_otherwise_the_control_is_the_random_one(cells):
+    (one, *_) = cells["dmu"]
+    assert one.control is None, "not measured"
+    assert with_control(one, 0.2).control == "clip-moe (untrained router)"
+    assert with_control(one, 0.1, "clip-moe (random router)").control == "clip-moe (random router)"
+    assert with_control(cells["base"][0], 0.2).control is None, "a dense model has no routers"
 
 
 # ---------------------------------------------------------------------------------------------------------------- LLaVA

@@ -242,6 +242,9 @@ class MoEConfig:
     """Weight of the loss that keeps router logits small; ST-MoE has 1e-3. For a router training that is unstable."""
     router_jitter_noise: float = 0.0
     """In training, router inputs are multiplied by random numbers within 1 ± this; Switch has 0.01, 0 is off."""
+    router_init: Literal["random", "centroids"] = "random"
+    """What a router's rows start from. `centroids` (after Cluster-aware Upcycling): the mean tokens of the experts' own
+    clusters (methods/centroids.py), in dmu, dmu-lora and fmoe; the mixture under random routers is measured too."""
     router_initializer_range: float = 0.018
     """Standard deviation of a fresh router's weights; a smaller one weighs the experts more evenly at the start."""
     expert_dropout: float = 0.0

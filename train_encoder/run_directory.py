@@ -31,6 +31,7 @@ class RunDirectory:
         self.cache = self.path / "cache" / "images.npy"
         self.skipped = self.path / "skipped.jsonl"
         self.results = self.path / "results.json"
+        self.routers = self.path / "router-init" / "routers.safetensors"
         self._lock = None
 
     def stage_weights(self, number: int) -> Path:

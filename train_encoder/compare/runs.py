@@ -14,6 +14,7 @@ from llava_clipmoe.model_directory import read_config
 from llava_clipmoe.tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer
 
 from ..config import TrainConfig, filled, to_dict
+from ..evaluate.run import RANDOM_ROUTER, UNTRAINED_ROUTER
 from ..methods import METHODS
 from ..training.metrics import METRICS, read_metrics
 from .cost import CaptionTokens, caption_tokens, run_flops, vision_macs
@@ -70,8 +71,17 @@ class Cell:
         """Whether the result was measured on a data set. kind: retrieval or zero_shot."""
         return self.final in (self.results.get(kind) or {}).get(name, {})
 
-    def scores(self, kind: str, name: str) -> dict[str, float]:
-        return self.results[kind][name][self.final]
+    def scores(self, kind: str, name: str, variant: str | None = None) -> dict[str, float]:
+        """Of the result, or of another variant."""
+        return self.results[kind][name][variant or self.final]
+
+    @property
+    def control(self) -> str | None:
+        """The variant with the same experts under random routers, never trained; None where there are no routers."""
+        if not self.results.get("routing"):
+            return None
+        measured = self.results.get("done") or ()
+        return next((name for name in (RANDOM_ROUTER, UNTRAINED_ROUTER) if name in measured), None)
 
 
 Cells = Mapping[str, Sequence[Cell]]

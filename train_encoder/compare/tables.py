@@ -21,6 +21,9 @@ CLUSTERING_NOTE = (
     "most of it; `benchmarks/clustering.md` times the clusterings alone."
 )
 
+CONTROL = ": random router (control)"
+"""Behind a mixture's name, the row of its experts under routers that nobody trained."""
+
 
 def make_page(cells: Cells, llavas: Mapping[str, Results], command: Sequence[str]) -> Document:
     """cells: recipe -> its runs by seed, the base first (none: LLaVAs alone)."""
@@ -33,7 +36,8 @@ def make_page(cells: Cells, llavas: Mapping[str, Results], command: Sequence[str
     seeds = len(next(iter(cells.values())))
     lead = (
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}, in percent. Every recipe starts from "
-        "the same base of its seed and spends as many epochs on the same captions."
+        "the same base of its seed and spends as many epochs on the same captions. A mixture's control is the same "
+        "experts under random routers that were never trained: what is above it, the routing has learnt."
     )
     return Document("Comparison of recipes", lead, [*found, *last], summary(cells, found))
 
@@ -43,6 +47,16 @@ def make_page(cells: Cells, llavas: Mapping[str, Results], command: Sequence[str
 
 def by_seed(cells: Cells, read: Callable[[Cell], Any]) -> dict[str, list[Any]]:
     return {recipe: [read(cell) for cell in run] for recipe, run in cells.items()}
+
+
+def with_controls(cells: Cells, read: Callable[[Cell, str], Any]) -> dict[str, list[Any]]:
+    """What `read(cell, variant)` gives of every recipe's result by seed and, below a mixture, of its control."""
+    rows = {}
+    for recipe, run in cells.items():
+        rows[recipe] = [read(cell, cell.final) for cell in run]
+        if all(cell.control for cell in run):
+            rows[recipe + CONTROL] = [read(cell, cell.control) for cell in run]
+    return rows
 
 
 def score_table(columns: Mapping[str, Scores], summed_up: str, title: str = "", note: str = "") -> ScoreTable:
@@ -67,7 +81,7 @@ def score_tables(
     for name in every[0].results.get(kind) or {}:
         if not all(cell.has(kind, name) for cell in every):
             continue
-        found = by_seed(cells, lambda cell, name=name: cell.scores(kind, name))
+        found = with_controls(cells, lambda cell, variant, name=name: cell.scores(kind, name, variant))
         columns = {
             title: {recipe: [scores[key] for scores in seeds] for recipe, seeds in found.items()}
             for key, title in titles.items()
@@ -133,9 +147,10 @@ def attributes(cells: Cells) -> Section | None:
         return None
     found: dict[str, list[dict[str, Any]]] = {}
     for recipe, run in cells.items():
-        experts = [name for name in run[0].results["attributes"] if name.startswith("expert")]
-        for row, variant in [(recipe, None), *((f"{recipe}: {name}", name) for name in experts)]:
-            found[row] = [cell.results["attributes"][variant or cell.final] for cell in run]
+        found |= with_controls({recipe: run}, lambda cell, variant: cell.results["attributes"][variant])
+        for name in run[0].results["attributes"]:
+            if name.startswith("expert"):
+                found[f"{recipe}: {name}"] = [cell.results["attributes"][name] for cell in run]
     columns = {"all": {row: [scores["overall"] for scores in seeds] for row, seeds in found.items()}}
     for kind in next(iter(found.values()))[0]["by_type"]:
         columns[kind] = {row: [one["by_type"][kind]["accuracy"] for one in seeds] for row, seeds in found.items()}
@@ -178,7 +193,7 @@ def cost(cells: Cells) -> Section:
     blocks = [_cost_intro(cells), Table(head, [[recipe, *row.values()] for recipe, row in rows.items()])]
     if claims := fmoe_claims(cells):
         blocks += [Table(["", "here", "paper"], claims, "CLIP-FMoE against CLIP-MoE", "by seed"), CLUSTERING_NOTE]
-    scores = mean_of([table.scores for table in retrieval_tables(cells)])
+    scores = mean_of([{recipe: table.scores[recipe] for recipe in cells} for table in retrieval_tables(cells)])
     if scores:
         minutes, operations = by_seed(cells, lambda c: c.cost.seconds / 60), by_seed(cells, lambda c: c.flops / 1e12)
         panels = [

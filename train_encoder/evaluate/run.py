@@ -27,6 +27,11 @@ from .mmvp import evaluate_mmvp
 from .retrieval import evaluate_retrieval
 from .zero_shot import evaluate_zero_shot, open_zero_shot
 
+UNTRAINED_ROUTER = "clip-moe (untrained router)"
+"""Variant: a mixture before its routers are trained. Where they start random it is the control too."""
+RANDOM_ROUTER = "clip-moe (random router)"
+"""Variant: the control of a mixture whose routers start otherwise: the same experts under random routers."""
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -70,7 +70,7 @@ class SparseUpcycling(Mixture):
     def make(self) -> ClipBundle:
         return self.train_routers()
 
-    def untrained_moe(self) -> ClipBundle:
+    def random_moe(self) -> ClipBundle:
         base = self.run.base
         model = sparse_upcycle(base.model.cpu(), self.result_config(), seed=self.config.seed)
         return dataclasses.replace(base, model=model)

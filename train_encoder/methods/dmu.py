@@ -6,6 +6,7 @@ base -> [ features -> clusters -> in-cluster FFN training ] x (E-1) -> upcycle -
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,8 +21,10 @@ from llava_clipmoe.upcycling import check_stage, ffn_state, is_ffn, upcycle
 from ..config import LoraConfig, TrainConfig
 from ..evaluate.run import Variant
 from ..features.clusters import StageClusters, accumulate, cluster_stage
+from ..features.encode import encode_source
 from ..training.run import Run
 from ..training.sampler import plan_epoch
+from . import centroids
 from .base import Training
 from .mixture import Mixture, moe_blocks
 
@@ -32,6 +35,7 @@ class DMU(Mixture):
     """Multistage contrastive learning makes the experts, one stage after the other."""
 
     recipe = "Diversified Multiplet Upcycling"
+    own_clusters = True
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -124,7 +128,21 @@ class DMU(Mixture):
 
     # ------------------------------------------------------------------------------------------------- the mixture
 
-    def untrained_moe(self) -> ClipBundle:
+    def expert_of(self, rows: np.ndarray) -> np.ndarray:
+        """Every stage was trained on all clusters: an expert's own are those of the base's in which it fits best."""
+        run, fits = self.run, []
+        clusters = self.clusters(0).labels[np.searchsorted(run.rows, rows)]
+        reading = {"rows": rows, "cache": run.cache, "workers": self.config.engine.workers}
+        for number in range(self.config.moe.num_experts):
+            with tempfile.TemporaryDirectory(prefix="router-init-") as folder:
+                found = encode_source(
+                    self.dense(number), run.source, folder, dtype="float32", **reading, **self.encoding
+                )
+                temperature = self.config.mcl.optim.temperature
+                fits.append(centroids.in_cluster_fit(found.image, found.text, clusters, temperature))
+        return centroids.best_experts(np.stack(fits), clusters)
+
+    def random_moe(self) -> ClipBundle:
         base = self.run.base
         model = upcycle(base.model.cpu(), self.stages, self.result_config(), seed=self.config.seed)
         return dataclasses.replace(base, model=model)
@@ -164,6 +182,7 @@ class VanillaMoE(DMU):
     """The ablation of CLIP-MoE's Table 4: the base and a directly fine-tuned FFN are the experts; no clusters."""
 
     recipe = "vanilla MoE (CLIP-MoE, Table 4)"
+    own_clusters = False
 
     def cluster_ids(self, number: int) -> None:
         return None

@@ -30,6 +30,7 @@ class FMoE(Mixture):
     """Cluster once, train the experts side by side, then routers and fusion gates together."""
 
     recipe = "CLIP-FMoE"
+    own_clusters = True
     default_layers = staticmethod(default_fusion_layers)
 
     @classmethod
@@ -95,7 +96,11 @@ class FMoE(Mixture):
         """With fusion gates, in the paper's blocks where the settings name none."""
         return super().result_config(fusion_gate=True, fusion_gate_init=self.config.fmoe.gate_init, **more)
 
-    def untrained_moe(self) -> ClipBundle:
+    def expert_of(self, rows: np.ndarray) -> np.ndarray:
+        """The cluster that the expert was trained on."""
+        return self.clusters().labels[np.searchsorted(self.run.rows, rows)]
+
+    def random_moe(self) -> ClipBundle:
         model = fuse(self.run.base.model.cpu(), self.experts, self.result_config(), seed=self.config.seed)
         return dataclasses.replace(self.run.base, model=model)
 

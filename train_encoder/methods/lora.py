@@ -40,6 +40,7 @@ class LoraDMU(DMU):
         import peft  # noqa: F401
 
     def check_settings(self) -> None:
+        super().check_settings()
         check_rank(self.config.lora.rank, self.run.start.model.config)
 
     def train_stage(self, number: int, bundle: ClipBundle, cluster_ids: np.ndarray | None) -> Tensors:

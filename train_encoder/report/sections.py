@@ -278,8 +278,8 @@ def movement(run: Run) -> list[Block]:
         change, changed = (f"{percent(entry[key])}%" for key in titles)
         rows.append([entry["block"], change, f"{entry['cosine']:.4f}", changed])
     how = (
-        "How far training moved each router W from its random start W₀, and how many tokens it sends to another "
-        "expert for it. Lines near 0% mean that the routing is still the random one."
+        "How far training moved each router W from its start W₀, and how many tokens it sends to another "
+        "expert for it. Lines near 0% mean that the routing is still the one it started with: by default a random one."
     )
     shown: list[Block] = [Figure(panels, how)]
     if stages := run.measured("ffn_change"):
