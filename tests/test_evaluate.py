@@ -22,7 +22,8 @@ from llava_clipmoe.model_directory import save_bundle
 from llava_clipmoe.modeling_clipmoe import CLIPMoEModel
 from llava_clipmoe.transformer_clipmoe import only_expert
 from llava_clipmoe.upcycling import ffn_state, moe_config, upcycle
-from train_encoder.evaluate import benchmarks, command, mmvp, routing, zero_shot
+from train_encoder.data.decode import ImageTransform
+from train_encoder.evaluate import benchmarks, classes, command, mmvp, routing, zero_shot
 from train_encoder.evaluate.benchmarks import BenchmarkNotFound
 from train_encoder.evaluate.retrieval import evaluate_retrieval, recalls
 from train_encoder.features.encode import NotFinite, encode_images, encode_texts
@@ -129,7 +130,7 @@ def test_an_image_without_caption_is_an_error():
 def test_evaluate_retrieval_equals_encoding_by_hand(dense):
     source = Pictures(30)
     found = evaluate_retrieval(dense, source, batch_size=8, **CPU)
-    pixels = torch.stack([command.zero_shot.ImageTransform(24)(source.image(i)) for i in range(30)])
+    pixels = torch.stack([ImageTransform(24)(source.image(i)) for i in range(30)])
     texts = [caption for i in range(30) for caption in source.captions(i)]
     owner = np.repeat(np.arange(30), [len(source.captions(i)) for i in range(30)])
     expected = brute_force(encode_images(dense, pixels).numpy(), encode_texts(dense, texts).numpy(), owner)
@@ -353,13 +354,13 @@ def test_an_expert_alone_answers_as_its_stage_does(tmp_path, dense, stages, moe)
 def test_zero_shot_on_a_folder_of_classes(tmp_path, dense):
     for number in range(12):
         save(tmp_path / ("big_red", "blue", "old")[number % 3] / f"{number}.png", seed=number)
-    data = zero_shot.open_classes(None, tmp_path)
+    data = classes.open_classes(None, tmp_path)
     assert data.names == ["big red", "blue", "old"] and np.bincount(data.labels).tolist() == [4, 4, 4]
     found = zero_shot.evaluate_zero_shot(dense, data, templates=("a photo of a {}.", "the {}."), batch_size=5, **CPU)
     texts = encode_texts(dense, [t.format(n) for n in data.names for t in ("a photo of a {}.", "the {}.")])
     classifier = texts.view(3, 2, -1).mean(1)
     classifier /= classifier.norm(dim=-1, keepdim=True)
-    pixels = torch.stack([zero_shot.ImageTransform(24)(data.read(i)) for i in range(12)])
+    pixels = torch.stack([ImageTransform(24)(data.read(i)) for i in range(12)])
     right = (encode_images(dense, pixels) @ classifier.T).argmax(1).numpy() == data.labels
     assert 0 < right.mean() < 1
     assert found["top1"] == pytest.approx(right.mean()) and found["top5"] == 1 and found["images"] == 12
@@ -367,7 +368,7 @@ def test_zero_shot_on_a_folder_of_classes(tmp_path, dense):
 
 
 def test_the_mean_per_class_weighs_classes_and_not_images():
-    data = zero_shot.Classes(["a", "b", "c"], np.array([0, 0, 0, 1]), lambda i: None)
+    data = classes.Classes(["a", "b", "c"], np.array([0, 0, 0, 1]), lambda i: None)
     found = zero_shot._accuracies(np.array([0, 0, 0, 7]), data)
     assert (found["top1"], found["top5"], found["mean_per_class"]) == (0.75, 0.75, 0.5)
 
@@ -376,10 +377,10 @@ def test_classes_that_tie_are_wrong(tmp_path, dense):
     for name in ("a", "b"):
         save(tmp_path / name / "1.png")
     (tmp_path / "classes.txt").write_text("red\nred\n")
-    assert zero_shot.evaluate_zero_shot(dense, zero_shot.image_folder(tmp_path), templates=("{}",), **CPU)["top1"] == 0
+    assert zero_shot.evaluate_zero_shot(dense, classes.image_folder(tmp_path), templates=("{}",), **CPU)["top1"] == 0
     (tmp_path / "classes.txt").write_text("red\n")
     with pytest.raises(BenchmarkNotFound, match=r"1 classes.*2 subfolders"):
-        zero_shot.image_folder(tmp_path)
+        classes.image_folder(tmp_path)
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff"])
@@ -387,11 +388,11 @@ def test_class_names_come_from_text_whatever_an_editor_put_before_it(tmp_path, s
     for name in ("c0", "c1"):
         save(tmp_path / name / "1.jfif", seed=1)
     (tmp_path / "classes.txt").write_text(f"{start}red\u2028fox\r\n\nblue\n", encoding="utf-8", newline="")
-    data = zero_shot.image_folder(tmp_path)
+    data = classes.image_folder(tmp_path)
     assert data.names == ["red\u2028fox", "blue"] and len(data.labels) == 2
     (tmp_path / "classes.txt").write_text("caf\xe9\nblue", encoding="latin-1")
     with pytest.raises(BenchmarkNotFound, match=r"classes\.txt is not UTF-8 text .*Save it in UTF-8"):
-        zero_shot.image_folder(tmp_path)
+        classes.image_folder(tmp_path)
 
 
 def test_a_class_without_a_picture_is_not_counted_as_measured(tmp_path):
@@ -399,7 +400,7 @@ def test_a_class_without_a_picture_is_not_counted_as_measured(tmp_path):
     (tmp_path / "c1").mkdir()
     (tmp_path / "c1" / "1.heic").write_bytes(b"no picture that is read here")
     with pytest.raises(BenchmarkNotFound, match="no image that can be read in 1 of its 2 subfolders, such as c1"):
-        zero_shot.image_folder(tmp_path)
+        classes.image_folder(tmp_path)
 
 
 def test_the_classifier_uses_openais_templates(dense):
@@ -415,16 +416,16 @@ def test_imagenet_needs_its_thousand_folders_and_takes_them_sorted(tmp_path):
     ids = [f"n{number:08}" for number in range(1000)]
     for name in reversed(ids):
         save(tmp_path / "val" / name / "ILSVRC2012_val_00000001.JPEG")
-    data = zero_shot.open_classes("imagenet", tmp_path)
+    data = classes.open_classes("imagenet", tmp_path)
     assert [data.names[data.labels[i]] for i in (0, 2, 999)] == ["tench", "great white shark", "toilet paper"]
     (tmp_path / "val" / ids[5] / "ILSVRC2012_val_00000001.JPEG").unlink()
     with pytest.raises(
         BenchmarkNotFound, match=f"no image that can be read in 1 of its 1000 subfolders, such as {ids[5]}"
     ):
-        zero_shot.open_classes("imagenet", tmp_path)
+        classes.open_classes("imagenet", tmp_path)
     (tmp_path / "val" / ids[5]).rmdir()
     with pytest.raises(BenchmarkNotFound, match="has 999 subfolders"):
-        zero_shot.open_classes("imagenet", tmp_path)
+        classes.open_classes("imagenet", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -436,12 +437,12 @@ def test_imagenet_needs_its_thousand_folders_and_takes_them_sorted(tmp_path):
 )
 def test_cifar_is_read_from_its_binary_version_only(tmp_path, preset, folder, images, names, labels):
     with pytest.raises(BenchmarkNotFound, match=r"BINARY version.*pickled"):
-        zero_shot.open_classes(preset, tmp_path)
+        classes.open_classes(preset, tmp_path)
     (tmp_path / folder).mkdir()
     pixels = bytes([255] * 1024 + [0] * 1023 + [9] + [0] * 1024)  # red, and one last pixel with some green
     (tmp_path / folder / images).write_bytes(b"".join(struct.pack(f"{len(at)}B", *at) + pixels for at in labels))
     (tmp_path / folder / names).write_text("apple\naquarium_fish\n\n")
-    data = zero_shot.open_classes(preset, tmp_path)
+    data = classes.open_classes(preset, tmp_path)
     assert [data.names[label] for label in data.labels] == ["aquarium fish", "apple"]
     assert data.read(0).getpixel((0, 0)) == (255, 0, 0) and data.read(1).getpixel((31, 31)) == (255, 9, 0)
 

@@ -287,8 +287,11 @@ class EvaluationConfig:
     attributes: Path | str | None = None
     """A folder in MMVP-VLM's layout, or `openmoji`."""
     zero_shot: tuple[str, ...] = ()
-    """Classification, each `NAME=FOLDER`: NAME is imagenet, cifar10 or cifar100, or any name for a folder with one
-    subfolder of images a class. `openmoji-nouns`, `openmoji-colours`: held-out scenes into what they show."""
+    """Classification, each `NAME=FOLDER`: NAME is a preset of `evaluate ... zero-shot` (imagenet, imagenet-v2, cifar10,
+    food101, ...), or any name for a folder with one subfolder of images a class. `openmoji-nouns`, `openmoji-colours`:
+    held-out scenes into what they show."""
+    composition: tuple[str, ...] = ()
+    """Captions that differ little: sugarcrepe=FOLDER and winoground=FOLDER."""
     routing_images: int = 256
     """Images over which the routing share is measured."""
     batch_size: int = 128

@@ -1,8 +1,9 @@
-"""The two retrieval benchmarks of the CLIP-MoE paper, read from their official files."""
+"""The retrieval benchmarks of both papers, short and long captions, read from their official files."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -94,7 +95,72 @@ def flickr30k(folder: str | Path) -> ImageList:
     )
 
 
-PRESETS: dict[str, Callable[[str | Path], ImageList]] = {"coco-5k": coco_5k, "flickr30k": flickr30k}
+def urban1k(folder: str | Path) -> ImageList:
+    """Urban1k (Long-CLIP): 1,000 images with one long caption each, `image/N.jpg` and `caption/N.txt`, of which the
+    first line counts, as in Long-CLIP's evaluation. Raises BenchmarkNotFound."""
+    folder = Path(folder).expanduser()
+    root = first_existing(folder / "caption", folder / "Urban1k" / "caption")
+    if root is None or not (root.parent / "image").is_dir():
+        raise BenchmarkNotFound(
+            f"Urban1k is not in {folder}. Looked for image/ and caption/, there and in Urban1k/: unpack Urban1k.zip of "
+            "the hub data set BeichenZhang/Urban1k."
+        )
+    captions: Captions = {}
+    for file in sorted(root.glob("*.txt"), key=lambda file: (len(file.stem), file.stem)):
+        lines = [line for line in file.read_text(encoding="utf-8-sig", errors="replace").split("\n") if line.strip()]
+        if not lines:
+            raise BenchmarkNotFound(f"{file} is empty: every image of Urban1k has a caption.")
+        captions[root.parent / "image" / f"{file.stem}.jpg"] = [_caption(lines[0])]
+    return _benchmark("urban1k", captions)
+
+
+IIW = {
+    "IIW-400": ("docci_aar", "images_aar"),
+    "DOCCI_Test": ("docci", "images"),
+    "DCI_Test": ("dci", "photos"),
+}
+"""Parts of ImageInWords whose descriptions people wrote -> where its images lie: as LoTLIP sorts them, as DOCCI and DCI
+hand them out."""
+
+
+def iiw(folder: str | Path, parts: Iterable[str] = tuple(IIW)) -> ImageList:
+    """ImageInWords' human descriptions, one an image: 400 + 100 + 112 images, the 612 that LoTLIP measures on.
+
+    Looks for PART/data.jsonl (also in datasets/, as its repository has them) and the images of each part in a folder
+    called as in `IIW`. Raises BenchmarkNotFound.
+    """
+    folder, captions = Path(folder).expanduser(), {}
+    for part in parts:
+        names = [f"{place}{name}/data.jsonl" for place in ("", "datasets/") for name in (part, part.upper())]
+        table = first_existing(*(folder / name for name in names))
+        images = first_existing(*(folder / name for name in IIW[part]))
+        if table is None or images is None:
+            raise BenchmarkNotFound(
+                f"{folder} lacks {part} of ImageInWords: looked for {names[0]} (from its repository's datasets/) and a "
+                f"folder of its images called {' or '.join(IIW[part])}."
+            )
+        for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), start=1):
+            if line.strip():
+                row = json.loads(line)
+                name, text = row.get("image/key") or row.get("image"), row.get("IIW")
+                if not name or not text:
+                    raise BenchmarkNotFound(f"{table}, line {number}: no image/key (or image) and IIW.")
+                captions[images / (name if Path(name).suffix else f"{name}.jpg")] = [_caption(text)]
+    return _benchmark("iiw", captions)
+
+
+def iiw_400(folder: str | Path) -> ImageList:
+    """The 400 images of IIW-400 alone. Raises BenchmarkNotFound."""
+    return iiw(folder, ("IIW-400",))
+
+
+PRESETS: dict[str, Callable[[str | Path], ImageList]] = {
+    "coco-5k": coco_5k,
+    "flickr30k": flickr30k,
+    "urban1k": urban1k,
+    "iiw": iiw,
+    "iiw-400": iiw_400,
+}
 
 
 def first_existing(*paths: Path) -> Path | None:

@@ -26,7 +26,8 @@ from ..config import DataConfig
 from ..data.decode import BadImage
 from ..data.pairs import DataError, PairSource
 from ..progress import Bar
-from . import benchmarks, mmvp, retrieval, routing, zero_shot
+from . import benchmarks, composition, mmvp, retrieval, routing, zero_shot
+from .classes import PRESETS, open_classes
 from .judge import ACCURACIES
 from .options import EncodingOptions, SourceOptions
 
@@ -99,9 +100,10 @@ class Retrieval(_FromSource, _Scored):
     Example: llava-clipmoe evaluate my-clip-moe retrieval --preset coco-5k --data /data/coco
     """
 
-    preset: Literal["coco-5k", "flickr30k"] | None = None
+    preset: Literal[tuple(benchmarks.PRESETS)] | None = None
     """coco-5k: val2017/ and annotations/captions_val2017.json, or val2014/ and dataset_coco.json. flickr30k: all 31
-    thousand images, results_20130124.token, results.csv or dataset_flickr30k.json, and flickr30k-images/."""
+    thousand images, results_20130124.token, results.csv or dataset_flickr30k.json, and flickr30k-images/. urban1k:
+    image/ and caption/. iiw, iiw-400: ImageInWords' PART/data.jsonl and its images."""
     captions: Literal["all", "first"] = "all"
     """Captions of an image that count."""
 
@@ -125,18 +127,18 @@ class ZeroShot(_Scored):
     """Zero-shot classification: top-1, top-5 and the mean of the classes' top-1.
 
     --data is a folder with one subfolder of images per class (named after it, `_` for a space, or listed in
-    classes.txt), or with --preset the folder of ImageNet's val set or of the BINARY version of CIFAR.
+    classes.txt), or with --preset the folder of a benchmark as its own archive unpacks (of CIFAR the BINARY version).
 
     Example: llava-clipmoe evaluate my-clip-moe zero-shot --preset imagenet --data /data/imagenet
     """
 
-    preset: Literal["imagenet", "cifar10", "cifar100"] | None = None
+    preset: Literal[tuple(PRESETS)] | None = None
     """The data set whose files --data holds; a folder of classes when absent."""
     templates: Literal["openai", "simple"] = "openai"
     """openai: the mean over OpenAI's 80 ImageNet templates. simple: "a photo of a {}." alone."""
 
     def run(self) -> dict[str, Any]:
-        data = zero_shot.open_classes(self.preset, self.data)
+        data = open_classes(self.preset, self.data)
         templates = None if self.templates == "openai" else ("a photo of a {}.",)
         settings = {"templates": templates, "workers": self.workers, **self.encoding}
 
@@ -145,6 +147,29 @@ class ZeroShot(_Scored):
             return zero_shot.evaluate_zero_shot(bundle, data, progress=bar, **settings)
 
         return {"zero_shot": {self.preset or Path(self.data).name: self.each(measure)}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition(_Scored):
+    """Captions that differ little: SugarCrepe (a right and a wrong one of each image; chance 50) and Winoground (two
+    images, two captions of the same words; chance 25 a way, 16.7 for both).
+
+    --data is a folder in the layout of the preset.
+
+    Example: llava-clipmoe evaluate my-clip-moe composition --preset sugarcrepe --data /data/sugarcrepe
+    """
+
+    preset: Literal[tuple(composition.PRESETS)]
+    """sugarcrepe: its seven JSON files (also in data/) and COCO's val2017/. winoground: examples.jsonl and images/
+    (also in data/)."""
+
+    def run(self) -> dict[str, Any]:
+        def measure(name: str, bundle: ClipBundle) -> dict[str, Any]:
+            return composition.evaluate_composition(
+                bundle, self.preset, self.data, workers=self.workers, **self.encoding
+            )
+
+        return {"composition": {self.preset: self.each(measure)}}
 
 
 @dataclass(frozen=True)
@@ -208,6 +233,8 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
         sizes = next(iter(variants.values()))
         counted = f"{sizes['images']:,} images, {sizes['classes']:,} classes"
         yield f"Zero-shot on {dataset} in % ({counted})", _scores(variants, ACCURACIES)
+    for dataset, variants in results.get("composition", {}).items():
+        yield f"Captions that differ little, {dataset}, right in % (number)", _right_pairs(variants)
     if variants := results.get("attributes"):
         yield "Right pairs in % (number of pairs; chance 25)", _right_pairs(variants)
     if shares := results.get("routing"):
@@ -250,7 +277,7 @@ def _table(rows: Mapping[str, list[float]], columns: Iterable[str]) -> Table:
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
-TASKS = {"retrieval": Retrieval, "zero-shot": ZeroShot, "mmvp": Mmvp, "routing": Routing}
+TASKS = {"retrieval": Retrieval, "zero-shot": ZeroShot, "composition": Composition, "mmvp": Mmvp, "routing": Routing}
 USAGE = """\
 usage: llava-clipmoe evaluate MODEL [MODEL ...] TASK --data DATA [--output FILE]
 
@@ -261,7 +288,7 @@ an open_clip model with --checkpoint. TASK is one of:
 
 def overview() -> str:
     """What `llava-clipmoe evaluate --help` says before a task is named."""
-    tasks = [f"  {name:<11}{inspect.getdoc(task).splitlines()[0]}" for name, task in TASKS.items()]
+    tasks = [f"  {name:<12}{inspect.getdoc(task).splitlines()[0]}" for name, task in TASKS.items()]
     more = "`llava-clipmoe evaluate TASK --help` explains a task, its data and its settings."
     return "\n".join([USAGE, *tasks, "", more])
 

@@ -23,6 +23,7 @@ from ..data.formats import open_source, parse_source
 from ..progress import Bar
 from ..training.metrics import Began
 from ..training.run import Run
+from .composition import evaluate_composition, open_composition
 from .mmvp import evaluate_mmvp
 from .retrieval import evaluate_retrieval
 from .zero_shot import evaluate_zero_shot, open_zero_shot
@@ -65,7 +66,7 @@ def evaluate_run(
     final: the name of the result among the variants. describe: what is not a score (routing, clusters, ...).
     """
     results, file, began = _previous(run), run.folder.results, Began()
-    measures = list(_classifications(run, results))
+    measures = list(_classifications_and_composition(run, results))
     if set(variants) - set(results["done"]):
         measures = [*_retrieval_and_attributes(run, results), *measures]
     with Bar("evaluating", len(variants), unit="variants") as bar:
@@ -91,10 +92,11 @@ def evaluate_run(
 def _previous(run: Run) -> dict[str, Any]:
     """Results of an earlier start with the same evaluation settings, or an empty page.
 
-    Classification is no part of the key: one more data set is measured beside what is there.
+    Classification and composition are no part of the key: one more data set is measured beside what is there.
     """
-    key = digest({name: value for name, value in run.folder.config["evaluation"].items() if name != "zero_shot"})
-    fresh = {"key": key, "done": [], "retrieval": {}, "attributes": {}, "zero_shot": {}}
+    added = ("zero_shot", "composition")
+    key = digest({name: value for name, value in run.folder.config["evaluation"].items() if name not in added})
+    fresh = {"key": key, "done": [], "retrieval": {}, "attributes": {}, "zero_shot": {}, "composition": {}}
     old = read_json(run.folder.results) if run.folder.results.exists() else {}
     return {**fresh, **old} if old.get("key") == key else fresh
 
@@ -122,9 +124,14 @@ def _retrieval_and_attributes(run: Run, results: dict[str, Any]) -> Iterator[Mea
         yield Measure(partial(evaluate_mmvp, folder=settings.attributes, **_encoding(run)), results, "attributes")
 
 
-def _classifications(run: Run, results: dict[str, Any]) -> Iterator[Measure]:
+def _classifications_and_composition(run: Run, results: dict[str, Any]) -> Iterator[Measure]:
     for entry in run.config.evaluation.zero_shot:
         name, (classes, templates) = open_zero_shot(entry)
         loading = {"workers": run.config.engine.workers, **_encoding(run)}
         measure = partial(evaluate_zero_shot, data=classes, templates=templates, **loading)
         yield Measure(measure, results["zero_shot"], name)
+    for entry in run.config.evaluation.composition:
+        name, folder = open_composition(entry)
+        loading = {"workers": run.config.engine.workers, **_encoding(run)}
+        measure = partial(evaluate_composition, preset=name, folder=folder, **loading)
+        yield Measure(measure, results["composition"], name)
