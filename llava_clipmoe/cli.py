@@ -59,6 +59,11 @@ COMMANDS = {
         "measure retrieval, zero-shot classes, attribute pairs and routing of a model",
         "llava-clipmoe evaluate runs/quickstart/clip-moe retrieval --data openmoji",
     ),
+    "clip-benchmark": Command(
+        "train_encoder.evaluate.clip_benchmark:main",
+        "run CLIP_benchmark, with its 45 data sets, on model directories",
+        "llava-clipmoe clip-benchmark eval --model runs/quickstart/clip-moe --dataset cifar10 --dataset_root data",
+    ),
     "compress": Command(
         "train_encoder.compress.command:main",
         "make a CLIP-MoE nearly as small and fast as a dense CLIP: one FFN a block and low-rank differences to it",
