@@ -151,6 +151,70 @@ def test_where_routers_start_otherwise_the_control_is_the_random_one(cells):
     assert with_control(cells["base"][0], 0.2).control is None, "a dense model has no routers"
 
 
+# ----------------------------------------------------------------------------------------------------- papers' figures
+
+
+def named(cells: dict[str, list[Cell]], kind: str, name: str, images: int) -> None:
+    """Give the one data set of a kind in all cells another name and size."""
+    for run in cells.values():
+        for one in run:
+            (variants,) = one.results[kind].values()
+            for scores in variants.values():
+                scores["images"] = images
+            one.results[kind] = {name: variants}
+
+
+def test_the_papers_figures_stand_beside_ours_where_the_data_set_is_the_papers(cells, no_drawing):
+    named(cells, "retrieval", "coco-5k", 5000)
+    named(cells, "zero_shot", "imagenet-v2", 10_000)
+    cells["long-clip"] = cells["base"]
+    page = make_page(cells, {}, ["x"]).markdown()
+    assert (
+        "| dmu | **32.0 ± 2.0 [65.0]** | **32.0 ± 2.0 [46.8]** | **32.0 ± 2.0 [86.0]** | **32.0 ± 2.0 [71.7]** |"
+        in page
+    )
+    assert "| fmoe | 31.0 ± 2.0 [65.6] | 31.0 ± 2.0 [47.7] | 31.0 ± 2.0 | 31.0 ± 2.0 |" in page
+    assert "| base | 11.0 ± 1.0 [69.9] | 11.0 ± 1.0 |" in page and "| long-clip | 11.0 ± 1.0 [67.9] |" in page
+    assert "in brackets: CLIP-MoE paper, Table 2" in page and "in brackets: CLIP-MoE paper, Table 5" in page
+
+
+@pytest.mark.parametrize(("name", "images"), [("coco-5k", 500), ("my-coco", 5000)])
+def test_a_part_of_a_data_set_and_a_stranger_have_no_paper(cells, no_drawing, name, images):
+    named(cells, "retrieval", name, images)
+    page = make_page(cells, {}, ["x"]).markdown()
+    assert "brackets" not in page and "[65" not in page
+
+
+def test_table_1_stands_beside_the_experts_on_the_135_pairs_alone(cells, no_drawing):
+    assert "[" not in make_page(cells, {}, ["x"]).sections[2].markdown()
+    for run in cells.values():
+        for one in run:
+            for scores in one.results["attributes"].values():
+                scores["pairs"] = 135
+                scores["by_type"] = {"Color and Appearance": {"accuracy": 0.2}, "Texts": {"accuracy": 0.3}}
+    page = make_page(cells, {}, ["x"]).sections[2].markdown()
+    assert "| dmu: expert3 | **32.0 ± 2.0** | **20.0 ± 0.0 [6.7]** | **30.0 ± 0.0 [40.0]** |" in page
+    assert "| fmoe: expert2 | 31.0 ± 2.0 | **20.0 ± 0.0** |" in page, "not the paper's experts"
+    assert "Table 1" in page
+
+
+def test_captions_that_differ_little_have_a_section(cells, no_drawing):
+    for run in cells.values():
+        for one in run:
+            overall = one.results["retrieval"]["held|out"]["clip-moe"]["i2t_r1"]
+            kinds = {"Object": {"accuracy": overall, "pairs": 2}}
+            scores = {"overall": overall, "text": 0.5, "image": 0.4, "pairs": 2, "by_type": kinds}
+            one.results["composition"] = {"winoground": {"clip-moe": scores}}
+    page = make_page(cells, {}, ["x"])
+    assert [section.anchor for section in page.sections][:4] == [
+        "retrieval",
+        "classification",
+        "composition",
+        "attributes",
+    ]
+    assert "| dmu | **32.0 ± 2.0** | **50.0 ± 0.0** | **40.0 ± 0.0** | **32.0 ± 2.0** |" in page.sections[2].markdown()
+
+
 # ---------------------------------------------------------------------------------------------------------------- LLaVA
 
 
@@ -190,6 +254,14 @@ def test_llavas_are_columns_and_benchmarks_rows(results):
     ]
     assert "gqa: not the same number of questions (llava-a 100, moe 99)" in section.blocks[-1]
     assert "mmvet: not scored here for third" in section.blocks[-1]
+
+
+def test_a_13b_llava_stands_beside_the_papers_13b_rows(results):
+    for file in (results / "runs").rglob("results.json"):
+        file.write_text(file.read_text().replace('"model": "m"', '"model": "checkpoints/llava-v1.5-13b"'))
+    (table,) = llava_section(read_llavas(["llava-a"], results / "runs" / "eval-llava")).tables
+    assert table.head[-1] == "paper: 13B, with CLIP-MoE"
+    assert {row[0]: row[-1] for row in table.rows} == {"pope": "85.9 → 86.5", "gqa": "63.2 → 63.8"}
 
 
 def test_a_llava_without_results_is_an_error_that_says_how_to_measure_it(results):

@@ -384,3 +384,25 @@ def test_the_command_measures_composition(tmp_path, capsys):
     assert found == composition.evaluate_composition(make_bundle(), "winoground", folder, **CPU)
     printed = capsys.readouterr().out
     assert "winoground" in printed and "Relation (3)" in printed and "all (4)" in printed
+
+
+# --- in a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_measures_composition_that_is_asked_for_later(tmp_path):
+    from test_methods import flags
+    from tiny_run import draw_data
+
+    from train_encoder.command import main
+
+    run, ground = tmp_path / "run", make_winoground(tmp_path / "w")
+    words = flags("direct-ft", draw_data(tmp_path / "data"), run)
+    assert main(words) == 0
+    before = json.loads((run / "results.json").read_text())
+    assert "Captions that differ little" not in (run / "report.html").read_text()
+    assert main([*words, "--evaluation.composition", f"winoground={ground}"]) == 0
+    after = json.loads((run / "results.json").read_text())
+    assert set(after["composition"]["winoground"]) == {"base", "fine-tuned"}
+    assert {**after, "composition": {}} == {**before, "composition": {}}, "what was measured stays"
+    page = (run / "report.html").read_text()
+    assert "Captions that differ little" in page and "image score" in page and "Relation" in page

@@ -167,6 +167,53 @@ def test_every_recipe_in_the_prose_exists():
     assert named and named <= set(RECIPES), named - set(RECIPES)
 
 
+def rows_of(heading: str) -> dict[str, str]:
+    """First column (or recipe in brackets) -> the whole row, of the tables below a heading."""
+    section = TEXT.split(f"\n## {heading}")[1].split("\n## ")[0]
+    found = {}
+    for line in re.findall(r"^\|.*\|$", section, re.MULTILINE):
+        recipe = re.search(r"\(`([a-z-]+)`\)", line)
+        found[recipe.group(1) if recipe else line.strip("| ").partition(" |")[0]] = line
+    return found
+
+
+def test_the_figures_that_compare_prints_are_those_of_the_guide():
+    """Both were typed from the papers; they must not drift apart."""
+    from train_encoder.compare import papers
+
+    def text(values) -> str:
+        return " ".join(f"{value:.1f}" for value in values)
+
+    rows = {**rows_of("CLIP-MoE, Table 4"), **rows_of("CLIP-MoE, Table 2")}
+    for data in (papers.COCO, papers.FLICKR30K):
+        for recipe, scores in data.scores.items():
+            if recipe != "fmoe":
+                values = [scores[key] for key in papers.RETRIEVAL]
+                assert f"| {text(values[:3])} | | {text(values[3:])} |" in rows[recipe], recipe
+    fmoe = rows_of("CLIP-FMoE")
+    table5 = rows_of("CLIP-MoE, Table 5")
+    columns = ("imagenet", "imagenet-o", "imagenet-v2", "cifar10", "cifar100")
+    for recipe in ("base", "direct-ft", "sparse-upcycling", "long-clip", "dmu"):
+        values = [papers.ZERO_SHOT[name].scores[recipe]["top1"] for name in columns]
+        assert "| " + " | | ".join(f"{value:.1f}" for value in values) + " |" in table5[recipe]
+    assert (
+        "| 74.62 | | 29.58 | | 74.87 |" in fmoe["fmoe"] and papers.ZERO_SHOT["imagenet"].scores["fmoe"]["top1"] == 74.87
+    )
+    for start, values in papers.TABLE_1.items():
+        (row,) = [row for name, row in rows_of("CLIP-MoE, Table 1").items() if name.startswith(start)]
+        assert "| " + " | | ".join(f"{value:g}" for value in values) + " |" in row
+
+
+def test_llavas_13b_rows_are_those_of_the_guide():
+    from train_encoder.compare.papers import LLAVA_13B
+    from train_llava.eval.benchmarks import BENCHMARKS
+
+    section = TEXT.split("\n13B, Table 3 (P):\n")[1].split("\n## ")[0]
+    for name, (clip, moe) in LLAVA_13B.items():
+        assert f"| {clip} | | {moe} | |" in section, name
+        assert BENCHMARKS[name].paper is not None, "a row of Table 3 has its 7B figures too"
+
+
 def test_the_snippet_writes_the_benchmarks_that_a_run_measures(tmp_path, monkeypatch):
     (snippet,) = blocks("python")
     coco, flickr = tmp_path / "data" / "coco", tmp_path / "data" / "flickr30k"

@@ -15,6 +15,7 @@ from llava_clipmoe.files import read_json
 
 from ..report.document import Section, Table
 from ..report.numbers import MISSING, signed
+from .papers import LLAVA_13B
 
 NEEDED = ("benchmark", "n", "headline", "metrics")
 ORDER = "mme pope mmbench mmbench_cn mmvet vizwiz mmstar ocrbench vqav2 textvqa textvqa_no_ocr gqa mmvp".split()
@@ -69,20 +70,23 @@ def _measured(files: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def llava_section(llavas: Mapping[str, Results]) -> Section:
-    """A row a benchmark, a column a LLaVA with its delta against the first, the paper's figures last."""
+    """A row a benchmark, a column a LLaVA with its delta against the first, last the paper's figures (Table 3) for a
+    language model of the first one's size."""
     known = {benchmark for results in llavas.values() for benchmark in results}
     first, notes, rows = next(iter(llavas)), [], []
+    large = any("13b" in str(result.get("model")).lower() for result in llavas[first].values())
     for benchmark in [*(b for b in ORDER if b in known), *sorted(known - set(ORDER))]:
         found = {name: results[benchmark] for name, results in llavas.items() if benchmark in results}
         values = {name: _headline(result) for name, result in found.items()}
         base = values.get(first)
         cells = [_cell(values.get(name), None if name == first else base) for name in llavas]
         some = next(iter(found.values()))
-        paper = " → ".join(f"{value:,.1f}" for value in (some.get("paper") or {}).values())
+        figures = LLAVA_13B.get(benchmark, ()) if large else (some.get("paper") or {}).values()
+        paper = " → ".join(f"{value:,.1f}" for value in figures)
         rows.append([benchmark, str(some["headline"]).replace("_", " "), *cells, paper or MISSING])
         notes += _doubts(benchmark, found)
     intro = f"In brackets: the difference to {first}." if len(llavas) > 1 else ""
-    table = Table(["benchmark", "metric", *llavas, "paper: 7B, with CLIP-MoE"], rows)
+    table = Table(["benchmark", "metric", *llavas, f"paper: {'13B' if large else '7B'}, with CLIP-MoE"], rows)
     return Section("llava", "LLaVA", [block for block in (intro, table, " ".join(notes)) if block])
 
 

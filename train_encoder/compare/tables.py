@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..evaluate.judge import ACCURACIES
+from ..evaluate.judge import ACCURACIES, COMPOSITION
 from ..report.document import Code, Document, Figure, Section, Table
 from ..report.figures import cost_against_score, scores_with_errors, stacked_bars
 from ..report.numbers import MISSING, Score, duration, millions
 from ..report.sections import RECALLS
 from .llava import Results, llava_section
+from .papers import TABLE_1_SOURCE, expert_figures, published
 from .runs import Cell, Cells
 from .summary import Scores, ScoreTable, fmoe_claims, summary
 
@@ -27,7 +28,7 @@ CONTROL = ": random router (control)"
 
 def make_page(cells: Cells, llavas: Mapping[str, Results], command: Sequence[str]) -> Document:
     """cells: recipe -> its runs by seed, the base first (none: LLaVAs alone)."""
-    makers = (retrieval, classification, attributes, routing, cost) if cells else ()
+    makers = (retrieval, classification, composition, attributes, routing, cost) if cells else ()
     found = [section for make in makers if (section := make(cells)) is not None]
     last = [llava_section(llavas)] if llavas else []
     last.append(Section("reproduce", "Reproduce", [Code(shlex.join(command))]))
@@ -59,15 +60,23 @@ def with_controls(cells: Cells, read: Callable[[Cell, str], Any]) -> dict[str, l
     return rows
 
 
-def score_table(columns: Mapping[str, Scores], summed_up: str, title: str = "", note: str = "") -> ScoreTable:
-    """A row a recipe, the best mean of a column in bold; `summed_up`: the column of `scores`."""
+Beside = Mapping[str, Mapping[str, float]]
+"""Column -> row -> a paper's figure, in percent."""
+
+
+def score_table(
+    columns: Mapping[str, Scores], summed_up: str, title: str = "", note: str = "", beside: Beside | None = None
+) -> ScoreTable:
+    """A row a recipe, the best mean of a column in bold; `summed_up`: the column of `scores`. beside: in brackets."""
+    beside = beside or {}
     best = {name: max(map(statistics.mean, column.values())) for name, column in columns.items()}
     rows = []
     for recipe in columns[summed_up]:
         row: list[str | Score] = [recipe]
         for name, column in columns.items():
-            values = column[recipe]
-            row.append(Score(mean_and_spread(values), best=statistics.mean(values) == best[name]))
+            values, paper = column[recipe], beside.get(name, {}).get(recipe)
+            text = mean_and_spread(values) + ("" if paper is None else f" [{paper:.1f}]")
+            row.append(Score(text, best=statistics.mean(values) == best[name]))
         rows.append(row)
     return ScoreTable(["recipe", *columns], rows, title, note, scores=dict(columns[summed_up]))
 
@@ -89,8 +98,12 @@ def score_tables(
         if with_mean:
             columns["mean"] = mean_of(list(columns.values()))
         counts = next(iter(found.values()))[0]
-        note = f"{counts['images']} pictures, {counts[counted]} {counted}"
-        tables.append(score_table(columns, "mean" if with_mean else next(iter(columns)), name, note))
+        note, beside = f"{counts['images']} pictures, {counts[counted]} {counted}", {}
+        if paper := published(kind, name, counts["images"]):
+            note = f"{note}; in brackets: {paper.source}"
+            for key, title in titles.items():
+                beside[title] = {recipe: scores[key] for recipe, scores in paper.scores.items() if key in scores}
+        tables.append(score_table(columns, "mean" if with_mean else next(iter(columns)), name, note, beside))
     return tables
 
 
@@ -155,7 +168,32 @@ def attributes(cells: Cells) -> Section | None:
     for kind in next(iter(found.values()))[0]["by_type"]:
         columns[kind] = {row: [one["by_type"][kind]["accuracy"] for one in seeds] for row, seeds in found.items()}
     intro = "A pair counts when both of its pictures are matched right: chance is 25."
-    return _with_figure("attributes", "Attribute pairs", [score_table(columns, "all")], cells, [intro])
+    beside: dict[str, dict[str, float]] = {}
+    for kind, figures in expert_figures(next(iter(found.values()))[0]).items():
+        beside[kind] = {f"dmu: expert{expert}": figure for expert, figure in enumerate(figures)}
+    if beside and "dmu" in cells:
+        intro = f"{intro} In brackets: {TABLE_1_SOURCE}."
+    return _with_figure("attributes", "Attribute pairs", [score_table(columns, "all", beside=beside)], cells, [intro])
+
+
+def composition(cells: Cells) -> Section | None:
+    """Captions that differ little (SugarCrepe, Winoground): every recipe's result, by kind."""
+    every, tables = [cell for run in cells.values() for cell in run], []
+    for name in every[0].results.get("composition") or {}:
+        if all(cell.has("composition", name) for cell in every):
+            found = with_controls(cells, lambda cell, variant, name=name: cell.scores("composition", name, variant))
+            some = next(iter(found.values()))[0]
+            columns = {
+                title: {row: [scores[key] for scores in seeds] for row, seeds in found.items()}
+                for key, title in COMPOSITION.items()
+                if key in some
+            }
+            for kind in some["by_type"]:
+                columns[kind] = {
+                    row: [scores["by_type"][kind]["accuracy"] for scores in seeds] for row, seeds in found.items()
+                }
+            tables.append(score_table(columns, "right", name, f"{some['pairs']} questions"))
+    return _with_figure("composition", "Captions that differ little", tables, cells)
 
 
 def routing(cells: Cells) -> Section | None:

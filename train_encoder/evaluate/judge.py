@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 ACCURACIES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 """Scores of a classification, and their titles in tables."""
+COMPOSITION = {"overall": "right", "text": "text score", "image": "image score"}
+"""Scores of captions that differ little, and their titles; the last two are Winoground's, whose `overall` is both."""
 
 
 def is_answer(text: str, answer: str) -> bool:

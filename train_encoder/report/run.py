@@ -98,19 +98,22 @@ class Part:
     """What has to happen before there is something to show."""
     setting: str = ""
     """Of the evaluation: without it nobody asked for this part."""
+    since_ever: bool = True
+    """Whether every run has the setting; else one without it is older, and did not ask."""
 
     def asked_for(self, run: Run) -> bool:
-        return not self.setting or bool(run.config.get("evaluation", {}).get(self.setting, True))
+        return not self.setting or bool(run.config.get("evaluation", {}).get(self.setting, self.since_ever))
 
 
-def _measured(title: str, build: Callable[[Run], list[Block]], setting: str) -> Part:
+def _measured(title: str, build: Callable[[Run], list[Block]], setting: str, since_ever: bool = True) -> Part:
     flag = setting.replace("_", "-")
-    return Part(title, build, f"written after the evaluation (--evaluation.{flag})", setting)
+    return Part(title, build, f"written after the evaluation (--evaluation.{flag})", setting, since_ever)
 
 
 PARTS = (
     _measured("Retrieval", sections.retrieval, "retrieval"),
     _measured("Zero-shot classification", sections.classification, "zero_shot"),
+    _measured("Captions that differ little", sections.composition, "composition", since_ever=False),
     Part("Loss", sections.loss, "drawn from the first logged training step on"),
     Part("Clusters", sections.clusters, "known when the first stage has been clustered"),
     _measured("Attributes", sections.attributes, "attributes"),

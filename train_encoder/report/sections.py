@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_clipmoe.files import read_json
 
-from ..evaluate.judge import ACCURACIES
+from ..evaluate.judge import ACCURACIES, COMPOSITION
 from ..training.metrics import METRICS, read_metrics
 from . import figures
 from .document import Block, Figure, Table
@@ -127,6 +127,24 @@ def classification(run: Run) -> list[Block]:
         note = f"{first['images']:,} images, {first['classes']:,} classes; chance is {100 / first['classes']:.2g}%."
         tables.append(Table(["variant", *ACCURACIES.values()], _score_rows(variants, list(ACCURACIES)), name, note))
     return tables
+
+
+def composition(run: Run) -> list[Block]:
+    blocks: list[Block] = []
+    for name, variants in run.measured("composition").items():
+        first = next(iter(variants.values()))
+        keys = [key for key in COMPOSITION if key in first]
+        rows = _score_rows(variants, keys)
+        for row, scores in zip(rows, variants.values(), strict=True):
+            row += [percent(kind["accuracy"]) for kind in scores["by_type"].values()]
+        head = ["variant", *(COMPOSITION[key] for key in keys), *first["by_type"]]
+        blocks.append(Table(head, rows, name, f"{first['pairs']:,} questions"))
+    how = (
+        "sugarcrepe: an image is closer to its own caption than to a wrong one, 50% by chance. winoground: of two "
+        "images and two captions of the same words, each image finds its caption (text score) and each caption its "
+        "image (image score), 25% by chance; right is both, 16.7%."
+    )
+    return [*blocks, how] if blocks else []
 
 
 def attributes(run: Run) -> list[Block]:
