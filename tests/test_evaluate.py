@@ -595,7 +595,7 @@ def test_command_says_what_is_missing(models, capsys):
     assert all(task in printed for task in ("retrieval", "zero-shot", "mmvp", "routing"))
 
 
-@pytest.mark.parametrize("task", ["retrieval", "zero-shot", "mmvp", "routing"])
+@pytest.mark.parametrize("task", ["retrieval", "zero-shot", "composition", "mmvp", "routing"])
 def test_every_tasks_help_gives_an_example_and_its_data(task, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["model", task, "--help"])

@@ -20,6 +20,7 @@ from llava_clipmoe.model_directory import save_bundle
 from train_encoder.data.decode import ImageTransform, open_image
 from train_encoder.evaluate import benchmarks, classes, command, composition
 from train_encoder.evaluate.benchmarks import BenchmarkNotFound
+from train_encoder.evaluate.zero_shot import open_zero_shot
 from train_encoder.features.encode import encode_images, encode_texts
 
 CPU = {"device": "cpu", "precision": "fp32"}
@@ -177,6 +178,18 @@ def test_a_set_of_which_an_image_is_missing_is_refused(tmp_path, preset):
     next(tmp_path.rglob(name)).unlink()
     with pytest.raises(BenchmarkNotFound, match=f"1 of 2 images are missing.*{name}"):
         classes.open_classes(preset, tmp_path)
+
+
+def test_a_runs_folder_of_classes_may_bear_the_name_of_a_set_that_is_handed_out_otherwise(tmp_path):
+    for name in ("annual_crop", "sea"):
+        save(tmp_path / "mine" / name / "1.jpg")
+    name, (data, _) = open_zero_shot(f"eurosat={tmp_path / 'mine'}")
+    assert (name, data.names) == ("eurosat", ["annual crop", "sea"])
+    save(tmp_path / "archives" / "food-101" / "images" / "pie" / "1.jpg")  # damaged: it has no list
+    with pytest.raises(BenchmarkNotFound, match=r"looked for images and meta/test\.json"):
+        open_zero_shot(f"food101={tmp_path / 'archives'}")
+    make_food101(tmp_path)
+    assert open_zero_shot(f"food101={tmp_path}")[1][0].names == ["apple pie", "ice cream"]
 
 
 # --- long captions ----------------------------------------------------------------------------------------------------
@@ -386,7 +399,7 @@ def test_the_command_measures_composition(tmp_path, capsys):
     assert "winoground" in printed and "Relation (3)" in printed and "all (4)" in printed
 
 
-# --- in a run -----------------------------------------------------------------------------------------------------------
+# --- in a run --------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_measures_composition_that_is_asked_for_later(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from PIL import Image
 from llava_clipmoe.files import read_json
 
 from ..data.decode import open_image
-from ..data.image_files import image_files
+from ..data.image_files import image_files, is_image_name
 from .benchmarks import BenchmarkNotFound, first_existing
 
 
@@ -36,6 +37,19 @@ def open_classes(preset: str | None, folder: str | Path) -> Classes:
     if not folder.is_dir():
         raise BenchmarkNotFound(f"{folder} is not a folder on this machine.")
     return (image_folder if preset is None else PRESETS[preset])(folder)
+
+
+def named_classes(name: str, folder: str | Path) -> Classes:
+    """The labelled images that a run's settings call NAME=FOLDER: those of the preset NAME, or of a folder of classes
+    under any other name. A folder of classes may bear the name of a set that is handed out otherwise (`eurosat`).
+    Raises BenchmarkNotFound."""
+    try:
+        return open_classes(name if name in PRESETS else None, folder)
+    except LayoutNotFound:
+        places = [path for path in Path(folder).expanduser().iterdir() if path.is_dir() and path.name[0] != "."]
+        if not places or not all(any(map(is_image_name, os.listdir(place))) for place in places):
+            raise
+        return open_classes(None, folder)
 
 
 def _read_file(paths: Sequence[Path], i: int) -> Image.Image:
@@ -193,12 +207,16 @@ Labelled = Sequence[tuple[Path, int]]
 """(image, label)."""
 
 
+class LayoutNotFound(BenchmarkNotFound):
+    """A folder holds nothing of an archive's layout (it may be a folder of classes)."""
+
+
 def _root(folder: Path, needed: Sequence[str], *places: str) -> Path:
-    """`folder`, or the first of the `places` in it, that holds all that is `needed`. Raises BenchmarkNotFound."""
+    """`folder`, or the first of the `places` in it, that holds all that is `needed`. Raises LayoutNotFound."""
     for root in (folder, *(folder / place for place in places)):
         if all((root / name).exists() for name in needed):
             return root
-    raise BenchmarkNotFound(
+    raise LayoutNotFound(
         f"{folder} does not have the layout of this data set: looked for {' and '.join(needed)} there"
         f"{' and in ' if places else ''}{' and '.join(places)}."
     )

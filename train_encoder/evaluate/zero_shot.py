@@ -21,7 +21,7 @@ from ..features.encode import encode_images, encode_texts
 from ..openmoji.build import build_openmoji
 from ..openmoji.scenes import COLOUR_TEMPLATES, NOUN_TEMPLATES
 from ..progress import Bar
-from .classes import PRESETS, Classes, open_classes, openmoji_classes
+from .classes import Classes, named_classes, openmoji_classes
 from .retrieval import TIE, full_precision
 
 Templates = Sequence[str | Callable[[str], str]] | None
@@ -107,8 +107,8 @@ class _Pictures(Dataset):
 def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
     """What `--evaluation.zero-shot` names: `NAME=FOLDER` -> (NAME, (labelled images, prompts)).
 
-    NAME may be a preset's; `openmoji-nouns` and `openmoji-colours` stand alone. Raises ValueError for an entry
-    without a folder, BenchmarkNotFound when the folder is not what its name says.
+    NAME may be a preset's (`named_classes`); `openmoji-nouns` and `openmoji-colours` stand alone. Raises ValueError
+    for an entry without a folder, BenchmarkNotFound when the folder is not what its name says.
     """
     if entry in OPENMOJI:
         attribute, templates = OPENMOJI[entry]
@@ -119,4 +119,4 @@ def open_zero_shot(entry: str) -> tuple[str, tuple[Classes, Templates]]:
             f"--evaluation.zero-shot {entry}: write NAME=FOLDER (imagenet=/data/imagenet, or any name for a folder "
             f"with one subfolder of images a class), or {' or '.join(OPENMOJI)}."
         )
-    return name, (open_classes(name if name in PRESETS else None, folder), None)
+    return name, (named_classes(name, folder), None)
