@@ -13,7 +13,7 @@ pytest.importorskip("open_clip", reason="the trainer's packages are not installe
 
 from test_features import Pictures, make_bundle
 from test_methods import flags
-from tiny_run import draw_data
+from tiny_run import draw_data, run_two
 
 from llava_clipmoe.files import load_tensors, read_json
 from llava_clipmoe.load import load_bundle
@@ -208,6 +208,15 @@ def test_a_stopped_run_with_centroids_goes_on_to_the_same_bits(runs, data):
         (run / name).rmdir()
     assert main([*flags("dmu", data, run), *CENTROIDS]) == 0
     assert [file.read_bytes() for file in files] == before
+
+
+def test_two_processes_train_from_the_routers_of_one(runs, data, tmp_path):
+    """The base is trained by both together and would differ in its last bits: it is taken from the other run."""
+    alone, run = runs("fmoe", *CENTROIDS), tmp_path / "run"
+    run_two([*flags("fmoe", data, run), *CENTROIDS, "--base.source", str(alone / "base"), "--evaluation.retrieval"])
+    one, two = (load_tensors(folder / "router-init" / "routers.safetensors") for folder in (alone, run))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert (run / "clip-moe" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("method", ["sparse-upcycling", "vanilla-moe"])
