@@ -4,6 +4,7 @@ layout is told."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,7 @@ def test_the_command_measures_composition(tmp_path, capsys):
     assert found == composition.evaluate_composition(make_bundle(), "winoground", folder, **CPU)
     printed = capsys.readouterr().out
     assert "winoground" in printed and "Relation (3)" in printed and "all (4)" in printed
+    assert re.search(rf"text score\s+{100 * found['text']:.1f}\s", printed), "the two scores beside their group's"
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from ..data.pairs import DataError, PairSource
 from ..progress import Bar
 from . import benchmarks, composition, mmvp, retrieval, routing, zero_shot
 from .classes import PRESETS, open_classes
-from .judge import ACCURACIES
+from .judge import ACCURACIES, COMPOSITION
 from .options import EncodingOptions, SourceOptions
 
 
@@ -257,11 +257,14 @@ def _scores(variants: Mapping[str, dict], columns: Mapping[str, str]) -> Table:
 
 
 def _right_pairs(variants: Mapping[str, dict]) -> Table:
-    """A row for every type of pairs, a column for every variant."""
+    """A row for every type of pairs, and for Winoground's two scores; a column for every variant."""
     first, rows = next(iter(variants.values())), {}
     for kind, counted in first["by_type"].items():
         rows[f"{kind} ({counted['pairs']})"] = [each["by_type"][kind]["accuracy"] for each in variants.values()]
     rows[f"all ({first['pairs']})"] = [each["overall"] for each in variants.values()]
+    for key in ("text", "image"):
+        if key in first:
+            rows[COMPOSITION[key]] = [each[key] for each in variants.values()]
     return _table(rows, variants)
 
 
