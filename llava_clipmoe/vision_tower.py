@@ -1,8 +1,8 @@
 """CLIP-MoE as LLaVA-1.5's vision tower: what upstream calls on a tower, and nothing else (docs/design.md).
 
 Upstream's counterpart is llava/model/multimodal_encoder/clip_encoder.py (CLIPVisionTower). Ours differs in three
-ways: it stays frozen and in eval mode whatever a trainer calls, it holds only the blocks that `select_layer` needs
-(-2: all but the last), and it reads our directories.
+ways: it stays frozen and in eval mode whatever a trainer calls (unless `--mm_tune_vision_tower` asks for more), it
+holds only the blocks that `select_layer` needs (-2: all but the last), and it reads our directories.
 
 Shape suffixes:  B images   R side in pixels   N patches (R/patch)^2   T = N + 1 tokens   C channels
 """
@@ -23,6 +23,7 @@ from .files import load_tensors
 from .model_directory import local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .tower_registry import Tower, UnknownTower, resolve
+from .tower_tuning import MARK, Tuning, balance_loss, changed_tensors, check_tuning, load_tuned, wake
 
 
 def build_tower(tower: Tower, args: Any, **kwargs: Any) -> CLIPMoEVisionTower:
@@ -32,7 +33,8 @@ def build_tower(tower: Tower, args: Any, **kwargs: Any) -> CLIPMoEVisionTower:
 
 
 class CLIPMoEVisionTower(nn.Module):
-    """Frozen CLIP-MoE: pixels [B,3,R,R] -> features [B,N,C] (`select_feature` "patch") in the pixels' dtype.
+    """CLIP-MoE, frozen unless asked to learn: pixels [B,3,R,R] -> features [B,N,C] (`select_feature` "patch") in the
+    pixels' dtype.
 
     vision_tower: a registered name, or a directory or hub id of ours.
     args: has `mm_vision_select_layer` (an index into hidden states: -2 is the output of the last block but one) and
@@ -56,6 +58,13 @@ class CLIPMoEVisionTower(nn.Module):
             raise ValueError(f"mm_vision_select_feature must be 'patch' or 'cls_patch', got {self.select_feature!r}.")
         self.cfg_only = read_config(self.directory).vision_config
         self.num_blocks = _blocks_needed(self.cfg_only, self.select_layer)
+        self.tuning: Tuning | None = None
+        """What stage 2 trains of it now; None: it is frozen."""
+        self.tuned: list[str] = []
+        """Names of the tensors that are, or will be, other than the directory's."""
+        self.tuned_in = getattr(args, MARK, None) and getattr(args, "_name_or_path", None)
+        """The LLaVA that holds them: a directory or hub id."""
+        self.balance: list[torch.Tensor] = []
         if not delay_load:
             self.load_model()
 
@@ -69,7 +78,9 @@ class CLIPMoEVisionTower(nn.Module):
         if self.is_loaded:
             return
         self.image_processor = self._image_processor()
-        model = _load_blocks(self.directory, self.cfg_only, self.num_blocks)
+        changed = load_tuned(self.tuned_in, self.num_blocks) if self.tuned_in else {}
+        model = _load_blocks(self.directory, self.cfg_only, self.num_blocks, changed)
+        self.tuned = sorted(changed)
         self.vision_tower = _place(model, device_map).requires_grad_(False).eval()
         self.is_loaded = True
 
@@ -78,8 +89,12 @@ class CLIPMoEVisionTower(nn.Module):
 
     def train(self, mode: bool = True) -> CLIPMoEVisionTower:
         """Stays in eval mode: LLaVA's trainer calls `.train()` on the whole model (and, in eval mode, gradient
-        checkpointing is out of the way too)."""
-        return super().train(False)
+        checkpointing is out of the way too). Of a tower that learns the encoder alone takes the mode: so its blocks
+        may be checkpointed and no packed copies of its weights are used, but nothing is dropped at random."""
+        super().train(False)
+        if self.tuning is not None:
+            self.vision_tower.vision_model.encoder.training = mode
+        return self
 
     def to(self, *args: Any, **kwargs: Any) -> CLIPMoEVisionTower:
         """As `nn.Module.to`, but float16 on the CPU becomes float32: upstream asks for float16 everywhere, and the
@@ -90,19 +105,47 @@ class CLIPMoEVisionTower(nn.Module):
             dtype = torch.float32
         return super().to(device=device, dtype=dtype, non_blocking=non_blocking)
 
+    # ------------------------------------------------------------------------------------------------------ learning
+
+    def ask_for_tuning(self, tuning: Tuning) -> None:
+        """Note what is to be trained; `wake` begins with it. Raises ValueError for what this tower has not."""
+        check_tuning(tuning, self.config, self.vision_tower_name)
+        self.tuning = tuning
+
+    def wake(self, autocast: bool) -> None:
+        """Begin to learn what `tuning` says. autocast: products will run in half precision whatever the weights are;
+        otherwise the whole tower goes to fp32, the dtype of what is trained."""
+        if not autocast:
+            self.vision_tower.float()
+        self.tuned = sorted({*self.tuned, *wake(self.vision_tower, self.tuning)})
+
+    def changed(self) -> dict[str, torch.Tensor]:
+        """What differs from the directory's tower, by name; every process must call it."""
+        return changed_tensors(self.vision_tower, self.tuned)
+
+    def take_balance(self) -> torch.Tensor | None:
+        """The weighted router losses of the last pass, once; None where no routers are trained."""
+        balance, self.balance = self.balance, []
+        return torch.stack(balance).mean() if balance else None
+
     # ------------------------------------------------------------------------------------------------------- forward
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """[B,3,R,R] -> [B,N,C]; a list of [3,R,R] -> a list of [1,N,C], as upstream."""
-        if isinstance(images, list):
-            return [self._features(image.unsqueeze(0)).to(image.dtype) for image in images]
-        return self._features(images).to(images.dtype)
+        self.balance = []
+        with torch.set_grad_enabled(self.tuning is not None and torch.is_grad_enabled()):
+            if isinstance(images, list):
+                return [self._features(image.unsqueeze(0)).to(image.dtype) for image in images]
+            return self._features(images).to(images.dtype)
 
     def _features(self, pixels_B3RR: torch.Tensor) -> torch.Tensor:
         """-> [B,N,C] (or [B,N+1,C]) in the tower's dtype. The last block that is loaded gives the asked layer."""
         pixels_B3RR = pixels_B3RR.to(device=self.device, dtype=self.dtype)
-        x_BTC = self.vision_tower(pixels_B3RR).last_hidden_state
+        balanced = torch.is_grad_enabled() and self.tuning is not None and self.tuning.what == "routers"
+        out = self.vision_tower(pixels_B3RR, output_router_logits=balanced)
+        if balanced:
+            self.balance.append(balance_loss(out.router_logits, pixels_B3RR, self.config))
+        x_BTC = out.last_hidden_state
         return x_BTC[:, 1:] if self.select_feature == "patch" else x_BTC
 
     # ---------------------------------------------------------------------------------------- what LLaVA asks it for
@@ -209,8 +252,12 @@ def _blocks_needed(config: CLIPMoEVisionConfig, select_layer: int) -> int:
     return select_layer % states
 
 
-def _load_blocks(directory: Path, config: CLIPMoEVisionConfig, blocks: int) -> CLIPMoEVisionModel:
-    """The vision model with only its first `blocks` blocks, in the stored dtype. Other tensors are not even read."""
+def _load_blocks(
+    directory: Path, config: CLIPMoEVisionConfig, blocks: int, changed: dict[str, torch.Tensor]
+) -> CLIPMoEVisionModel:
+    """The vision model with only its first `blocks` blocks, in the stored dtype. Other tensors are not even read.
+
+    changed: tensors of a tower that a LLaVA trained on, in the place of the directory's."""
     short = copy.deepcopy(config)
     short.num_hidden_layers = blocks
     short.moe_layers = [layer for layer in config.moe_layers if layer < blocks]
@@ -225,6 +272,13 @@ def _load_blocks(directory: Path, config: CLIPMoEVisionConfig, blocks: int) -> C
             f"the weights in {directory} do not fit its config ({len(wrong)} tensors missing or of another shape: "
             f"{', '.join(wrong[:5])}). The directory is incomplete or damaged: copy or download it again."
         )
+    for name, tensor in changed.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{directory} is another tower than the one that this LLaVA trained on: {name} has no place in it. "
+                "Register the one that it was trained with."
+            )
+        state[name] = tensor.to(state[name].dtype)
     model.load_state_dict(state, assign=True)
     return model
 

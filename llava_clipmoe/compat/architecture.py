@@ -52,6 +52,9 @@ def _patch_initialize(meta_model: type) -> None:
             upstream(self, model_args, fsdp=fsdp)
         except RuntimeError as error:
             raise _projector_error(self, model_args, error) from error
+        from .tuning import ask  # torch and transformers only now
+
+        ask(self, model_args)
 
     meta_model.initialize_vision_modules = initialize_vision_modules
 

@@ -13,6 +13,7 @@ import torch
 
 from ..files import read_json
 from .generation import patch_generation
+from .tuning import read_beside, save_beside
 from .versions import check_transformers
 
 CPU_DTYPE = "LLAVA_CLIPMOE_CPU_DTYPE"
@@ -43,9 +44,25 @@ def patch_language_model(module: ModuleType) -> None:
     def from_pretrained(cls, name: str, *args: Any, **kwargs: Any):
         kwargs = translate(kwargs)
         check_memory(Path(name), kwargs)
-        return upstream(cls, name, *args, **kwargs)
+        checkpoint = getattr(kwargs.get("config"), "_name_or_path", None) or name  # transformers overwrites it
+        model = upstream(cls, name, *args, **kwargs)
+        read_beside(model[0] if isinstance(model, tuple) else model, str(checkpoint))
+        return model
 
     cls.from_pretrained = classmethod(from_pretrained)
+    _patch_save_pretrained(cls)
+
+
+def _patch_save_pretrained(cls: type) -> None:
+    upstream = cls.save_pretrained
+
+    @functools.wraps(upstream)
+    def save_pretrained(self, folder: str | os.PathLike, *args: Any, **kwargs: Any):
+        written = upstream(self, folder, *args, **kwargs)
+        save_beside(self, folder)
+        return written
+
+    cls.save_pretrained = save_pretrained
 
 
 def translate(kwargs: dict[str, Any]) -> dict[str, Any]:

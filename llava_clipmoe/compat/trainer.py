@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import load_foreign_pt, load_tensors, save_tensors
+from . import tuning
 from .data import guard
 from .versions import check_transformers
 
@@ -30,6 +31,7 @@ def before_import(module: ModuleType) -> None:
         # train.py asks every tokenizer; only Llama's know. The others tokenise a turn alike wherever it stands.
         transformers.PreTrainedTokenizerBase.legacy = True
     rename_flags(sys.argv, transformers.TrainingArguments)
+    tuning.add_flags()
 
 
 RENAMED_FLAGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
@@ -54,6 +56,8 @@ def patch_trainer(module: ModuleType) -> None:
     _patch_sampler(cls)
     _patch_save_checkpoint(cls, base)
     _patch_load_checkpoint(cls)
+    tuning.add_flags()
+    tuning.patch_trainer(cls)
     allow_numpy_random_state()
 
 
@@ -66,6 +70,8 @@ def _patch_init(cls: type, base: type) -> None:
             kwargs["processing_class"] = kwargs.pop("tokenizer")
         if kwargs.get("train_dataset") is not None:
             guard(kwargs["train_dataset"])
+        if "args" in kwargs:
+            tuning.wake(kwargs["args"], kwargs.get("model"))
         base.__init__(self, *args, **kwargs)
         stand_in_for_deepspeed()
 
@@ -95,8 +101,9 @@ def _patch_save_checkpoint(cls: type, base: type) -> None:
         if not base_takes_metrics:
             rest, named = (), {}
         base._save_checkpoint(self, model, trial, *rest, **named)  # optimizer, schedule, random state, trainer_state
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        tuning.save_tower(self, checkpoint)
         if _lora_beside_others(self) and self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_tensors(checkpoint / NOT_LORA, trained_beside_lora(self.model))
 
     cls._save_checkpoint = _save_checkpoint
@@ -108,6 +115,7 @@ def _patch_load_checkpoint(cls: type) -> None:
     @functools.wraps(upstream)
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _only_projector(self):
+            tuning.check_resumed(self, resume_from_checkpoint)
             upstream(self, resume_from_checkpoint, model)
             if _lora_beside_others(self):
                 load_beside_lora(self.model, Path(resume_from_checkpoint))
@@ -132,7 +140,7 @@ def _lora_beside_others(trainer: Any) -> bool:
 
 
 def trained_beside_lora(model: Any) -> dict[str, Any]:
-    """What stage 2 trains besides the adapter, by name: the projector."""
+    """What stage 2 trains besides the adapter, by name: the projector, and what it was asked to of the tower."""
     named = model.named_parameters()
     return {name: tensor for name, tensor in named if tensor.requires_grad and "lora_" not in name}
 

@@ -1,0 +1,206 @@
+"""A tower that learns, in upstream's training: its flags, learning rate, balance loss and file (`tower_tuning.py`).
+
+Upstream's stage 2 has no way to train a tower. Without the flags nothing of this does anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model_directory import local_directory, read_config
+from ..tower_registry import resolve
+from ..tower_tuning import CHOICES, MARK, TUNED_FILE, Tuning, check_tuning, save_tuned
+from ..vision_tower import CLIPMoEVisionTower
+
+RATE, RANK = "mm_vision_tower_lr", "mm_vision_tower_lora_r"
+_FLAGS = [
+    (MARK, str | None, None, f"Stage 2: train the vision tower's {', '.join(CHOICES)} too (default: frozen)."),
+    (RATE, float | None, None, f"Learning rate of what --{MARK} trains (default: --learning_rate)."),
+    (RANK, int, Tuning.rank, f"Rank of the changes that --{MARK} lora trains; alpha is twice the rank."),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def add_flags() -> None:
+    """Let upstream's argument parser, which its train.py makes of three dataclasses, know our flags."""
+    import transformers
+
+    parser = transformers.HfArgumentParser
+    if hasattr(parser.__init__, "__wrapped__"):
+        return
+    upstream = parser.__init__
+
+    @functools.wraps(upstream)
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+        if isinstance(dataclass_types, (list, tuple)):
+            dataclass_types = [_with_flags(kind) if _is_llavas(kind) else kind for kind in dataclass_types]
+        upstream(self, dataclass_types, **kwargs)
+
+    parser.__init__ = __init__
+
+
+def _is_llavas(kind: type) -> bool:
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return {"vision_tower", "tune_mm_mlp_adapter"} <= fields.keys() and MARK not in fields
+
+
+def _with_flags(kind: type) -> type:
+    """Upstream's ModelArguments with our fields, looked at as soon as they are parsed: before weights are loaded."""
+    fields = [
+        (name, hint, dataclasses.field(default=default, metadata={"help": text}))
+        for name, hint, default, text in _FLAGS
+    ]
+    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), namespace={"__post_init__": check_flags})
+
+
+def check_flags(arguments: Any) -> None:
+    """Raise ValueError for flags that cannot be meant; `arguments` is upstream's ModelArguments with ours."""
+    tuning = tuning_of(arguments)
+    if tuning is None:
+        if getattr(arguments, RATE, None) is not None:
+            raise ValueError(f"--{RATE} needs --{MARK}: without it the vision tower is frozen.")
+        return
+    if tuning.what in CHOICES and arguments.tune_mm_mlp_adapter:
+        raise ValueError(f"--{MARK} belongs to stage 2; stage 1 (--tune_mm_mlp_adapter) trains the projector alone.")
+    name = arguments.vision_tower
+    tower = resolve(name) if name else None
+    if tuning.what in CHOICES and tower is None:
+        raise ValueError(f"--{MARK} trains a CLIP-MoE tower, and --vision_tower is {name}.")
+    check_tuning(tuning, read_config(local_directory(tower.source)).vision_config if tower else None, name)
+
+
+def tuning_of(arguments: Any) -> Tuning | None:
+    what = getattr(arguments, MARK, None)
+    return what and Tuning(what, getattr(arguments, RATE, None), getattr(arguments, RANK, Tuning.rank))
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def tower_of(model: nn.Module) -> CLIPMoEVisionTower | None:
+    """The tower of ours in a LLaVA (or in peft's wrapper around it); None where there is none."""
+    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    return tower if isinstance(tower, CLIPMoEVisionTower) else None
+
+
+def ask(model: Any, arguments: Any) -> None:
+    """After upstream's `initialize_vision_modules`: tell the tower what to learn, and the checkpoint's config that its
+    tower is not its directory's. `model` is upstream's LlavaMetaModel."""
+    tuning, tower = tuning_of(arguments), model.get_vision_tower()
+    if tuning is not None:
+        check_flags(arguments)  # who calls it without upstream's parser
+        if isinstance(model.vision_tower, list):
+            raise ValueError(f"--{MARK} does not work with --fsdp, for which LLaVA keeps the tower out of the model.")
+        tower.ask_for_tuning(tuning)
+        setattr(model.config, MARK, tuning.what)
+    elif hasattr(model.config, MARK) and not getattr(tower, "tuned", None):
+        delattr(model.config, MARK)  # another tower has taken the place of the one that was trained
+
+
+def read_beside(model: nn.Module, checkpoint: str) -> None:
+    """Let a tower whose weights are still to be read find what `checkpoint` changed of it.
+
+    The tower itself knows the directory that its config came with, and transformers writes there where the language
+    model is: with LoRA, another one.
+    """
+    tower = tower_of(model)
+    if tower is not None and getattr(model.config, MARK, None) and not tower.is_loaded:
+        tower.tuned_in = checkpoint
+
+
+def save_beside(model: nn.Module, folder: str | Path) -> None:
+    """After `save_pretrained` of a LLaVA whose trained tower was only read (LoRA that was merged): keep it."""
+    tower = tower_of(model)
+    if tower is not None and tower.tuned and tower.tuning is None:
+        save_tuned(Path(folder), tower.changed(), getattr(model.config, MARK, None))
+
+
+# -------------------------------------------------------------------------------------------------------------- trainer
+
+
+def wake(trainer_arguments: Any, model: nn.Module | None) -> None:
+    """Before a trainer takes the model, when upstream has cast and frozen what it wants to."""
+    tower = tower_of(model) if model is not None else None
+    if tower is None or tower.tuning is None:
+        return
+    engine = getattr(trainer_arguments, "hf_deepspeed_config", None)
+    if tower.tuning.learning_rate is not None and engine is not None and "optimizer" in engine.config:
+        raise ValueError(f"--{RATE} cannot be used with an optimizer of DeepSpeed's file: take that section out of it.")
+    tower.wake(autocast=trainer_arguments.bf16 or trainer_arguments.fp16)
+
+
+def save_tower(trainer: Any, folder: str | Path) -> None:
+    """Write what stage 2 changed of the tower beside a checkpoint; every process must call it."""
+    tower = tower_of(trainer.model)
+    if tower is None or not tower.tuned:
+        return
+    tensors = tower.changed()
+    if trainer.args.should_save:
+        save_tuned(Path(folder), tensors, trainer.model.config.__dict__.get(MARK))
+
+
+def check_resumed(trainer: Any, checkpoint: str | Path) -> None:
+    """Raise ValueError for a checkpoint of a run that trained something else of the tower."""
+    from safetensors import safe_open
+
+    tower, file, before = tower_of(trainer.model), Path(checkpoint) / TUNED_FILE, None
+    if file.is_file():
+        with safe_open(str(file), framework="pt") as opened:
+            before = (opened.metadata() or {}).get(MARK)
+    now = tower.tuning.what if tower is not None and tower.tuning is not None else None
+    if before != now and (now or not tower.tuned):
+        raise ValueError(
+            f"{checkpoint} was trained with {f'--{MARK} {before}' if before else f'no --{MARK}'}. Give the same flags "
+            "again, or delete the checkpoint to train this stage anew."
+        )
+
+
+def patch_trainer(cls: type) -> None:
+    """llava.train.llava_trainer.LLaVATrainer: learning rate, balance loss, and the tower's file at the end."""
+    create_optimizer, compute_loss, save_state = cls.create_optimizer, cls.compute_loss, cls.save_state
+
+    @functools.wraps(create_optimizer)
+    def with_own_rate(self, *rest: Any, **named: Any):
+        fresh, optimizer = self.optimizer is None, create_optimizer(self, *rest, **named)
+        tower = tower_of(self.model)
+        if fresh and tower is not None and tower.tuning is not None and tower.tuning.learning_rate is not None:
+            give_own_rate(optimizer, tower, tower.tuning.learning_rate)
+        return optimizer
+
+    @functools.wraps(compute_loss)
+    def with_balance(self, model: Any, inputs: Any, return_outputs: bool = False, *rest: Any, **named: Any):
+        found = compute_loss(self, model, inputs, return_outputs, *rest, **named)
+        tower = tower_of(self.model)
+        balance = tower.take_balance() if tower is not None else None
+        if balance is None:
+            return found
+        return (found[0] + balance, *found[1:]) if return_outputs else found + balance
+
+    @functools.wraps(save_state)
+    def with_tower(self) -> None:
+        save_state(self)
+        save_tower(self, self.args.output_dir)  # upstream saves the rest right after, in four ways
+
+    cls.create_optimizer, cls.compute_loss, cls.save_state = with_own_rate, with_balance, with_tower
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, tower: nn.Module, rate: float) -> None:
+    """Move the tower's parameters into groups of their own, in place; their weight decay stays."""
+    own = {id(parameter) for parameter in tower.parameters()}
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    for group in groups:
+        theirs = [parameter for parameter in group["params"] if id(parameter) not in own]
+        if theirs or not group["params"]:
+            optimizer.add_param_group({**group, "params": theirs})
+    for group in groups:
+        ours = [parameter for parameter in group["params"] if id(parameter) in own]
+        if ours:
+            optimizer.add_param_group({**group, "params": ours, "lr": rate})
