@@ -10,6 +10,7 @@ that a 7B model needs a few gigabytes of memory. Tensors get the names that tran
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .files import atomic_directory, iter_tensors, read_json, save_shards, weigh
 from .model_directory import WRONG_DIRECTORY, config_dict, local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .tower_registry import resolve
+from .tower_tuning import MARK, load_tuned
 
 MODEL_TYPE = "llava"
 _SOURCE_TYPES = ("llava_llama", "llava")  # the second: LLaVA's checkpoints from before its MPT variant had a name
@@ -56,8 +58,14 @@ class Source:
     @property
     def tower_from_checkpoint(self) -> bool:
         """True where the LLaVA checkpoint's own copy of the tower counts: upstream loads it when that tower was trained
-        too. Otherwise the copy is ignored, as upstream ignores it; a CLIP-MoE tower is never trained in LLaVA."""
+        too. Otherwise the copy is ignored, as upstream ignores it; what LLaVA trained of a CLIP-MoE lies in a file of
+        its own (`tuned`)."""
         return bool(self.config.get("unfreeze_mm_vision_tower")) and self.clip.is_dense
+
+    @functools.cached_property
+    def tuned(self) -> dict[str, torch.Tensor]:
+        """What LLaVA's stage 2 trained of the tower, by name."""
+        return load_tuned(str(self.directory)) if self.config.get(MARK) else {}
 
 
 def export_hf(
@@ -113,12 +121,14 @@ def open_source(directory: Path, vision_tower: str | None = None) -> Source:
             raise
         raise FileNotFoundError(f"{error} It holds a projector alone (stage 1): export what stage 2 wrote.") from error
     weight_files(tower)
+    source = Source(directory, config, tower, clip)
+    _ = source.tuned  # raises where it is missing
     if config.get("mm_hidden_size") != clip.vision_config.hidden_size:
         raise ValueError(
             f"{tower} is another tower than the one {directory} was trained with: its features are "
             f"{clip.vision_config.hidden_size} wide, the projector reads {config.get('mm_hidden_size')}."
         )
-    return Source(directory, config, tower, clip)
+    return source
 
 
 def read_llava_config(directory: Path) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     if not source.tower_from_checkpoint:
         for name, tensor in iter_tensors(source.tower):
             if name.startswith("vision_model."):
-                yield _tower_name(name), tensor
+                yield _tower_name(name), source.tuned.get(name, tensor).to(tensor.dtype)
 
 
 def _language_or_projector_name(name: str) -> str:

@@ -2,32 +2,39 @@
 
 What should move moves and nothing else: in plain torch, with LLaVA's LoRA, and in DeepSpeed's engines in two CPU
 processes. What was trained is in the checkpoint, and every reader gets it. The trainings of one environment share a
-process (this file, run as a program), which says what it saw.
+process (tiny/tower_trainings.py), which says what it saw.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import REPOSITORY
-from tiny.llavas import make_data, make_language_model, make_towers, upstream_is_installed
+from tiny.llavas import make_data, make_language_model, make_towers, upstream_in_this_process, upstream_is_installed
 
+from llava_clipmoe.export import export_hf
 from llava_clipmoe.files import load_tensors
-from llava_clipmoe.tower_tuning import MARK, TUNED_FILE
+from llava_clipmoe.tower_tuning import MARK, TUNED_FILE, Tuning, check_tuning
+from llava_clipmoe.vision_tower import CLIPMoEVisionTower
 
 PINNED = os.environ.get("LLAVA_CLIPMOE_PINNED_PYTHON")
 pytestmark = [
     pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed here"),
     pytest.mark.xdist_group("tower_tuning"),
 ]
+PROGRAM = str(REPOSITORY / "tests" / "tiny" / "tower_trainings.py")
 RATE, OWN_RATE = 2e-3, 5e-3
-TOWER = "model.vision_tower.vision_tower."
 LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0}
 PARTS = {"routers": ".mlp.router.", "experts": ".mlp.experts.", "lora": ".self_attn."}
 KINDS = [(what, lora) for lora in (False, True) for what in (None, *PARTS)]
@@ -83,11 +90,11 @@ def train(python: str, material: Path, tasks: list[dict], folder: Path) -> list[
     """Each task in one process of `python`; -> what it saw of each."""
     (folder / "tasks.json").write_text(json.dumps(tasks))
     done = subprocess.run(
-        [python, __file__, str(folder / "tasks.json")],
+        [python, PROGRAM, str(folder / "tasks.json")],
         cwd=folder, env=environment(material), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads((folder / "seen.json").read_text())
 
 
 @pytest.fixture(
@@ -97,8 +104,8 @@ def train(python: str, material: Path, tasks: list[dict], folder: Path) -> list[
         pytest.param("pinned", marks=pytest.mark.skipif(not PINNED, reason="LLAVA_CLIPMOE_PINNED_PYTHON is not set")),
     ],
 )
-def trained(request, material, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
-    """Every kind of stage 2: the folder of their outputs, and what was seen of each."""
+def trained(request, material, tmp_path_factory) -> tuple[Path, dict[str, dict], str]:
+    """Every kind of stage 2: the folder of their outputs, what was seen of each, and the interpreter."""
     folder = tmp_path_factory.mktemp(request.param)
     for name in ("llama", "data", "clip-moe"):
         (folder / name).symlink_to(material / name)
@@ -108,7 +115,8 @@ def trained(request, material, tmp_path_factory) -> tuple[Path, dict[str, dict]]
         tasks.append({"name": name, "base": str(folder / "llama") if lora else None, "output": str(folder / name)})
         tasks[-1]["arguments"] = arguments(folder, name, what, **(LORA if lora else {}))
     python = {"current": sys.executable, "pinned": PINNED}[request.param]
-    return folder, dict(zip([task["name"] for task in tasks], train(python, material, tasks, folder), strict=True))
+    seen = dict(zip([task["name"] for task in tasks], train(python, material, tasks, folder), strict=True))
+    return folder, seen, python
 
 
 def expected_names(what: str | None, material: Path) -> set[str]:
@@ -127,6 +135,7 @@ def test_what_should_move_moves_and_nothing_else(trained, material, what, lora):
     names = expected_names(what, material)
     assert original == ({name.removesuffix(".weight") for name in names} if what == "lora" else names)
     assert bool(names) == bool(what) and seen["projector_moved"] and seen["language_model_moved"]
+    assert seen["checkpointed"] == bool(what)
     assert seen["peft_in_tower"] == []  # LLaVA's own LoRA does not reach it
     assert (folder / name_of(what, lora) / TUNED_FILE).is_file() == bool(what)
 
@@ -162,111 +171,174 @@ def test_a_reader_gets_the_trained_tower(trained, material, what, lora):
     assert seen["off_without_file"] > 1e-4 * seen["size"]
 
 
-# ------------------------------------------------------------------------------------------------------------- program
+@pytest.mark.parametrize(("what", "lora"), KINDS[1:])
+def test_adapters_that_are_merged_take_the_trained_tower_along(trained, what, lora):
+    seen = trained[1][name_of(what, lora)]
+    assert ("off_merged" in seen) == lora and seen.get("off_merged", 0) <= 1e-5 * seen["size"]
 
 
-def watch(task: dict) -> dict:
-    """Train as the task says, in this process; -> what happened to the model."""
-    from llava.train import train
-
-    from llava_clipmoe.compat.tuning import tower_of
-
-    seen, torch_model = {"balance_added": 0.0, "balance_expected": 0.0}, []
-    trainer_class = train.LLaVATrainer
-    upstream_train, upstream_loss = trainer_class.train, trainer_class.compute_loss
-
-    def compute_loss(self, model, inputs, *rest, **named):
-        loss = upstream_loss(self, model, inputs, *rest, **named)
-        if "expected" not in seen:
-            with torch.no_grad():
-                seen["expected"] = balance_by_hand(tower_of(self.model), inputs["images"])
-                plain = model(**{**inputs, "images": inputs["images"].clone()}).loss
-                seen["balance_added"] = (loss - plain).item()
-        return loss
-
-    def train_and_watch(self, *arguments, **named):
-        before = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
-        result = upstream_train(self, *arguments, **named)
-        torch_model.append(self.model)
-        describe(self, before, seen)
-        return result
-
-    trainer_class.train, trainer_class.compute_loss = train_and_watch, compute_loss
-    try:
-        sys.argv = ["train.py", *task["arguments"]]
-        torch.manual_seed(0)
-        train.train()
-    finally:
-        trainer_class.train, trainer_class.compute_loss = upstream_train, upstream_loss
-    learns = getattr(tower_of(torch_model[0]).tuning, "what", None)
-    seen["balance_expected"] = seen.pop("expected") if learns == "routers" else 0.0
-    compare_with_reloaded(task, torch_model[0], seen)
-    return seen
+@pytest.mark.parametrize("what", PARTS)
+def test_an_export_has_the_trained_tower(trained, material, what, tmp_path):
+    source = trained[0] / name_of(what, False)
+    export_hf(source, tmp_path / "hf", vision_tower=str(material / "clip-moe"))
+    written, tuned = load_tensors(tmp_path / "hf"), load_tensors(source / TUNED_FILE)
+    for name, tensor in load_tensors(material / "clip-moe").items():
+        if name.startswith("vision_model."):
+            assert torch.equal(written[f"vision_tower.{name}"], tuned.get(name, tensor)), name
 
 
-def balance_by_hand(tower, pixels: torch.Tensor) -> float:
-    """0.01 * E * sum f P, averaged over the blocks (eq. 6-9), of the rows that are no stand-in for a picture."""
-    kept = pixels[[bool(picture.abs().sum()) for picture in pixels]]
-    losses = []
-    for logits in tower.vision_tower(kept, output_router_logits=True).router_logits:
-        p = logits.flatten(0, 1).softmax(-1)
-        f = torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).float().mean(0)
-        losses.append(p.shape[-1] * (f * p.mean(0)).sum().item())
-    return 0.01 * sum(losses) / len(losses)
+def test_without_its_file_a_trained_tower_is_not_read(trained, material, tmp_path, monkeypatch):
+    """Never the directory's tower in its place."""
+    copy = shutil.copytree(trained[0] / "llava-routers", tmp_path / "llava-routers")
+    (copy / TUNED_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{TUNED_FILE}, which holds it, is not there"):
+        export_hf(copy, tmp_path / "hf", vision_tower=str(material / "clip-moe"))
+    monkeypatch.setenv("LLAVA_CLIPMOE_TOWERS", f"clipmoe-336={material / 'clip-moe'}")
+    args = SimpleNamespace(mm_vision_select_layer=-2, _name_or_path=str(copy), **{MARK: "routers"})
+    with pytest.raises(FileNotFoundError, match="Copy it from the training's --output_dir"):
+        CLIPMoEVisionTower("clipmoe-336", args)
 
 
-def describe(trainer, before: dict[str, torch.Tensor], seen: dict) -> None:
-    def short(name: str) -> str:
-        return name.partition(".vision_tower.vision_tower.")[2]
-
-    parameters = dict(trainer.model.named_parameters())
-    moved = [name for name, tensor in parameters.items() if not torch.equal(tensor.detach(), before[name])]
-    names = {id(tensor): name for name, tensor in parameters.items()}
-    rates = [(names[id(p)], group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]]
-    learning = [name for name, tensor in parameters.items() if tensor.requires_grad]
-    seen["moved_in_tower"] = [short(name) for name in moved if short(name)]
-    seen["learning_in_tower"] = [short(name) for name in learning if short(name)]
-    seen["projector_moved"] = any("mm_projector" in name for name in moved)
-    seen["language_model_moved"] = any("layers" in name and not short(name) for name in moved)
-    seen["peft_in_tower"] = [name for name in parameters if short(name) and ("lora_" in name or "base_layer" in name)]
-    seen["rates_in_tower"] = sorted({rate for name, rate in rates if short(name)})
-    seen["rates_elsewhere"] = sorted({rate for name, rate in rates if not short(name)})
-    seen["twice_in_optimizer"] = [name for name, _ in rates if [n for n, _ in rates].count(name) > 1]
-    seen["not_in_optimizer"] = [name for name in learning if name not in dict(rates)]
+# ------------------------------------------------------------------------------------------------------------- resuming
 
 
-def logits(model) -> torch.Tensor:
-    """[T,V] for a prompt around one picture."""
-    model.eval()
-    ids = torch.tensor([[1, 40, 50, -200, 60, 70, 80, 90]])
-    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return model(input_ids=ids, images=pixels, use_cache=False).logits[0].float()
+@pytest.fixture(scope="module")
+def onward(trained, material) -> tuple[Path, dict[str, dict]]:
+    """Trainings that go on from those of `trained`: after an interruption, and as new ones from their result."""
+    folder, tasks = trained[0], {}
+    for what, lora in RESUMED:
+        name = f"llava-again-{what}{'-lora' if lora else ''}"
+        shutil.copytree(folder / name_of(what, lora) / "checkpoint-2", folder / name / "checkpoint-2")
+        tasks[name] = arguments(folder, name, what, **(LORA if lora else {}))
+    base = {"model_name_or_path": folder / "llava-routers"}
+    tasks["llava-onward-frozen"] = arguments(folder, "llava-onward-frozen", None, **base)
+    tasks["llava-onward-experts"] = arguments(folder, "llava-onward-experts", "experts", **base)
+    tasks["llava-onward-lora"] = arguments(folder, "llava-onward-lora", "experts", **base, **LORA)
+    other = {**base, "vision_tower": material / "clip"}
+    tasks["llava-onward-other"] = arguments(folder, "llava-onward-other", None, **other)
+    shutil.copytree(folder / "llava-routers" / "checkpoint-2", folder / "llava-changed" / "checkpoint-2")
+    tasks["llava-changed"] = arguments(folder, "llava-changed", "experts")
+    listed = []
+    for name, words in tasks.items():
+        start = folder / ("llava-routers" if "onward" in name else "llama")
+        base = str(start) if "--lora_enable" in words else None
+        listed.append({"output": str(folder / name), "arguments": words, "base": base})
+    return folder, dict(zip(tasks, train(trained[2], material, listed, folder), strict=True))
 
 
-def compare_with_reloaded(task: dict, model, seen: dict) -> None:
-    from llava.model.builder import load_pretrained_model
-
-    path = Path(task["output"])
-    reloaded = load_pretrained_model(str(path), task["base"], path.name, device="cpu")[1]
-    trained, found = logits(model), logits(reloaded)
-    seen["size"], seen["off"] = trained.abs().max().item(), (trained - found).abs().max().item()
-    if (path / TUNED_FILE).is_file():
-        start = load_tensors(os.environ["LLAVA_CLIPMOE_TOWERS"].partition("=")[2])
-        tower = reloaded.get_vision_tower().vision_tower
-        tower.load_state_dict({name: start[name] for name in tower.state_dict()})
-        seen["off_without_file"] = (trained - logits(reloaded)).abs().max().item()
+RESUMED = [("routers", False), ("experts", True), ("lora", False), ("lora", True)]
 
 
-def main(tasks_file: str) -> None:
-    """The program that `train` starts."""
-    from llava_clipmoe import llava_hook, run
+@pytest.mark.parametrize(("what", "lora"), RESUMED)
+def test_an_interrupted_training_ends_as_the_one_that_went_through(onward, what, lora):
+    folder = onward[0]
+    again = load_tensors(folder / f"llava-again-{what}{'-lora' if lora else ''}" / TUNED_FILE)
+    straight = load_tensors(folder / name_of(what, lora) / TUNED_FILE)
+    halfway = load_tensors(folder / name_of(what, lora) / "checkpoint-2" / TUNED_FILE)
+    for name, tensor in straight.items():
+        torch.testing.assert_close(again[name], tensor)
+        assert not torch.equal(halfway[name], tensor)
 
-    llava_hook.install()
-    run.prepare()
-    seen = [watch(task) for task in json.loads(Path(tasks_file).read_text())]
-    print(json.dumps(seen))
+
+def test_a_trained_tower_is_kept_by_what_is_trained_after_it(onward):
+    """Frozen, or with more of it trained, in a checkpoint and with LoRA; not where another tower takes its place."""
+    folder, seen = onward
+    first = load_tensors(folder / "llava-routers" / TUNED_FILE)
+    frozen = load_tensors(folder / "llava-onward-frozen" / TUNED_FILE)
+    assert frozen.keys() == first.keys() and all(torch.equal(tensor, first[name]) for name, tensor in frozen.items())
+    for name in ("llava-onward-experts", "llava-onward-lora"):
+        both = load_tensors(folder / name / TUNED_FILE)
+        assert len(both) > len(first) and all(torch.equal(both[router], first[router]) for router in first)
+        assert all(".mlp.experts." in moved for moved in seen[name]["moved_in_tower"])
+    for name in ("llava-onward-frozen", "llava-onward-experts", "llava-onward-lora"):
+        assert seen[name]["off"] <= 1e-5 * seen[name]["size"] < seen[name]["off_without_file"], name
+    assert not (folder / "llava-onward-other" / TUNED_FILE).exists()
+    assert MARK not in json.loads((folder / "llava-onward-other" / "config.json").read_text())
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def test_a_checkpoint_that_trained_something_else_is_refused(onward):
+    assert f"was trained with --{MARK} routers" in onward[1]["llava-changed"]["error"]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad flags
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([f"--{MARK}", "router"], "'router'; it may be routers, experts or lora"),
+        ([f"--{MARK}", "routers", "--tune_mm_mlp_adapter", "True"], "belongs to stage 2"),
+        ([f"--{MARK}", "routers", "--vision_tower", "openai/clip-vit-large-patch14-336"], "trains a CLIP-MoE tower"),
+        ([f"--{MARK}", "lora", "--mm_vision_tower_lora_r", "48"], "must lie between 1 and 47"),
+        (["--mm_vision_tower_lr", "1e-5"], f"--mm_vision_tower_lr needs --{MARK}"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_anything_is_loaded(material, monkeypatch, words, message):
+    with upstream_in_this_process():
+        from llava.train.train import ModelArguments
+    monkeypatch.setenv("LLAVA_CLIPMOE_TOWERS", f"clipmoe-336={material / 'clip-moe'}")
+    parser = transformers.HfArgumentParser((ModelArguments,))
+    with pytest.raises(ValueError, match=message):
+        parser.parse_args_into_dataclasses(["--vision_tower", "clipmoe-336", *words])
+    assert all(f"--{flag}" in parser.format_help() for flag in (MARK, "mm_vision_tower_lr", "mm_vision_tower_lora_r"))
+
+
+def test_a_dense_tower_has_no_routers(tiny_config):
+    with pytest.raises(ValueError, match="the tower mine is a dense CLIP, which has no routers"):
+        check_tuning(Tuning("routers"), tiny_config().vision_config, "mine")
+    check_tuning(Tuning("lora"), tiny_config().vision_config, "mine")
+
+
+# ----------------------------------------------------------------------------------------------------------- DeepSpeed
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(material, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    """ZeRO-2 and ZeRO-3, as the scripts use them, each in two processes."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed (pip install deepspeed)")
+    folder, seen = tmp_path_factory.mktemp("deepspeed"), {}
+    for name in ("llama", "data", "clip-moe"):
+        (folder / name).symlink_to(material / name)
+    for stage, kinds in ENGINES.items():
+        tasks = []
+        for what, lora in kinds:
+            name = f"{name_of(what, lora)}-zero{stage}"
+            engine = {"deepspeed": REPOSITORY / "train_llava" / f"zero{stage}.json", "per_device_train_batch_size": 2}
+            words = arguments(folder, name, what, **engine, **(LORA if lora else {}))
+            tasks.append({"name": name, "base": None, "output": str(folder / name), "arguments": words})
+        seen |= dict(zip([task["name"] for task in tasks], in_two_processes(material, tasks, folder), strict=True))
+    return folder, seen
+
+
+ENGINES = {2: [("routers", False), ("experts", True), ("lora", False)], 3: [("experts", False), ("lora", True)]}
+
+
+def in_two_processes(material: Path, tasks: list[dict], folder: Path) -> list[dict]:
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    done = subprocess.run(
+        [sys.executable, *launcher, PROGRAM, str(folder / "tasks.json")],
+        cwd=folder, env=environment(material, DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
+    return json.loads((folder / "seen.json").read_text())
+
+
+@pytest.mark.parametrize(("stage", "what", "lora"), [(stage, *kind) for stage in ENGINES for kind in ENGINES[stage]])
+def test_under_deepspeed_the_same_moves_and_is_kept(by_deepspeed, material, stage, what, lora):
+    name = f"{name_of(what, lora)}-zero{stage}"
+    output, seen = by_deepspeed[0] / name, by_deepspeed[1][name]
+    assert set(seen["moved_in_tower"]) == set(seen["learning_in_tower"])
+    names = expected_names(what, material)
+    original = {name.partition(".parametrizations.")[0] for name in seen["moved_in_tower"]}
+    assert original == ({name.removesuffix(".weight") for name in names} if what == "lora" else names)
+    assert seen["projector_moved"] and seen["language_model_moved"] and seen["peft_in_tower"] == []
+    kept, start = load_tensors(output / TUNED_FILE), load_tensors(material / "clip-moe")
+    assert kept.keys() == names
+    for tensor_name, tensor in kept.items():
+        assert tensor.shape == start[tensor_name].shape and not torch.equal(tensor, start[tensor_name])
+        assert tensor.double().sum().item() == pytest.approx(seen["sums"][tensor_name], rel=1e-6)
