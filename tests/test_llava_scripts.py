@@ -22,7 +22,8 @@ STAGE_2 = ("finetune", "finetune_lora", "finetune_qlora")
 # What the scripts read; a variable of the developer's shell must not change a test.
 SETTINGS = (
     "MODEL VISION_TOWER DATA IMAGES OUTPUT PROJECTOR GLOBAL_BATCH PER_DEVICE_BATCH LR EPOCHS SAVE_STEPS WORKERS "
-    "REPORT_TO DEVICE GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT LAUNCHER DEEPSPEED PYTHON DRY_RUN"
+    "REPORT_TO DEVICE GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT LAUNCHER DEEPSPEED PYTHON DRY_RUN TUNE_TOWER "
+    "TOWER_LR"
 ).split()
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
@@ -241,6 +242,33 @@ def test_a_mistake_is_named_before_anything_starts(mistake, message, here):
     assert not (here / "llava-out").exists()
     dry = start("finetune", "--dry-run", folder=here, **complete(here, **mistake, OUTPUT="llava-out"))
     assert dry.returncode == 0 and message in dry.stderr, "a dry run reports it and prints the command"
+
+
+def test_a_tower_that_learns_is_asked_for_by_setting_or_flag_and_is_frozen_without(here):
+    asked = complete(here, TUNE_TOWER="routers", TOWER_LR="1e-5")
+    for command in (
+        dry_run("finetune", folder=here, **asked),
+        dry_run(
+            "finetune", "--mm_tune_vision_tower", "routers", "--mm_vision_tower_lr=1e-5", folder=here, **complete(here)
+        ),
+    ):
+        assert (
+            value(command, "--mm_tune_vision_tower") == "routers" and value(command, "--mm_vision_tower_lr") == "1e-5"
+        )
+    assert not [word for word in dry_run("finetune", folder=here, **complete(here)) if "vision_tower_" in word]
+
+
+@pytest.mark.parametrize(
+    ("stage", "mistake", "message"),
+    [
+        ("finetune", dict(TUNE_TOWER="router"), "it may be routers, experts or lora"),
+        ("finetune", dict(TOWER_LR="1e-5"), "needs TUNE_TOWER"),
+        ("pretrain", dict(TUNE_TOWER="routers"), "belongs to stage 2"),
+    ],
+)
+def test_a_tower_option_that_does_not_exist_is_refused(stage, mistake, message, here):
+    done = start(stage, "--dry-run", folder=here, **complete(here, **mistake))
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_a_model_path_that_upstream_would_mistake_is_refused(here):

@@ -17,6 +17,7 @@ declare -A VARIABLE_OF=(
     [--model_name_or_path]=MODEL [--vision_tower]=VISION_TOWER [--data_path]=DATA [--image_folder]=IMAGES
     [--output_dir]=OUTPUT [--pretrain_mm_mlp_adapter]=PROJECTOR [--deepspeed]=DEEPSPEED
     [--per_device_train_batch_size]=PER_DEVICE_BATCH
+    [--mm_tune_vision_tower]=TUNE_TOWER [--mm_vision_tower_lr]=TOWER_LR
 )
 
 fail() { # a message, perhaps of several lines
@@ -56,6 +57,7 @@ stage_defaults() { # pretrain, finetune, lora or qlora
         IMAGES=${IMAGES:-playground/data}
     fi
     : "${MODEL:=lmsys/vicuna-7b-v1.5}" "${VISION_TOWER:=clipmoe-336}" "${OUTPUT:=}" "${PROJECTOR:=}"
+    : "${TUNE_TOWER:=}" "${TOWER_LR:=}"
     : "${EPOCHS:=1}" "${SAVE_STEPS:=500}" "${WORKERS:=4}" "${REPORT_TO:=none}"
     : "${DEVICE:=auto}" "${GPUS:=}" "${LAUNCHER:=auto}" "${DEEPSPEED:=auto}"
     : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}" "${MASTER_PORT:=29500}"
@@ -76,6 +78,9 @@ settings (environment variables)                                   now
   OUTPUT            where checkpoints and the result go            $OUTPUT
   PROJECTOR         stage 2: mm_projector.bin of stage 1, or
                     "none" when MODEL is a LLaVA already           ${PROJECTOR:--}
+  TUNE_TOWER        stage 2: train of the tower, too, its routers,
+                    experts or lora (--mm_tune_vision_tower)       ${TUNE_TOWER:-nothing}
+  TOWER_LR          their learning rate (--mm_vision_tower_lr)     ${TOWER_LR:-LR}
   GLOBAL_BATCH      samples per optimiser step, over all GPUs      $GLOBAL_BATCH
   PER_DEVICE_BATCH  samples a GPU holds at once; less needs less
                     memory, and gradients are accumulated          $PER_DEVICE_BATCH
@@ -148,6 +153,11 @@ check_numbers() {
         fail "NNODES=$NNODES needs MASTER_ADDR, the address of node 0, the same on every node."
     MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
     [[ $DEVICE =~ ^(auto|cuda|cpu)$ ]] || fail "DEVICE is '$DEVICE'; it may be auto, cuda or cpu."
+    [[ -z $TUNE_TOWER || $STAGE != pretrain ]] ||
+        fail "TUNE_TOWER=$TUNE_TOWER belongs to stage 2; stage 1 trains the projector alone."
+    [[ $TUNE_TOWER =~ ^(|routers|experts|lora)$ ]] ||
+        fail "TUNE_TOWER is '$TUNE_TOWER'; it may be routers, experts or lora, or empty: the tower stays frozen."
+    [[ -z $TOWER_LR || -n $TUNE_TOWER ]] || fail "TOWER_LR=$TOWER_LR needs TUNE_TOWER: without it the tower is frozen."
     [[ $LAUNCHER =~ ^(auto|torchrun|deepspeed|accelerate|python)$ ]] ||
         fail "LAUNCHER is '$LAUNCHER'; it may be auto, torchrun, deepspeed, accelerate or python."
 }
@@ -290,6 +300,8 @@ stage_flags() {
     [[ $PROJECTOR == none ]] || flags --pretrain_mm_mlp_adapter "$PROJECTOR"
     [[ $STAGE != *lora ]] || flags --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
     [[ $STAGE != qlora ]] || flags --bits 4
+    [[ -z $TUNE_TOWER ]] || flags --mm_tune_vision_tower "$TUNE_TOWER"
+    [[ -z $TOWER_LR ]] || flags --mm_vision_tower_lr "$TOWER_LR"
 }
 
 build_command() {

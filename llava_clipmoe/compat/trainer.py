@@ -115,7 +115,6 @@ def _patch_load_checkpoint(cls: type) -> None:
     @functools.wraps(upstream)
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _only_projector(self):
-            tuning.check_resumed(self, resume_from_checkpoint)
             upstream(self, resume_from_checkpoint, model)
             if _lora_beside_others(self):
                 load_beside_lora(self.model, Path(resume_from_checkpoint))

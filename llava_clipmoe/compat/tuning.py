@@ -134,6 +134,8 @@ def wake(trainer_arguments: Any, model: nn.Module | None) -> None:
     engine = getattr(trainer_arguments, "hf_deepspeed_config", None)
     if tower.tuning.learning_rate is not None and engine is not None and "optimizer" in engine.config:
         raise ValueError(f"--{RATE} cannot be used with an optimizer of DeepSpeed's file: take that section out of it.")
+    if getattr(trainer_arguments, "n_gpu", 1) > 1:
+        raise ValueError(f"--{MARK} needs a process for each GPU (the balance loss is lost otherwise): use torchrun.")
     tower.wake(autocast=trainer_arguments.bf16 or trainer_arguments.fp16)
 
 
@@ -147,10 +149,16 @@ def save_tower(trainer: Any, folder: str | Path) -> None:
         save_tuned(Path(folder), tensors, trainer.model.config.__dict__.get(MARK))
 
 
-def check_resumed(trainer: Any, checkpoint: str | Path) -> None:
-    """Raise ValueError for a checkpoint of a run that trained something else of the tower."""
-    from safetensors import safe_open
+def check_resumed(trainer: Any, checkpoint: str | Path | bool | None) -> None:
+    """Raise ValueError for a checkpoint of a run that trained something else of the tower.
 
+    checkpoint: as `Trainer.train` takes it; True is the newest."""
+    from safetensors import safe_open
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
+    if not checkpoint:
+        return
     tower, file, before = tower_of(trainer.model), Path(checkpoint) / TUNED_FILE, None
     if file.is_file():
         with safe_open(str(file), framework="pt") as opened:
@@ -166,6 +174,12 @@ def check_resumed(trainer: Any, checkpoint: str | Path) -> None:
 def patch_trainer(cls: type) -> None:
     """llava.train.llava_trainer.LLaVATrainer: learning rate, balance loss, and the tower's file at the end."""
     create_optimizer, compute_loss, save_state = cls.create_optimizer, cls.compute_loss, cls.save_state
+    train = cls.train
+
+    @functools.wraps(train)
+    def checked(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any):
+        check_resumed(self, resume_from_checkpoint)
+        return train(self, resume_from_checkpoint, *rest, **named)
 
     @functools.wraps(create_optimizer)
     def with_own_rate(self, *rest: Any, **named: Any):
@@ -190,6 +204,7 @@ def patch_trainer(cls: type) -> None:
         save_tower(self, self.args.output_dir)  # upstream saves the rest right after, in four ways
 
     cls.create_optimizer, cls.compute_loss, cls.save_state = with_own_rate, with_balance, with_tower
+    cls.train = checked
 
 
 def give_own_rate(optimizer: torch.optim.Optimizer, tower: nn.Module, rate: float) -> None:

@@ -108,6 +108,8 @@ def describe(trainer, before: dict[str, torch.Tensor], seen: dict) -> None:
     tower = tower_of(trainer.model)
     encoder = tower.vision_tower.vision_model.encoder if tower is not None else None
     seen["checkpointed"] = encoder is not None and encoder.gradient_checkpointing and encoder.training
+    dtypes = {(str(p.requires_grad), str(p.dtype)[6:]) for name, p in parameters.items() if short(name)}
+    seen["dtypes_in_tower"] = {learns: sorted(d for r, d in dtypes if r == learns) for learns in ("True", "False")}
     seen["moved_in_tower"] = [short(name) for name in moved if short(name)]
     seen["learning_in_tower"] = [short(name) for name in learning if short(name)]
     seen["projector_moved"] = any("mm_projector" in name for name in moved)
