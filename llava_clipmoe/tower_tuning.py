@@ -55,8 +55,11 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, columns, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=5**0.5)  # as peft's
 
+    def change(self) -> torch.Tensor:
+        return 2 * self.up.float() @ self.down.float()
+
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + (2 * self.up @ self.down).to(weight.dtype)
+        return weight + self.change().to(weight.dtype)
 
 
 def check_tuning(tuning: Tuning, config: CLIPMoEVisionConfig, tower: str) -> None:
@@ -81,7 +84,7 @@ def check_tuning(tuning: Tuning, config: CLIPMoEVisionConfig, tower: str) -> Non
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def wake(model: nn.Module, tuning: Tuning) -> list[str]:
+def require_gradients(model: nn.Module, tuning: Tuning) -> list[str]:
     """Let what `tuning` names require gradients, all else not; -> the names of the tensors that will change.
 
     What is trained is kept in fp32, as peft keeps adapters: in bf16 most small steps would round to nothing. (DeepSpeed
@@ -133,8 +136,8 @@ def changed_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, torch.T
         module = model.get_submodule(place)
         with _gathered(list(module.parameters())):
             if parametrize.is_parametrized(module, kind):
-                original, change = module.parametrizations[kind].original, module.parametrizations[kind][0]
-                tensors[name] = change(original.float()).cpu()
+                weight = module.parametrizations[kind]
+                tensors[name] = (weight.original.float() + weight[0].change()).cpu()
             else:
                 tensors[name] = getattr(module, kind).detach().cpu().clone()
     return tensors

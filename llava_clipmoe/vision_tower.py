@@ -23,7 +23,7 @@ from .files import load_tensors
 from .model_directory import local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .tower_registry import Tower, UnknownTower, resolve
-from .tower_tuning import MARK, Tuning, balance_loss, changed_tensors, check_tuning, load_tuned, wake
+from .tower_tuning import MARK, Tuning, balance_loss, changed_tensors, check_tuning, load_tuned, require_gradients
 
 
 def build_tower(tower: Tower, args: Any, **kwargs: Any) -> CLIPMoEVisionTower:
@@ -117,7 +117,7 @@ class CLIPMoEVisionTower(nn.Module):
         otherwise the whole tower goes to fp32, the dtype of what is trained."""
         if not autocast:
             self.vision_tower.float()
-        self.tuned = sorted({*self.tuned, *wake(self.vision_tower, self.tuning)})
+        self.tuned = sorted({*self.tuned, *require_gradients(self.vision_tower, self.tuning)})
 
     def changed(self) -> dict[str, torch.Tensor]:
         """What differs from the directory's tower, by name; every process must call it."""

@@ -34,7 +34,7 @@ def add_flags() -> None:
     import transformers
 
     parser = transformers.HfArgumentParser
-    if hasattr(parser.__init__, "__wrapped__"):
+    if getattr(parser.__init__, "knows_the_tower", False):
         return
     upstream = parser.__init__
 
@@ -44,6 +44,7 @@ def add_flags() -> None:
             dataclass_types = [_with_flags(kind) if _is_llavas(kind) else kind for kind in dataclass_types]
         upstream(self, dataclass_types, **kwargs)
 
+    __init__.knows_the_tower = True
     parser.__init__ = __init__
 
 
@@ -146,7 +147,7 @@ def save_tower(trainer: Any, folder: str | Path) -> None:
         return
     tensors = tower.changed()
     if trainer.args.should_save:
-        save_tuned(Path(folder), tensors, trainer.model.config.__dict__.get(MARK))
+        save_tuned(Path(folder), tensors, getattr(trainer.model.config, MARK, None))
 
 
 def check_resumed(trainer: Any, checkpoint: str | Path | bool | None) -> None:
@@ -157,14 +158,15 @@ def check_resumed(trainer: Any, checkpoint: str | Path | bool | None) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     checkpoint = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
-    if not checkpoint:
+    if not checkpoint or not trainer.args.should_save:  # another node may not have the file
         return
     tower, file, before = tower_of(trainer.model), Path(checkpoint) / TUNED_FILE, None
     if file.is_file():
         with safe_open(str(file), framework="pt") as opened:
             before = (opened.metadata() or {}).get(MARK)
     now = tower.tuning.what if tower is not None and tower.tuning is not None else None
-    if before != now and (now or not tower.tuned):
+    began_so = now is None and tower is not None and bool(tower.tuned)  # frozen, as an earlier training left it
+    if before != now and not began_so:
         raise ValueError(
             f"{checkpoint} was trained with {f'--{MARK} {before}' if before else f'no --{MARK}'}. Give the same flags "
             "again, or delete the checkpoint to train this stage anew."

@@ -101,7 +101,9 @@ def whole(model) -> dict[str, torch.Tensor]:
 
 def describe(trainer, before: dict[str, torch.Tensor], seen: dict) -> None:
     parameters = whole(trainer.model)
-    moved = [name for name, tensor in parameters.items() if not torch.equal(tensor.detach(), before[name])]
+    moved = [
+        name for name, tensor in parameters.items() if not torch.equal(tensor.detach(), before[name].to(tensor.dtype))
+    ]
     learning = [name for name, tensor in parameters.items() if tensor.requires_grad]
     if not trainer.is_deepspeed_enabled:
         describe_optimizer(trainer, learning, seen)
