@@ -48,12 +48,12 @@ class LowRank(nn.Module):
     merge) go through every layer of peft's in the model, and would find these.
     """
 
-    def __init__(self, weight: torch.Tensor, rank: int):
+    def __init__(self, weight: torch.Tensor, rank: int, dtype: torch.dtype):
         super().__init__()
         rows, columns = weight.shape
-        self.up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
-        self.down = nn.Parameter(torch.empty(rank, columns, device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)  # as peft's
+        down = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=5**0.5)  # as peft's
+        self.up = nn.Parameter(torch.zeros(rows, rank).to(weight.device, dtype))
+        self.down = nn.Parameter(down.to(weight.device, dtype))
 
     def change(self) -> torch.Tensor:
         return 2 * self.up.float() @ self.down.float()
@@ -84,11 +84,10 @@ def check_tuning(tuning: Tuning, config: CLIPMoEVisionConfig, tower: str) -> Non
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def require_gradients(model: nn.Module, tuning: Tuning) -> list[str]:
+def require_gradients(model: nn.Module, tuning: Tuning, dtype: torch.dtype) -> list[str]:
     """Let what `tuning` names require gradients, all else not; -> the names of the tensors that will change.
 
-    What is trained is kept in fp32, as peft keeps adapters: in bf16 most small steps would round to nothing. (DeepSpeed
-    casts it back and keeps fp32 copies of its own.)
+    dtype: of what is trained.
     """
     model.requires_grad_(False)
     if tuning.what == "lora":
@@ -97,14 +96,14 @@ def require_gradients(model: nn.Module, tuning: Tuning) -> list[str]:
         for _, attention in attentions:
             for projection in PROJECTIONS:
                 linear = getattr(attention, projection)
-                parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, tuning.rank))
+                parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, tuning.rank, dtype))
                 linear.parametrizations.weight.original.requires_grad_(False)
         return names
     part = ".mlp.router." if tuning.what == "routers" else ".mlp.experts."
     names = [name for name, _ in model.named_parameters() if part in name]
     for name in names:
         parameter = model.get_parameter(name)
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)
     return names
 

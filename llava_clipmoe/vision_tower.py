@@ -112,12 +112,17 @@ class CLIPMoEVisionTower(nn.Module):
         check_tuning(tuning, self.config, self.vision_tower_name)
         self.tuning = tuning
 
-    def wake(self, autocast: bool) -> None:
-        """Begin to learn what `tuning` says. autocast: products will run in half precision whatever the weights are;
-        otherwise the whole tower goes to fp32, the dtype of what is trained."""
-        if not autocast:
+    def wake(self, half: bool, engine: bool = False) -> None:
+        """Begin to learn what `tuning` says.
+
+        half: products run in half precision; otherwise the whole tower goes to fp32. What is trained is in fp32 all the
+        same, as peft keeps adapters: in bf16 most small steps would round to nothing. Not under DeepSpeed (engine),
+        which keeps fp32 copies of its own, and whose ZeRO-3 wants one dtype for all.
+        """
+        if not half:
             self.vision_tower.float()
-        self.tuned = sorted({*self.tuned, *require_gradients(self.vision_tower, self.tuning)})
+        dtype = self.dtype if engine else torch.float32
+        self.tuned = sorted({*self.tuned, *require_gradients(self.vision_tower, self.tuning, dtype)})
 
     def changed(self) -> dict[str, torch.Tensor]:
         """What differs from the directory's tower, by name; every process must call it."""

@@ -76,7 +76,7 @@ def learning_tower(material: Path, what: str, kind: type = CLIPMoEVisionTower, *
 
 def test_a_row_without_a_picture_does_not_count_in_the_balance(material):
     tower = learning_tower(material, "routers")
-    tower.wake(autocast=False)
+    tower.wake(half=False)
     pictures = torch.randn(3, 3, 24, 24)
     tower(pictures)
     alone = tower.take_balance()
@@ -91,7 +91,7 @@ def test_a_row_without_a_picture_does_not_count_in_the_balance(material):
 
 def test_a_tower_on_several_scales_learns_too(material):
     tower = learning_tower(material, "routers", CLIPMoEVisionTowerS2, s2_scales=[24, 48])
-    tower.wake(autocast=False)
+    tower.wake(half=False)
     features = tower(torch.randn(2, 3, 48, 48))
     assert len(tower.balance) == 2 and 0.01 < tower.take_balance() < 0.04
     features.square().mean().backward()
@@ -108,7 +108,7 @@ def test_the_first_features_are_the_frozen_towers(material, what):
     for checkpointed in (False, True):
         torch.manual_seed(0)
         tower = learning_tower(material, what)
-        tower.wake(autocast=False)
+        tower.wake(half=False)
         tower.train()
         tower.vision_tower.vision_model.encoder.gradient_checkpointing = checkpointed
         features = tower(pixels)

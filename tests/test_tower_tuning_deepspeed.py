@@ -70,6 +70,7 @@ def test_under_deepspeed_the_same_moves_and_is_kept(by_deepspeed, material, stag
     names = expected_names(what, material)
     original = {name.partition(".parametrizations.")[0] for name in seen["moved_in_tower"]}
     assert original == ({name.removesuffix(".weight") for name in names} if what == "lora" else names)
+    assert seen["dtypes_in_tower"] == {"True": ["bfloat16"], "False": ["bfloat16"]}  # beside fp32 copies
     assert seen["projector_moved"] and seen["language_model_moved"] and seen["peft_in_tower"] == []
     kept, start = load_tensors(output / TUNED_FILE), load_tensors(material / "clip-moe")
     assert kept.keys() == names

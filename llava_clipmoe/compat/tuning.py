@@ -137,7 +137,7 @@ def wake(trainer_arguments: Any, model: nn.Module | None) -> None:
         raise ValueError(f"--{RATE} cannot be used with an optimizer of DeepSpeed's file: take that section out of it.")
     if getattr(trainer_arguments, "n_gpu", 1) > 1:
         raise ValueError(f"--{MARK} needs a process for each GPU (the balance loss is lost otherwise): use torchrun.")
-    tower.wake(autocast=trainer_arguments.bf16 or trainer_arguments.fp16)
+    tower.wake(half=trainer_arguments.bf16 or trainer_arguments.fp16, engine=engine is not None)
 
 
 def save_tower(trainer: Any, folder: str | Path) -> None:
