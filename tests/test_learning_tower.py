@@ -60,7 +60,8 @@ def test_a_dense_tower_has_no_routers(tiny_config):
 def test_what_would_be_ignored_in_silence_is_refused(material, engine, gpus, message):
     tower = learning_tower(material, "routers")
     model = SimpleNamespace(get_vision_tower=lambda: tower)
-    arguments = SimpleNamespace(hf_deepspeed_config=SimpleNamespace(config=engine), n_gpu=gpus, bf16=True, fp16=False)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=engine))
+    arguments = SimpleNamespace(deepspeed_plugin=plugin, n_gpu=gpus, bf16=True, fp16=False)
     with pytest.raises(ValueError, match=message):
         wake(arguments, model)
 

@@ -132,8 +132,9 @@ def wake(trainer_arguments: Any, model: nn.Module | None) -> None:
     tower = tower_of(model) if model is not None else None
     if tower is None or tower.tuning is None:
         return
-    engine = getattr(trainer_arguments, "hf_deepspeed_config", None)
-    if tower.tuning.learning_rate is not None and engine is not None and "optimizer" in engine.config:
+    engine = getattr(trainer_arguments, "deepspeed_plugin", None)  # of --deepspeed, or of accelerate's launcher
+    settings = getattr(getattr(engine, "hf_ds_config", None), "config", {})
+    if tower.tuning.learning_rate is not None and "optimizer" in settings:
         raise ValueError(f"--{RATE} cannot be used with an optimizer of DeepSpeed's file: take that section out of it.")
     if getattr(trainer_arguments, "n_gpu", 1) > 1:
         raise ValueError(f"--{MARK} needs a process for each GPU (the balance loss is lost otherwise): use torchrun.")
