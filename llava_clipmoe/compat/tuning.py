@@ -20,7 +20,12 @@ from ..vision_tower import CLIPMoEVisionTower
 
 RATE, RANK = "mm_vision_tower_lr", "mm_vision_tower_lora_r"
 _FLAGS = [
-    (MARK, str | None, None, f"Stage 2: train the vision tower's {', '.join(CHOICES)} too (default: frozen)."),
+    (
+        MARK,
+        str | None,
+        None,
+        f"Stage 2: train the vision tower too: {', '.join(CHOICES[:-1])} or {CHOICES[-1]} (default: frozen).",
+    ),
     (RATE, float | None, None, f"Learning rate of what --{MARK} trains (default: --learning_rate)."),
     (RANK, int, Tuning.rank, f"Rank of the changes that --{MARK} lora trains; alpha is twice the rank."),
 ]
