@@ -27,6 +27,7 @@ TUNED_FILE = "vision_tower.safetensors"
 MARK = "mm_tune_vision_tower"
 """Flag of the trainer, and field of a LLaVA's config: what was trained last, where the tower is not its directory's."""
 CHOICES = ("routers", "experts", "lora")
+ONE_OF = "routers, experts or lora"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -65,10 +66,7 @@ class LowRank(nn.Module):
 def check_tuning(tuning: Tuning, config: CLIPMoEVisionConfig, tower: str) -> None:
     """Raise ValueError where the tower `tower` has not what is to be trained."""
     if tuning.what not in CHOICES:
-        raise ValueError(
-            f"--{MARK} is {tuning.what!r}; it may be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}. Without it the vision "
-            "tower stays frozen."
-        )
+        raise ValueError(f"--{MARK} is {tuning.what!r}; it may be {ONE_OF}. Without it the vision tower stays frozen.")
     if tuning.what != "lora" and not config.moe_layers:
         raise ValueError(
             f"--{MARK} {tuning.what}: the tower {tower} is a dense CLIP, which has no {tuning.what}. Only lora can be "

@@ -15,17 +15,12 @@ from torch import nn
 
 from ..model_directory import local_directory, read_config
 from ..tower_registry import resolve
-from ..tower_tuning import CHOICES, MARK, TUNED_FILE, Tuning, check_tuning, save_tuned
+from ..tower_tuning import CHOICES, MARK, ONE_OF, TUNED_FILE, Tuning, check_tuning, save_tuned
 from ..vision_tower import CLIPMoEVisionTower
 
 RATE, RANK = "mm_vision_tower_lr", "mm_vision_tower_lora_r"
 _FLAGS = [
-    (
-        MARK,
-        str | None,
-        None,
-        f"Stage 2: train the vision tower too: {', '.join(CHOICES[:-1])} or {CHOICES[-1]} (default: frozen).",
-    ),
+    (MARK, str | None, None, f"Stage 2: train of the vision tower, too: {ONE_OF} (default: it is frozen)."),
     (RATE, float | None, None, f"Learning rate of what --{MARK} trains (default: --learning_rate)."),
     (RANK, int, Tuning.rank, f"Rank of the changes that --{MARK} lora trains; alpha is twice the rank."),
 ]
