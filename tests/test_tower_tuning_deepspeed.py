@@ -1,6 +1,6 @@
 """A tower that learns in LLaVA's stage 2 under DeepSpeed's engines: the scripts' ZeRO-2 and ZeRO-3, two CPU processes.
 
-ZeRO-2 in bf16, as the scripts train; ZeRO-3 in fp32. See test_tower_tuning.py.
+In bf16, as the scripts train. See test_tower_tuning.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ENGINES = {2: [("experts", True), ("routers", False), ("lora", False)], 3: [("ex
 def engine_task(folder: Path, stage: int, what: str, lora: bool, again: str = "") -> dict:
     name = f"llava-{again}{name_of(what, lora).removeprefix('llava-')}-zero{stage}"
     changed = {"deepspeed": REPOSITORY / "train_llava" / f"zero{stage}.json", "per_device_train_batch_size": 2}
-    words = arguments(folder, name, what, bf16=stage == 2, **changed, **(LORA if lora else {}))
+    words = arguments(folder, name, what, bf16=True, **changed, **(LORA if lora else {}))
     return {"name": name, "base": None, "output": str(folder / name), "arguments": words}
 
 
@@ -70,8 +70,7 @@ def test_under_deepspeed_the_same_moves_and_is_kept(by_deepspeed, material, stag
     names = expected_names(what, material)
     original = {name.partition(".parametrizations.")[0] for name in seen["moved_in_tower"]}
     assert original == ({name.removesuffix(".weight") for name in names} if what == "lora" else names)
-    dtype = "bfloat16" if stage == 2 else "float32"
-    assert seen["dtypes_in_tower"] == {"True": [dtype], "False": [dtype]}  # in bf16 beside fp32 copies of the engine's
+    assert seen["dtypes_in_tower"] == {"True": ["bfloat16"], "False": ["bfloat16"]}  # beside fp32 copies
     assert seen["projector_moved"] and seen["language_model_moved"] and seen["peft_in_tower"] == []
     kept, start = load_tensors(output / TUNED_FILE), load_tensors(material / "clip-moe")
     assert kept.keys() == names

@@ -72,10 +72,28 @@ def _patch_init(cls: type, base: type) -> None:
             guard(kwargs["train_dataset"])
         if "args" in kwargs:
             tuning.wake(kwargs["args"], kwargs.get("model"))
+            one_dtype(kwargs["args"], kwargs.get("model"))
         base.__init__(self, *args, **kwargs)
         stand_in_for_deepspeed()
 
     cls.__init__ = __init__
+
+
+def one_dtype(arguments: Any, model: Any) -> None:
+    """What is not sharded yet in the dtype of training, in place, where DeepSpeed's ZeRO-3 trains in half precision.
+
+    It flattens what is trained into one buffer of one dtype. It would cast a model to that itself, but not one that was
+    sharded while it was read; what upstream adds afterwards (projector, adapters) is then in fp32, and it stops.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if model is None or not (arguments.bf16 or arguments.fp16) or not is_deepspeed_zero3_enabled():
+        return
+    import torch
+
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16 if arguments.bf16 else torch.float16)
 
 
 def _patch_sampler(cls: type) -> None:
