@@ -25,8 +25,10 @@ _PROBE = f"A chat. USER: {IMAGE}\nHow many cats are there, 2 or  3? ASSISTANT: T
 REMOTE_CODE = "modeling_llava_clipmoe.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_llava_clipmoe.LlavaCLIPMoEConfig",
-    "AutoModelForImageTextToText": "modeling_llava_clipmoe.LlavaCLIPMoEForConditionalGeneration",
-    "AutoModelForVision2Seq": "modeling_llava_clipmoe.LlavaCLIPMoEForConditionalGeneration",
+    "AutoModel": "modeling_llava_clipmoe.LlavaModel",
+    "AutoModelForImageTextToText": "modeling_llava_clipmoe.LlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_llava_clipmoe.LlavaForConditionalGeneration",  # `transformers serve`
+    "AutoModelForVision2Seq": "modeling_llava_clipmoe.LlavaForConditionalGeneration",  # transformers 4.37
 }
 
 
