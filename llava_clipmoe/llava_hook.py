@@ -21,8 +21,9 @@ AFTER = {
     "llava.model.language_model.llava_llama": ("llava_clipmoe.compat.loading", "patch_language_model"),
     "llava.model.builder": ("llava_clipmoe.compat.loading", "patch_load_pretrained_model"),
     "llava.train.llava_trainer": ("llava_clipmoe.compat.trainer", "patch_trainer"),
+    "lmms_eval.models": ("llava_clipmoe.plugins", "explain_old_lmms_eval"),
 }
-"""Upstream module -> our function that is called with it."""
+"""Upstream module (the last: lmms-eval's) -> our function that is called with it."""
 
 
 def install() -> bool:
