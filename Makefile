@@ -9,6 +9,7 @@ FAST := clusters compare_cost compare_page compression conversion data docs docu
     losses model_directory modeling openmoji processes progress sampler splits tables towers upcycling vision_tower
 VENV := .venv
 PINNED := .venv-llava
+EVALS := .venv-evals
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -29,11 +30,12 @@ demo: $(VENV)/.demo ## open the page: what both LLaVAs answer about pictures tha
 	@test -f runs/llava-quickstart/results.json || $(MAKE) llava-quickstart
 	$(VENV)/bin/llava-clipmoe demo
 
-# The second environment holds LLaVA's pinned versions: what is saved in one must load in the other. First whether a
-# LLaVA answers at all with the newest versions of everything: what breaks that would fail a hundred tests.
-test: $(VENV)/.dev $(PINNED)/.installed ## run the whole test suite
+# The second environment holds LLaVA's pinned versions: what is saved in one must load in the other. The third has lmms-eval.
+# First whether a LLaVA answers at all with the newest versions of everything: what breaks that would fail a hundred tests.
+test: $(VENV)/.dev $(PINNED)/.installed $(EVALS)/.installed ## run the whole test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -x tests/test_generation.py
 	OMP_NUM_THREADS=1 LLAVA_CLIPMOE_PINNED_PYTHON="$(CURDIR)/$(PINNED)/bin/python" \
+	    LLAVA_CLIPMOE_EVALS_PYTHON="$(CURDIR)/$(EVALS)/bin/python" \
 	    $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.dev ## what to run after every change: no browser, no training, no child processes (3 minutes)
@@ -45,7 +47,7 @@ lint: $(VENV)/.dev ## check style and the floors of the house
 	$(VENV)/bin/lint-imports
 
 clean: ## remove the environments, caches and build outputs (not runs/)
-	rm -rf $(VENV) $(PINNED) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PINNED) $(EVALS) build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.train: pyproject.toml
@@ -79,4 +81,17 @@ $(PINNED)/.installed: pyproject.toml tests/pinned-requirements.txt
 	$(PINNED_PYTHON) -m venv $(PINNED)
 	$(PINNED)/bin/python $(PIP_INSTALL) -r tests/pinned-requirements.txt -e .
 	$(PINNED)/bin/python $(PIP_INSTALL) --no-deps $(UPSTREAM)
+	@touch $@
+
+# Over .venv, whose packages it sees: lmms-eval asks for two hundred, of which the tests need these few, and does not know
+# the newest filelock. Its last version without entry points lies beside, for the message that it gets.
+$(EVALS)/.installed: $(VENV)/.dev pyproject.toml tests/evals-requirements.txt
+	@echo "Installing lmms-eval into $(EVALS) (once) ..."
+	$(VENV)/bin/python -m venv $(EVALS)
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$($(EVALS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
+	$(EVALS)/bin/python $(PIP_INSTALL) -r tests/evals-requirements.txt
+	$(EVALS)/bin/python $(PIP_INSTALL) --no-deps 'lmms-eval>=0.7,<0.8'
+	$(EVALS)/bin/python $(PIP_INSTALL) --no-deps --target $(EVALS)/lmms-eval-0.5.0 lmms-eval==0.5.0
+	$(EVALS)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

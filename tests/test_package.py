@@ -69,6 +69,8 @@ def test_the_wheel_says_its_version_licence_and_command(wheel):
     assert "\nRequires-Python: >=3.10\n" in metadata
     entry_points = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
     assert "llava-clipmoe = llava_clipmoe.cli:main" in entry_points
+    assert "[lmms_eval.models]\nllava_clipmoe = llava_clipmoe.plugins:lmms_eval_manifest" in entry_points
+    assert "[vllm.general_plugins]\nllava_clipmoe = llava_clipmoe.plugins:register_vision_model" in entry_points
 
 
 # ---------------------------------------------------------------------------------------------------------- the import
