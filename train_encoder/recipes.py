@@ -43,7 +43,7 @@ DMU_RECAP1M = replace(_PAPER, data=DataConfig(source="data/recap-datacomp-1m", c
 # is faster than bf16 on most CPUs.
 _BASE = ScratchConfig()
 _STAGE = OptimConfig(
-    learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, epochs=2, global_batch_size=64, temperature=0.07
+    learning_rate=1e-3, weight_decay=0.1, warmup_steps=20, epochs=3, global_batch_size=64, temperature=0.07
 )
 DMU_OPENMOJI = TrainConfig(
     data=DataConfig(source="openmoji", split="train", cache_images=True),
@@ -59,9 +59,7 @@ DMU_OPENMOJI = TrainConfig(
         ),
     ),
     mcl=MCLConfig(optim=_STAGE),
-    moe=MoEConfig(
-        caption_columns=("long", "short"), optim=replace(_STAGE, learning_rate=1e-2, weight_decay=0.01, epochs=2)
-    ),
+    moe=MoEConfig(caption_columns=("long", "short"), optim=replace(_STAGE, learning_rate=1e-2, weight_decay=0.01)),
     evaluation=EvaluationConfig(
         retrieval=("held-out, long captions=openmoji:heldout",),
         attributes="openmoji",
