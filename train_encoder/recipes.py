@@ -59,7 +59,11 @@ DMU_OPENMOJI = TrainConfig(
         ),
     ),
     mcl=MCLConfig(optim=_STAGE),
-    moe=MoEConfig(caption_columns=("long", "short"), optim=replace(_STAGE, learning_rate=1e-2, weight_decay=0.01)),
+    moe=MoEConfig(
+        # Two thirds of them the web's: with half the routers forget nouns (96.6% instead of 99.8, seed 0).
+        caption_columns=("long", "short", "short"),
+        optim=replace(_STAGE, learning_rate=1e-2, weight_decay=0.01, epochs=4),
+    ),
     evaluation=EvaluationConfig(
         retrieval=("held-out, long captions=openmoji:heldout",),
         attributes="openmoji",
