@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clusters-2x2": ("2 x 2 clusters a stage, so that they fill a batch longer", (
         "--clusters.image-clusters", "2", "--clusters.text-clusters", "2")),
     "router-long": ("routers train on the stages' captions alone", ("--moe.caption-columns", "long")),
-    "short-stages": ("stages of 1 epoch, router 5", ("--mcl.optim.epochs", "1", "--moe.optim.epochs", "5")),
+    "short-stages": ("stages of 2 epochs (3), router 7 (4)", ("--mcl.optim.epochs", "2", "--moe.optim.epochs", "7")),
     "slow-stages": ("stages' learning rate 5e-4 (1e-3)", ("--mcl.optim.learning-rate", "5e-4")),
     "fast-stages": ("stages' learning rate 2e-3 (1e-3)", ("--mcl.optim.learning-rate", "2e-3")),
     "slow-router": ("router's learning rate 1e-3 (1e-2)", ("--moe.optim.learning-rate", "1e-3")),
