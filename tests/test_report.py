@@ -18,10 +18,10 @@ from rich.console import Console
 pytest.importorskip("matplotlib")
 
 from llava_clipmoe.cli import main
-from train_encoder.config import to_dict
 from train_encoder.recipes import RECIPES
 from train_encoder.report import figures
 from train_encoder.report.run import mean_score, reproduce_command, summary_table, write_report
+from train_encoder.saved_settings import to_dict
 
 VARIANTS = ["base", "stage1", "stage2", "stage3", "expert0", "expert1", "expert2", "expert3",
            "clip-moe (untrained router)", "clip-moe"]  # fmt: skip

@@ -11,7 +11,8 @@ import numpy as np
 
 from llava_clipmoe.files import leftovers, read_json, remove_leftovers, write_json
 
-from .config import TrainConfig, differences, to_dict
+from .config import TrainConfig
+from .saved_settings import differences, to_dict
 
 PATIENCE = 8
 """Seconds to wait for the lock: a killed process's loader workers hold it until they notice, torch says within 5."""

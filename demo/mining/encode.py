@@ -20,12 +20,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.files import SaveError, flush_to_disk, read_json, remove_leftovers, write_json
-from train_encoder.config import DataConfig, digest
+from train_encoder.config import DataConfig
 from train_encoder.data.arrays import create_array, open_array, write_rows
 from train_encoder.data.decode import BadImage
 from train_encoder.data.pairs import DataError
 from train_encoder.features.encode import Precision, pick_device
 from train_encoder.progress import Bar
+from train_encoder.saved_settings import digest
 
 from .duplicates import looks
 from .encoders import Tower

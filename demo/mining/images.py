@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_clipmoe.files import replace_surrogates
-from train_encoder.config import DataConfig, digest
+from train_encoder.config import DataConfig
 from train_encoder.data.columns import IMAGE_COLUMNS, name_columns
 from train_encoder.data.decode import decode_image
 from train_encoder.data.formats import FILE_KINDS, open_source
@@ -17,6 +17,7 @@ from train_encoder.data.image_files import image_files
 from train_encoder.data.pairs import DataError, PairSource
 from train_encoder.data.stores import FileStore
 from train_encoder.data.tables import csv_header, json_rows
+from train_encoder.saved_settings import digest
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from llava_clipmoe.files import read_json
 from llava_clipmoe.model_directory import read_config
 from llava_clipmoe.tokenizer import has_tokenizer, load_tokenizer, open_clip_tokenizer
 
-from ..config import TrainConfig, filled, to_dict
+from ..config import TrainConfig
 from ..evaluate.run import RANDOM_ROUTER, UNTRAINED_ROUTER
 from ..methods import METHODS
+from ..saved_settings import filled, to_dict
 from ..training.metrics import METRICS, read_metrics
 from .cost import CaptionTokens, caption_tokens, run_flops, vision_macs
 

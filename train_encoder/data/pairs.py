@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from ..config import DataConfig, digest
+from ..config import DataConfig
+from ..saved_settings import digest
 from .decode import DataError, decode_image
 from .rows import Rows
 from .stores import FileStore

@@ -11,8 +11,9 @@ from PIL import Image
 
 from llava_clipmoe.files import read_json, replace_surrogates
 
-from ..config import DataConfig, digest
+from ..config import DataConfig
 from ..data.decode import decode_image
+from ..saved_settings import digest
 
 CAPTIONS_PER_IMAGE = 5
 """A few COCO images have six or seven captions; the papers use the first five (Long-CLIP, eval/retrieval/coco.py)."""

@@ -17,10 +17,10 @@ from llava_clipmoe.bundle import ClipBundle
 from llava_clipmoe.files import read_json, write_json
 from llava_clipmoe.transformer_clipmoe import only_expert
 
-from ..config import digest
 from ..data.cache import check_images
 from ..data.formats import open_source, parse_source
 from ..progress import Bar
+from ..saved_settings import digest
 from ..training.metrics import Began
 from ..training.run import Run
 from .composition import evaluate_composition, open_composition

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_clipmoe.bundle import ClipBundle
 
-from ..config import digest
 from ..data.cache import RowImages
 from ..data.dataset import padded
 from ..data.decode import BadImage, ImageTransform, normalise
 from ..data.pairs import PairSource
 from ..progress import Bar
+from ..saved_settings import digest
 from .store import Embeddings, FeatureFolder, open_embeddings
 
 FORMAT = 1

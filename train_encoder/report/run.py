@@ -20,8 +20,9 @@ import tyro
 
 from llava_clipmoe.files import write_text
 
-from ..config import METHOD_TITLES, to_dict
+from ..config import METHOD_TITLES
 from ..recipes import RECIPES
+from ..saved_settings import to_dict
 from . import sections
 from .document import Block, Code, Document, Section, Table
 from .numbers import best_of, score
