@@ -68,12 +68,14 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 
 def train(command: list[str], material: Path, tasks: list[dict], folder: Path, **more: str) -> dict[str, dict]:
-    """Every task in one process (or several) that `command`, an interpreter, starts; -> what was seen, by its name."""
+    """Every task in one process (or several) that `command`, an interpreter, starts; -> what was seen, by its name.
+    What it said is in `folder`/stderr.txt."""
     (folder / "tasks.json").write_text(json.dumps(tasks))
     done = subprocess.run(
         [*command, PROGRAM, str(folder / "tasks.json")],
         cwd=folder, env=environment(material, **more), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
+    (folder / "stderr.txt").write_text(done.stderr)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
     seen = json.loads((folder / "seen.json").read_text())
     return {task["name"]: found for task, found in zip(tasks, seen, strict=True)}

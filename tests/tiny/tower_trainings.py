@@ -2,7 +2,8 @@
 
     python tower_trainings.py tasks.json     (or under torchrun)
 
-A task has `arguments` (of llava.train.train), `output` (its --output_dir) and `base` (for LoRA: the language model).
+A task has `arguments` (of llava.train.train), `output` (its --output_dir), `base` (for LoRA: the language model) and
+perhaps `device`, where the result is loaded ("cpu").
 What was seen of each goes to seen.json beside the tasks.
 """
 
@@ -133,20 +134,33 @@ def logits(model) -> torch.Tensor:
     model.eval()
     ids = torch.tensor([[1, 40, 50, -200, 60, 70, 80, 90]])
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    if model.device.type != "cpu":
+        ids, pixels = ids.to(model.device), pixels.to(model.device, torch.float16)  # as upstream's runners
     with torch.no_grad():
-        return model(input_ids=ids, images=pixels, use_cache=False).logits[0].float()
+        return model(input_ids=ids, images=pixels, use_cache=False).logits[0].float().cpu()
+
+
+def without_kernels(model, found: torch.Tensor) -> dict:
+    """How far the modules' logits are from those that the GPU's kernels gave."""
+    os.environ["LLAVA_CLIPMOE_FAST"] = "0"
+    try:
+        return {"off_without_kernels": (logits(model) - found).abs().max().item()}
+    finally:
+        del os.environ["LLAVA_CLIPMOE_FAST"]
 
 
 def compare_with_reloaded(task: dict, model) -> dict:
-    seen = {}
+    seen, device = {}, task.get("device", "cpu")
     path = Path(task["output"])
-    tokenizer, reloaded, _, _ = load_pretrained_model(str(path), task["base"], path.name, device="cpu")
+    tokenizer, reloaded, _, _ = load_pretrained_model(str(path), task["base"], path.name, device=device)
     trained, found = logits(model), logits(reloaded)
+    if device != "cpu":
+        seen |= without_kernels(reloaded, found)
     if task["base"] is not None:
         merged = path.with_name(path.name.replace("-lora", "") + "-merged")
         reloaded.save_pretrained(merged)
         tokenizer.save_pretrained(merged)
-        again = logits(load_pretrained_model(str(merged), None, merged.name, device="cpu")[1])
+        again = logits(load_pretrained_model(str(merged), None, merged.name, device=device)[1])
         seen["off_merged"] = (trained - again).abs().max().item()
     seen["size"], seen["off"] = trained.abs().max().item(), (trained - found).abs().max().item()
     if (path / TUNED_FILE).is_file():

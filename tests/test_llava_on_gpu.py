@@ -1,0 +1,65 @@
+"""Upstream's LLaVA on a GPU: stage 2 in bf16 as its scripts train, then loaded in fp16, with the kernels and without.
+
+Skipped without a GPU. What each kernel computes is tested elsewhere (kernel_tests.py); here LLaVA itself must reach
+them, in training and in answering, and get what the modules give.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny.llavas import upstream_is_installed
+from tiny.tower_tasks import LORA, PARTS, arguments, expected_names, link_material, make_material, name_of, train
+
+pytestmark = [
+    pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here"),
+    pytest.mark.xdist_group("llava_on_gpu"),
+]
+KINDS = [(None, False), *((what, False) for what in PARTS), (None, True), ("routers", True)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict[str, dict], str]:
+    """The material, what was seen of every kind of stage 2, and what the process said on stderr."""
+    material = make_material(tmp_path_factory.mktemp("material"))
+    folder, tasks = link_material(material, tmp_path_factory.mktemp("trained")), []
+    for what, lora in KINDS:
+        name = name_of(what, lora)
+        words = arguments(folder, name, what, bf16=True, use_cpu=False, **(LORA if lora else {}))
+        base = str(folder / "llama") if lora else None
+        tasks.append({"name": name, "base": base, "output": str(folder / name), "arguments": words, "device": "cuda"})
+    seen = train([sys.executable], material, tasks, folder, CUDA_VISIBLE_DEVICES="0")
+    return material, seen, (folder / "stderr.txt").read_text()
+
+
+@pytest.mark.parametrize(("what", "lora"), KINDS)
+def test_what_should_learn_does(trained, what, lora):
+    material, seen = trained[0], trained[1][name_of(what, lora)]
+    assert set(seen["moved_in_tower"]) == set(seen["learning_in_tower"])
+    assert bool(expected_names(what, material)) == bool(seen["moved_in_tower"])
+    assert seen["projector_moved"] and seen["language_model_moved"]
+
+
+@pytest.mark.parametrize(("what", "lora"), KINDS)
+def test_the_balance_loss_is_the_routers_alone(trained, what, lora):
+    seen = trained[1][name_of(what, lora)]
+    assert seen["balance_added"] == pytest.approx(seen["balance_expected"], rel=0.05, abs=0.005)
+    assert (seen["balance_expected"] > 0.01) == (what == "routers")
+
+
+@pytest.mark.parametrize(("what", "lora"), KINDS)
+def test_what_is_loaded_is_what_was_trained(trained, what, lora):
+    """fp16 against bf16, with the kernels; and without them nearly the same."""
+    seen = trained[1][name_of(what, lora)]
+    assert seen["off"] < 0.1 * seen["size"], seen
+    assert 0 < seen["off_without_kernels"] < 0.02 * seen["size"], seen  # 0: they were not used
+
+
+def test_the_kernels_served_all_of_it(trained):
+    assert "are not used" not in trained[2]
