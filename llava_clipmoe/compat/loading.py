@@ -32,9 +32,26 @@ def cpu_dtype() -> torch.dtype:
 
 
 def patch_language_model(module: ModuleType) -> None:
-    """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM` loads and generates under every transformers."""
+    """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM` loads and generates under every transformers, and
+    hands a language model of another kind to the class of that kind."""
+    from . import language_models
+
     cls = module.LlavaLlamaForCausalLM
     patch_generation(cls)
+    patch_loading(cls)
+    language_models.register()
+    llamas = cls.from_pretrained.__func__
+
+    @functools.wraps(llamas)
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any):
+        other = language_models.class_for(name, **kwargs)
+        return llamas(cls, name, *args, **kwargs) if other is None else other.from_pretrained(name, *args, **kwargs)
+
+    cls.from_pretrained = classmethod(from_pretrained)
+
+
+def patch_loading(cls: type) -> None:
+    """A language model of LLaVA, upstream's or ours: how it is loaded, and the tower's file beside it."""
     # A full fine-tuning saves the frozen tower too; like upstream we read it from its own directory. Said nowhere,
     # transformers prints a page of unexpected tensors.
     cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or []), r"\.vision_tower\."]

@@ -1,0 +1,169 @@
+"""LLaVA before language models that upstream has no class for: Qwen2 (Qwen2.5 is one) and Qwen3.
+
+Upstream has a class each for Llama, Mistral and MPT, and its trainer and loader name Llama's alone. Ours are made the
+same way (its meta classes and transformers' own model), from one recipe for every kind, and Llama's `from_pretrained`
+hands a directory over to the class of its kind (`loading.py`). Llama 3 is a Llama: it needs no class.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from ..conversations import QWEN_TYPES
+
+NAMES = dict(zip(QWEN_TYPES, ("Qwen2", "Qwen3"), strict=True))
+"""`model_type` -> how transformers' classes begin."""
+UPSTREAM = ("llama", "mistral", "mpt")
+"""Kinds that upstream has a class for."""
+_MADE: dict[str, type] = {}
+
+
+def class_for(source: str | Path, config: Any = None, **hub: Any) -> type | None:
+    """The class of ours that a directory's or hub id's language model needs; None for what upstream itself has.
+
+    config: an already loaded one, which wins. hub: `cache_dir` and the like. Raises ValueError for a kind that neither
+    has a class for, and for one that this transformers does not know.
+    """
+    content = config.to_dict() if config is not None else _read(source, hub)
+    kind = str(content.get("model_type")).removeprefix("llava_")
+    if kind in UPSTREAM or kind in ("None", "llava"):
+        _check_rope(source, content)
+        return None
+    if kind not in NAMES:
+        raise ValueError(
+            f"{source} is a {kind!r}, and LLaVA has no class for it here. Known are Llama (1 to 3), Mistral, "
+            f"{' and '.join(NAMES.values())} (Qwen2.5 is a Qwen2)."
+        )
+    made = make_class(kind)
+    if made is None:
+        raise ValueError(
+            f"{source} is a {NAMES[kind]}, which transformers {transformers.__version__} does not know. "
+            "`pip install -U transformers` (5 or newer), in an environment without LLaVA's pins."
+        )
+    return made
+
+
+def _read(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "revision", "token", "local_files_only")
+    return transformers.PretrainedConfig.get_config_dict(source, **{k: v for k, v in hub.items() if k in names})[0]
+
+
+def _check_rope(source: str | Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError for Llama 3.1's positions under a transformers that does not know them."""
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == "llama3" and Version(transformers.__version__) < Version("4.43"):
+        raise ValueError(
+            f"{source} has the positions of Llama 3.1 and newer (rope_type llama3), which transformers "
+            f"{transformers.__version__} does not know. `pip install -U transformers` (5 or newer), in an environment "
+            "without LLaVA's pins; Llama 3.0 runs here."
+        )
+
+
+def register() -> None:
+    """Make every class that this transformers can carry; upstream's module must be imported."""
+    for kind in NAMES:
+        make_class(kind)
+
+
+def make_class(kind: str) -> type | None:
+    """`LlavaQwen2ForCausalLM` and its like, made and registered once; None where transformers lacks the kind."""
+    name = NAMES[kind]
+    if kind not in _MADE and hasattr(transformers, f"{name}ForCausalLM"):
+        from .loading import patch_loading
+
+        config, model = _make_classes(kind, name)
+        transformers.AutoConfig.register(config.model_type, config)
+        transformers.AutoModelForCausalLM.register(config, model)
+        patch_loading(model)
+        _MADE[kind] = model
+    return _MADE.get(kind)
+
+
+def _make_classes(kind: str, name: str) -> tuple[type, type]:
+    """-> (configuration, language model with a picture in its prompt)."""
+    from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+    def of(suffix: str) -> type:
+        return getattr(transformers, name + suffix)
+
+    def class_of(suffix: str, bases: tuple[type, ...], **attributes: Any) -> type:
+        made = type(f"Llava{name}{suffix}", bases, {"__module__": __name__, **attributes})
+        setattr(sys.modules[__name__], made.__name__, made)  # where pickle and a reader look for it
+        return made
+
+    config = class_of("Config", (of("Config"),), model_type=f"llava_{kind}")
+    body = class_of("Model", (LlavaMetaModel, of("Model")), config_class=config)
+    parts = dict(config_class=config, body=body, forward=_forward_of(of("ForCausalLM")))
+    return config, class_of("ForCausalLM", (Seeing, of("ForCausalLM"), LlavaMetaForCausalLM), **parts)
+
+
+def _forward_of(base: type) -> Any:
+    """`base.forward` with pictures. It shows base's signature, by which generation decides what to hand over."""
+
+    @functools.wraps(base.forward)
+    def forward(self, input_ids: Any = None, *, images: Any = None, image_sizes: Any = None, **given: Any) -> Any:
+        if given.get("inputs_embeds") is None:
+            input_ids, given = self._with_pictures(input_ids, images, image_sizes, given)
+        return base.forward(self, input_ids=input_ids, **given)
+
+    return forward
+
+
+class Seeing:
+    """What a language model of transformers gets to take pictures, before its class among the bases.
+
+    In `forward` and `generate`: input_ids [B,T] with -200 where a picture is; images [B,3,R,R], or a list of each
+    picture's tiles [N,3,R,R] with `image_sizes`; all else as transformers' own model takes it.
+    """
+
+    body: type
+    """The model under the head: upstream's meta class and transformers' model."""
+    accepts_loss_kwargs = False  # as upstream's Llama: a step's loss is the mean of its parts' means
+
+    def __init__(self, config: Any) -> None:
+        transformers.PreTrainedModel.__init__(self, config)
+        self.model = self.body(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    @torch.no_grad()
+    def generate(self, inputs: Any = None, images: Any = None, image_sizes: Any = None, **given: Any) -> torch.Tensor:
+        """-> ids of the answer alone, as upstream's classes."""
+        if "inputs_embeds" in given:
+            raise NotImplementedError("`inputs_embeds` is not supported")
+        if images is None:
+            given["inputs_embeds"] = self.get_model().embed_tokens(inputs)
+        else:
+            _, given = self._with_pictures(inputs, images, image_sizes, given)
+        return super().generate(**given)
+
+    def _with_pictures(
+        self, input_ids: Any, images: Any, image_sizes: Any, given: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """input_ids and arguments after pictures took the place of their tokens (upstream's function)."""
+        takes = ("position_ids", "attention_mask", "past_key_values", "labels")
+        found = self.prepare_inputs_labels_for_multimodal(
+            input_ids, *(given.get(name) for name in takes), images, image_sizes
+        )
+        names = ("position_ids", "attention_mask", "past_key_values", "inputs_embeds", "labels")
+        new = {name: value for name, value in zip(names, found[1:], strict=True) if value is not None}
+        return found[0], {**{name: value for name, value in given.items() if name not in names}, **new}
+
+    def prepare_inputs_for_generation(self, input_ids: Any, inputs_embeds: Any = None, **given: Any) -> dict[str, Any]:
+        pictures = {name: given.pop(name, None) for name in ("images", "image_sizes")}
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **given)
+        return {**inputs, **{name: value for name, value in pictures.items() if value is not None}}
