@@ -15,6 +15,7 @@ SWITCH = "LLAVA_CLIPMOE_HOOK"
 
 BEFORE = {"llava.train.llava_trainer": ("llava_clipmoe.compat.trainer", "before_import")}
 AFTER = {
+    "llava.conversation": ("llava_clipmoe.compat.conversations", "add_templates"),
     "llava.model": ("llava_clipmoe.compat.imports", "report_hidden_error"),
     "llava.model.multimodal_encoder.builder": ("llava_clipmoe.compat.architecture", "patch_builder"),
     "llava.model.llava_arch": ("llava_clipmoe.compat.architecture", "patch_architecture"),

@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..conversations import TEMPLATES
+
 CHECKED_PATHS = 2000
 """Pictures looked for before training starts, evenly over the data: enough for a wrong folder."""
 MAX_BAD_SHARE = 0.01
@@ -42,14 +44,15 @@ def guard(dataset: Any) -> Any:
 
 
 def _style() -> str:
-    """Which of upstream's five functions reads the conversations, chosen as its `preprocess` does."""
+    """Which of upstream's five functions reads the conversations, chosen as its `preprocess` does. Ours for the
+    templates of `conversations.py` takes the turns that upstream's for MPT takes."""
     from llava.conversation import default_conversation as template
 
     if template.sep_style.name in ("PLAIN", "LLAMA_2"):
         return template.sep_style.name.lower()
     if template.version.startswith("v1"):
         return "v1"
-    return "mpt" if template.version == "mpt" else "v0"
+    return "mpt" if template.version in ("mpt", *TEMPLATES) else "v0"
 
 
 def check_rows(rows: Any, style: str) -> None:

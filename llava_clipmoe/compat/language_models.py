@@ -140,6 +140,12 @@ class Seeing:
     def get_model(self) -> nn.Module:
         return self.model
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *rest: Any, **named: Any) -> nn.Module:
+        """Never fewer: Qwen's are longer than its vocabulary, and upstream's loader would cut them to that."""
+        if new_num_tokens is not None and new_num_tokens <= self.config.vocab_size:
+            return self.get_input_embeddings()
+        return super().resize_token_embeddings(new_num_tokens, *rest, **named)
+
     @torch.no_grad()
     def generate(self, inputs: Any = None, images: Any = None, image_sizes: Any = None, **given: Any) -> torch.Tensor:
         """-> ids of the answer alone, as upstream's classes."""

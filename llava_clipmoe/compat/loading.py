@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..files import read_json
+from .conversations import stop_at_end
 from .generation import patch_generation
 from .tuning import read_beside, save_beside
 from .versions import check_transformers
@@ -106,7 +107,7 @@ def _on_cpu(device_map: Any) -> bool:
 
 
 def patch_load_pretrained_model(module: ModuleType) -> None:
-    """llava.model.builder: `load_pretrained_model` checks version and name first."""
+    """llava.model.builder: `load_pretrained_model` checks version and name first, and answers end where they should."""
     upstream = module.load_pretrained_model
 
     @functools.wraps(upstream)
@@ -115,7 +116,9 @@ def patch_load_pretrained_model(module: ModuleType) -> None:
         check_name(model_path, model_name)
         if (load_8bit or load_4bit) and kwargs.get("torch_dtype") is None:
             kwargs["torch_dtype"] = torch.float16  # what is not quantised: upstream leaves it at float32
-        return upstream(model_path, model_base, model_name, load_8bit, load_4bit, *args, **kwargs)
+        found = upstream(model_path, model_base, model_name, load_8bit, load_4bit, *args, **kwargs)
+        stop_at_end(found[1], found[0])
+        return found
 
     module.load_pretrained_model = load_pretrained_model
 

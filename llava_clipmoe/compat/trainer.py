@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import load_foreign_pt, load_tensors, save_tensors
-from . import tuning
+from . import conversations, tuning
 from .data import guard
 from .versions import check_transformers
 
@@ -69,6 +69,7 @@ def _patch_init(cls: type, base: type) -> None:
         if not takes_tokenizer and "tokenizer" in kwargs:
             kwargs["processing_class"] = kwargs.pop("tokenizer")
         if kwargs.get("train_dataset") is not None:
+            conversations.prepare_training(kwargs["train_dataset"], kwargs.get("model"))
             guard(kwargs["train_dataset"])
         if "args" in kwargs:
             tuning.wake(kwargs["args"], kwargs.get("model"))
