@@ -75,6 +75,26 @@ def register() -> None:
         make_class(kind)
 
 
+def read_new_positions(config_class: type) -> None:
+    """Under transformers 4: a config that version 5 wrote says in `rope_parameters` what older ones read from two other
+    fields, and would give other positions, silently."""
+    if Version(transformers.__version__) >= Version("5.0.0.dev0"):
+        return
+    init = config_class.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *rest: Any, **fields: Any) -> None:
+        rope = dict(fields.get("rope_parameters") or {})
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type", "default")
+        if kind != "default":
+            fields["rope_scaling"] = {"type": kind, **rope}
+        init(self, *rest, **fields)
+
+    config_class.__init__ = __init__
+
+
 def make_class(kind: str) -> type | None:
     """`LlavaQwen2ForCausalLM` and its like, made and registered once; None where transformers lacks the kind."""
     name = NAMES[kind]
@@ -85,6 +105,7 @@ def make_class(kind: str) -> type | None:
         transformers.AutoConfig.register(config.model_type, config)
         transformers.AutoModelForCausalLM.register(config, model)
         patch_loading(model)
+        read_new_positions(config)
         _MADE[kind] = model
     return _MADE.get(kind)
 
@@ -169,7 +190,8 @@ class Seeing:
         new = {name: value for name, value in zip(names, found[1:], strict=True) if value is not None}
         return found[0], {**{name: value for name, value in given.items() if name not in names}, **new}
 
-    def prepare_inputs_for_generation(self, input_ids: Any, inputs_embeds: Any = None, **given: Any) -> dict[str, Any]:
-        pictures = {name: given.pop(name, None) for name in ("images", "image_sizes")}
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **given)
+    # Generation looks for these two names, by which it knows what the model takes.
+    def prepare_inputs_for_generation(self, input_ids: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
+        pictures = {name: kwargs.pop(name, None) for name in ("images", "image_sizes")}
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return {**inputs, **{name: value for name, value in pictures.items() if value is not None}}

@@ -40,6 +40,7 @@ def patch_language_model(module: ModuleType) -> None:
     cls = module.LlavaLlamaForCausalLM
     patch_generation(cls)
     patch_loading(cls)
+    language_models.read_new_positions(cls.config_class)
     language_models.register()
     llamas = cls.from_pretrained.__func__
 

@@ -45,8 +45,9 @@ def make_llama_3(folder: Path, *, rope_scaling: dict[str, Any] | None = None) ->
     )  # fmt: skip
     ends = [tokenizer.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), **SHAPE, bos_token_id=begin, eos_token_id=ends, rope_scaling=rope_scaling
-    )
+        vocab_size=tokenizer.get_vocab_size(), **SHAPE, bos_token_id=begin, eos_token_id=ends, rope_theta=5e5,
+        rope_scaling=rope_scaling,
+    )  # fmt: skip
     return _save(LlamaForCausalLM, config, folder)
 
 
@@ -76,7 +77,8 @@ def _make_qwen(folder: Path, config_class: type, model_class: type, **settings: 
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
     ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     rows = tokenizer.get_vocab_size() + 9  # as the real ones, whose embeddings are longer than their vocabularies
-    config = config_class(vocab_size=rows, **SHAPE, bos_token_id=ids[1], eos_token_id=ids[0], **settings)
+    ends = {"bos_token_id": ids[1], "eos_token_id": ids[0]}
+    config = config_class(vocab_size=rows, **SHAPE, **ends, rope_theta=1e6, **settings)
     return _save(model_class, config, folder, eos_token_id=ids, pad_token_id=ids[1])
 
 

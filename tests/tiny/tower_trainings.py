@@ -3,7 +3,7 @@
     python tower_trainings.py tasks.json     (or under torchrun)
 
 A task has `arguments` (of llava.train.train), `output` (its --output_dir), `base` (for LoRA: the language model) and
-perhaps `device`, where the result is loaded ("cpu").
+perhaps `device`, where the result is loaded ("cpu"), and `ask`: a data file whose first questions it answers.
 What was seen of each goes to seen.json beside the tasks.
 """
 
@@ -140,6 +140,23 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=ids, images=pixels, use_cache=False).logits[0].float().cpu()
 
 
+def ask(file: str, model, tokenizer) -> dict:
+    """Its answers to the first turns of the first rows, and the tokens that it made for the first of them."""
+    from llava_clipmoe.conversations import conversation_for
+    from train_llava.eval.batched import Prompts, answer
+
+    rows, folder = json.loads(Path(file).read_text())[:4], Path(file).parent / "images"
+    questions = [
+        {"image": row["image"], "text": row["conversations"][0]["value"].removeprefix("<image>\n")} for row in rows
+    ]
+    template = conversation_for(model.config._name_or_path)
+    prompts = Prompts(questions, folder, tokenizer, model.get_vision_tower().image_processor, model.config, template)
+    (answers,) = answer(model, tokenizer, prompts, batch_size=4, max_new_tokens=24)
+    ids, pixels, _ = prompts[0]
+    found = model.generate(ids[None], images=pixels[None], do_sample=False, max_new_tokens=24)[0].tolist()
+    return {"answers": answers, "answer_ids": found}
+
+
 def without_kernels(model, found: torch.Tensor) -> dict:
     """How far the modules' logits are from those that the GPU's kernels gave."""
     os.environ["LLAVA_CLIPMOE_FAST"] = "0"
@@ -163,6 +180,8 @@ def compare_with_reloaded(task: dict, model) -> dict:
         again = logits(load_pretrained_model(str(merged), None, merged.name, device=device)[1])
         seen["off_merged"] = (trained - again).abs().max().item()
     seen["size"], seen["off"] = trained.abs().max().item(), (trained - found).abs().max().item()
+    if "ask" in task:
+        seen |= ask(task["ask"], reloaded, tokenizer)
     if (path / TUNED_FILE).is_file():
         start = load_tensors(os.environ["LLAVA_CLIPMOE_TOWERS"].partition("=")[2])
         tower = reloaded.get_vision_tower().vision_tower
