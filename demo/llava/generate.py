@@ -91,6 +91,8 @@ class Llava:
     tower: Any
     projector: Any
     config: Any
+    newline: Any = None
+    """What stands after each row of patches where pictures are cut into tiles."""
 
     @property
     def is_moe(self) -> bool:
@@ -113,6 +115,7 @@ class Llava:
             inner, model = self.llm.model.get_model(), self.llm.model
             if inner.vision_tower is not self.tower:
                 inner.vision_tower, inner.mm_projector = self.tower, self.projector
+                inner.image_newline = self.newline
                 model.config = inner.config = self.config
             yield model
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging
 
 from llava_clipmoe import llava_hook, run
+from llava_clipmoe.compat.anyres import NEWLINE
 from llava_clipmoe.compat.loading import cpu_dtype
 from llava_clipmoe.files import load_foreign_pt
 from train_encoder.features.encode import pick_device
@@ -60,7 +62,8 @@ def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Llava:
     _place_tower(inner.vision_tower, model.device)
     llm = LanguageModel(model.eval(), tokenizer, models.conversation or conversation_of(name))
     say(f"{directory.name}: loaded in {time.monotonic() - start:.0f} s")
-    return Llava(directory.name, directory, llm, inner.vision_tower, inner.mm_projector, model.config)
+    newline = getattr(inner, NEWLINE, None)
+    return Llava(directory.name, directory, llm, inner.vision_tower, inner.mm_projector, model.config, newline)
 
 
 def _share(first: Llava, directory: Path, say: Callable[[str], None]) -> Llava:
@@ -80,13 +83,15 @@ def _share(first: Llava, directory: Path, say: Callable[[str], None]) -> Llava:
     tower.load_model(device_map={"": model.device})
     _place_tower(tower, model.device)
     projector = build_vision_projector(config)
-    state = load_foreign_pt(directory / "mm_projector.bin")
-    state = {name.rpartition("mm_projector.")[2]: tensor for name, tensor in state.items() if "mm_projector." in name}
+    kept = load_foreign_pt(directory / "mm_projector.bin")
+    state = {name.rpartition("mm_projector.")[2]: tensor for name, tensor in kept.items() if "mm_projector." in name}
     # Rounded to halves, as upstream's loader reads the first one's: the two may differ in their training alone.
     projector.load_state_dict({name: tensor.half() for name, tensor in state.items()})
     projector.to(device=model.device, dtype=model.dtype).eval()
+    newlines = [tensor.half() for name, tensor in kept.items() if name.rpartition(".")[2] == NEWLINE]
+    newline = nn.Parameter(newlines[0].to(model.device, model.dtype), requires_grad=False) if newlines else None
     say(f"{directory.name}: its tower shares that language model")
-    return Llava(directory.name, directory, first.llm, tower, projector, config)
+    return Llava(directory.name, directory, first.llm, tower, projector, config, newline)
 
 
 def _place_tower(tower: Any, device: torch.device) -> None:

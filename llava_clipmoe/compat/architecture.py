@@ -52,9 +52,10 @@ def _patch_initialize(meta_model: type) -> None:
             upstream(self, model_args, fsdp=fsdp)
         except RuntimeError as error:
             raise _projector_error(self, model_args, error) from error
-        from .tuning import ask  # torch and transformers only now
+        from . import anyres, tuning  # torch and transformers only now
 
-        ask(self, model_args)
+        anyres.settle_newline(self, model_args)
+        tuning.ask(self, model_args)
 
     meta_model.initialize_vision_modules = initialize_vision_modules
 

@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from ..files import load_foreign_pt, load_tensors, save_tensors
-from . import conversations, tuning
+from . import anyres, conversations, tuning
 from .data import guard
+from .flags import add_flags
 from .versions import check_transformers
 
 
@@ -31,7 +32,7 @@ def before_import(module: ModuleType) -> None:
         # train.py asks every tokenizer; only Llama's know. The others tokenise a turn alike wherever it stands.
         transformers.PreTrainedTokenizerBase.legacy = True
     rename_flags(sys.argv, transformers.TrainingArguments)
-    tuning.add_flags()
+    add_flags(tuning.FLAGS, anyres.FLAGS)
 
 
 RENAMED_FLAGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
@@ -56,7 +57,8 @@ def patch_trainer(module: ModuleType) -> None:
     _patch_sampler(cls)
     _patch_save_checkpoint(cls, base)
     _patch_load_checkpoint(cls)
-    tuning.add_flags()
+    add_flags(tuning.FLAGS, anyres.FLAGS)
+    anyres.keep_newline(vars(module))
     tuning.patch_trainer(cls)
     allow_numpy_random_state()
 
@@ -71,6 +73,7 @@ def _patch_init(cls: type, base: type) -> None:
         if kwargs.get("train_dataset") is not None:
             conversations.prepare_training(kwargs["train_dataset"], kwargs.get("model"))
             guard(kwargs["train_dataset"])
+            anyres.prepare(kwargs)
         if "args" in kwargs:
             tuning.wake(kwargs["args"], kwargs.get("model"))
             one_dtype(kwargs["args"], kwargs.get("model"))

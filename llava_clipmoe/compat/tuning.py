@@ -5,7 +5,6 @@ Upstream's stage 2 has no way to train a tower. Without the flags nothing of thi
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,53 +16,21 @@ from ..model_directory import local_directory, read_config
 from ..tower_registry import resolve
 from ..tower_tuning import CHOICES, MARK, ONE_OF, TUNED_FILE, Tuning, check_tuning, save_tuned
 from ..vision_tower import CLIPMoEVisionTower
+from .flags import Flags
 
 RATE, RANK = "mm_vision_tower_lr", "mm_vision_tower_lora_r"
-_FLAGS = [
+_FLAGS = (
     (MARK, str | None, None, f"Stage 2: train of the vision tower, too: {ONE_OF} (default: it is frozen)."),
     (RATE, float | None, None, f"Learning rate of what --{MARK} trains (default: --learning_rate)."),
     (RANK, int, Tuning.rank, f"Rank of the changes that --{MARK} lora trains; alpha is twice the rank."),
-]
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
-def add_flags() -> None:
-    """Let upstream's argument parser, which its train.py makes of three dataclasses, know our flags."""
-    import transformers
-
-    parser = transformers.HfArgumentParser
-    if getattr(parser.__init__, "knows_the_tower", False):
-        return
-    upstream = parser.__init__
-
-    @functools.wraps(upstream)
-    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
-        if isinstance(dataclass_types, (list, tuple)):
-            dataclass_types = [_with_flags(kind) if _is_llavas(kind) else kind for kind in dataclass_types]
-        upstream(self, dataclass_types, **kwargs)
-
-    __init__.knows_the_tower = True
-    parser.__init__ = __init__
-
-
-def _is_llavas(kind: type) -> bool:
-    fields = getattr(kind, "__dataclass_fields__", {})
-    return {"vision_tower", "tune_mm_mlp_adapter"} <= fields.keys() and MARK not in fields
-
-
-def _with_flags(kind: type) -> type:
-    """Upstream's ModelArguments with our fields, looked at as soon as they are parsed: before weights are loaded."""
-    fields = [
-        (name, hint, dataclasses.field(default=default, metadata={"help": text}))
-        for name, hint, default, text in _FLAGS
-    ]
-    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), namespace={"__post_init__": check_flags})
-
-
 def check_flags(arguments: Any) -> None:
-    """Raise ValueError for flags that cannot be meant; `arguments` is upstream's ModelArguments with ours."""
+    """Raise ValueError for flags that cannot be meant; `arguments` is upstream's ModelArguments with ours, or more."""
     tuning = tuning_of(arguments)
     if tuning is None:
         if getattr(arguments, RATE, None) is not None:
@@ -76,6 +43,9 @@ def check_flags(arguments: Any) -> None:
     if tuning.what in CHOICES and tower is None:
         raise ValueError(f"--{MARK} trains a CLIP-MoE tower, and --vision_tower is {name}.")
     check_tuning(tuning, read_config(local_directory(tower.source)).vision_config if tower else None, name)
+
+
+FLAGS = Flags(frozenset({"vision_tower", "tune_mm_mlp_adapter"}), _FLAGS, check_flags)
 
 
 def tuning_of(arguments: Any) -> Tuning | None:

@@ -148,13 +148,16 @@ def make_llava(folder: Path, tower: Path, llm: Path, seed: int = 0, *, whole: bo
     with torch.no_grad():
         for parameter in model.get_model().mm_projector.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))  # so large that another picture is another answer
+        if hasattr(model.get_model(), "image_newline"):  # of tiles; upstream leaves it to what is loaded
+            model.get_model().image_newline.copy_(torch.randn(config.hidden_size))
     if whole:
         model.save_pretrained(folder)
         for file in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copyfile(llm / file, folder / file)
     else:
         config.save_pretrained(folder)
-        projector = {name: tensor for name, tensor in model.state_dict().items() if "mm_projector" in name}
+        kept = ("mm_projector", "image_newline")
+        projector = {name: tensor for name, tensor in model.state_dict().items() if any(part in name for part in kept)}
         torch.save(projector, folder / "mm_projector.bin")
     return folder
 

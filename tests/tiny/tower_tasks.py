@@ -67,12 +67,14 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def train(command: list[str], material: Path, tasks: list[dict], folder: Path, **more: str) -> dict[str, dict]:
+def train(
+    command: list[str], material: Path, tasks: list[dict], folder: Path, program: str = PROGRAM, **more: str
+) -> dict[str, dict]:
     """Every task in one process (or several) that `command`, an interpreter, starts; -> what was seen, by its name.
     What it said is in `folder`/stderr.txt."""
     (folder / "tasks.json").write_text(json.dumps(tasks))
     done = subprocess.run(
-        [*command, PROGRAM, str(folder / "tasks.json")],
+        [*command, program, str(folder / "tasks.json")],
         cwd=folder, env=environment(material, **more), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     (folder / "stderr.txt").write_text(done.stderr)
