@@ -6,11 +6,16 @@ in 3x3 patches, so a picture of 2x2 tiles is 9 + 6 * (6 + 1) tokens at most.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import random
+import shlex
+import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +26,11 @@ from tiny.llavas import make_llava, upstream_in_this_process, upstream_is_instal
 from tiny.tower_tasks import LORA, arguments, link_material, make_material, train
 
 from llava_clipmoe import run
-from llava_clipmoe.compat.anyres import grid_for, most_tokens, parse_grid
+from llava_clipmoe.compat.anyres import grid_for, most_tokens, parse_grid, prepare
+from llava_clipmoe.compat.data import guard
+from llava_clipmoe.compat.trainer import rename_flags
 from llava_clipmoe.files import load_tensors
+from llava_clipmoe.vision_tower import CLIPMoEVisionTowerS2
 
 PINNED = os.environ.get("LLAVA_CLIPMOE_PINNED_PYTHON")
 PROGRAM = str(REPOSITORY / "tests" / "tiny" / "tile_trainings.py")
@@ -34,6 +42,7 @@ NEWLINE = "image_newline"
 pytestmark = [
     pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed here"),
     pytest.mark.xdist_group("anyres"),
+    pytest.mark.filterwarnings("ignore:'train_llava.eval.batched' found in sys.modules:RuntimeWarning"),
 ]
 
 
@@ -42,9 +51,9 @@ def material(tmp_path_factory) -> Path:
     """As `make_material`, with noise in many shapes as pictures; `data/pictures.json` has the rows with a picture,
     `vit` is a tower of upstream's, `llava-flat` a LLaVA without tiles."""
     folder = make_material(tmp_path_factory.mktemp("material"))
-    random.seed(0)
-    for number, file in enumerate(sorted((folder / "data" / "images").iterdir())):
-        Image.effect_noise(SIZES[number % len(SIZES)], 60 + 5 * number).convert("RGB").save(file)
+    for number in range(12):
+        picture = Image.effect_noise(SIZES[number % len(SIZES)], 60 + 5 * number).convert("RGB")
+        picture.save(folder / "data" / "images" / f"{number}.png")
     rows = json.loads((folder / "data" / "data.json").read_text())
     (folder / "data" / "pictures.json").write_text(json.dumps([row for row in rows if "image" in row]))
     make_upstreams_tower(folder / "vit")
@@ -83,8 +92,7 @@ def trained(request, material, tmp_path_factory) -> tuple[Path, dict[str, dict]]
 
 
 def tasks_in(folder: Path, material: Path) -> list[dict]:
-    projector = {"pretrain_mm_mlp_adapter": folder / "llava-pretrain" / "mm_projector.bin"}
-    first = {"version": "plain", "tune_mm_mlp_adapter": True, "data_path": folder / "data" / "pictures.json"}
+    first, projector = first_stage(folder), projector_of(folder)
     tiles = {"model_name_or_path": folder / "llava-tiles"}
     return [
         task(folder, "llava-pretrain", base="llama", **first),
@@ -99,6 +107,14 @@ def tasks_in(folder: Path, material: Path) -> list[dict]:
         task(folder, "llava-plain-tiles", tiles=[*TILES[:2], "--image_grid_pinpoints", "[(24, 48), (48, 24)]"]),
         task(folder, "llava-upstreams-tower", vision_tower=folder / "vit"),
     ]
+
+
+def first_stage(folder: Path) -> dict[str, object]:
+    return {"version": "plain", "tune_mm_mlp_adapter": True, "data_path": folder / "data" / "pictures.json"}
+
+
+def projector_of(folder: Path) -> dict[str, object]:
+    return {"pretrain_mm_mlp_adapter": folder / "llava-pretrain" / "mm_projector.bin"}
 
 
 def task(
@@ -190,6 +206,26 @@ def test_the_balance_counts_the_tiles_of_pictures_alone(trained):
     assert seen["balance_added"] == pytest.approx(seen["balance_expected"], rel=1e-4)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_under_deepspeed_the_newline_goes_through_both_stages(material, tmp_path):
+    """ZeRO-2 in two processes, a row each, in bf16: so that in one step a process has a row without a picture alone."""
+    engine = {"deepspeed": REPOSITORY / "train_llava" / "zero2.json", "bf16": True, "per_device_train_batch_size": 1}
+    folder = link_material(material, tmp_path)
+    tasks = [
+        task(folder, "llava-pretrain", **first_stage(folder), **engine),
+        task(folder, "llava-tiles", **projector_of(folder), **engine),
+    ]
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = str(opened.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    seen = train(launcher, material, tasks, folder, PROGRAM, DS_ACCELERATOR="cpu")
+    for name in ("llava-pretrain", "llava-tiles"):
+        assert any(NEWLINE in moved for moved in seen[name]["moved"])
+    before, after = newline_in(folder / "llava-pretrain"), newline_in(folder / "llava-tiles")
+    assert 0 < (before - after).abs().max() < 0.02 < before.std()
+
+
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -200,11 +236,11 @@ def upstream():
         yield
 
 
-def parsed(material: Path, tmp_path: Path, *words: str) -> tuple:
+def parsed(words: list[str]) -> tuple:
     from llava.train.train import DataArguments, ModelArguments, TrainingArguments
 
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    return parser.parse_args_into_dataclasses([*arguments(material, str(tmp_path), None), *words])
+    return parser.parse_args_into_dataclasses(words)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +269,12 @@ def test_tiles_that_cannot_be_are_refused_before_anything_is_loaded(
     (tmp_path / "towers.json").write_text(json.dumps(towers))
     if "[(336, 672)]" in words:  # 14 and 28 tiles: 9 + (42 + 1) * 84
         words = [*words, "--model_max_length", "4096"]
+    words = [*arguments(material, str(tmp_path), None), *words]
     if message is None:
-        assert parsed(material, tmp_path, *words)[1].image_aspect_ratio == "anyres"
+        assert parsed(words)[1].image_aspect_ratio == "anyres"
     else:
         with pytest.raises(ValueError, match=message):
-            parsed(material, tmp_path, *words)
+            parsed(words)
 
 
 def test_the_default_grid_is_llava_16s():
@@ -256,7 +293,23 @@ def test_a_picture_takes_at_most_the_tokens_that_are_said(upstream):
     assert most_tokens(grid_for(None, 336), vit, "spatial") == most_tokens(grid_for(None, 336), vit, "flat") == 2880
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+def test_in_a_scripts_command_the_later_flag_wins(upstream, material, tmp_path, monkeypatch):
+    """The scripts say `pad`; what follows their name comes behind it."""
+    monkeypatch.setenv("LLAVA_CLIPMOE_TOWERS", f"clipmoe-336={material / 'clip-moe'}")
+    script = ["bash", str(REPOSITORY / "train_llava" / "finetune.sh"), "--dry-run", *TILES, "--model_max_length", "99"]
+    here = {"PYTHON": sys.executable, "DEVICE": "cpu", "OUTPUT": "llava-x", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **here}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    words = shlex.split(done.stdout.replace("\\\n", ""))
+    words = words[words.index("llava.train.train") + 1 :]
+    assert words.count("--image_aspect_ratio") == 2, done.stderr
+    rename_flags(words, transformers.TrainingArguments)
+    model_args, data_args, training_args = parsed(words)
+    assert (data_args.image_aspect_ratio, model_args.mm_patch_merge_type) == ("anyres", "spatial_unpad")
+    assert training_args.model_max_length == 99
+
+
+# -------------------------------------------------------------------------------------- the data set, and evaluation
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +319,75 @@ def tiled(upstream, material) -> dict[str, Path]:
     make = [("llava-v1-a", 1, True), ("llava-v1-b", 2, True), ("llava-v1-c", 3, False), ("llava-v1-d", 4, False)]
     tower, llm = material / "clip-moe", material / "llama"
     return {name: make_llava(material / name, tower, llm, seed, whole=all_, **settings) for name, seed, all_ in make}
+
+
+@pytest.fixture
+def given(tiled, material, tmp_path, monkeypatch) -> dict:
+    """What upstream's train.py hands to its trainer, for pictures of which the second is broken."""
+    from llava.model.builder import load_pretrained_model
+    from llava.train.train import make_supervised_data_module
+
+    monkeypatch.setenv("LLAVA_CLIPMOE_TOWERS", f"clipmoe-336={material / 'clip-moe'}")
+    folder = shutil.copytree(material / "data" / "images", tmp_path / "images")
+    (folder / "1.png").write_bytes(b"no picture")
+    words = arguments(material, str(tmp_path), None, image_folder=folder)
+    _, data_args, training_args = parsed([*words, *TILES])
+    tokenizer, model, processor, _ = load_pretrained_model(str(tiled["llava-v1-a"]), None, "llava-v1-a", device="cpu")
+    tokenizer.pad_token, tokenizer.model_max_length = tokenizer.unk_token, 256
+    data_args.image_processor, data_args.is_multimodal, data_args.mm_use_im_start_end = processor, True, False
+    module = make_supervised_data_module(tokenizer=tokenizer, data_args=data_args)
+    return {"model": model, "args": training_args, **module}
+
+
+def test_a_broken_picture_is_skipped_with_its_size(given, capsys):
+    guard(given["train_dataset"])
+    lengths = given["train_dataset"].modality_lengths
+    prepare(given)
+    rows = given["train_dataset"]
+    assert torch.equal(rows[1]["image"], rows[2]["image"]) and rows[1]["image_size"] == SIZES[2]
+    assert "skipped row 1: 1.png cannot be read" in capsys.readouterr().err
+    assert rows.modality_lengths == lengths  # by which rows are grouped: words, negative without a picture
+    batch = given["data_collator"]([rows[0], rows[11]])
+    assert batch["image_sizes"] == [SIZES[0], (24, 24)] and not batch["images"][1].any()
+    assert [image.shape[0] for image in batch["images"]] == [3, 1]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+
+
+def test_what_would_tear_tiles_apart_is_refused(given):
+    given["args"]._n_gpu = 2
+    with pytest.raises(ValueError, match="use torchrun"):
+        prepare(given)
+    args = SimpleNamespace(mm_vision_select_layer=-2, s2_scales=[24, 48])
+    directory = given["model"].get_vision_tower().vision_tower_name
+    given["model"].get_model().vision_tower = CLIPMoEVisionTowerS2(directory, args)
+    with pytest.raises(ValueError, match="S2 towers cut it already"):
+        prepare(given)
+
+
+def test_a_fork_that_cuts_tiles_itself_is_left_alone(given):
+    """Its flag of the same name is its own."""
+    given["train_dataset"].data_args = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=GRID)
+    before = dict(given)
+    prepare(given)
+    assert given == before and vars(given["train_dataset"].data_args).keys() == {"image_aspect_ratio", "image_grid_pinpoints"}
+
+
+def test_the_newline_has_the_dtype_of_the_texts_embeddings(given):
+    """Upstream makes it in the model's, which QLoRA's preparation has turned to fp32, and moves the projector alone."""
+    given["model"].get_model().embed_tokens.bfloat16()
+    prepare(given)
+    assert given["model"].get_model().image_newline.dtype == torch.bfloat16
+
+
+def test_no_picture_takes_more_tokens_than_is_said(given):
+    """One of a shape of the grid, which has no padding, takes just as many."""
+    model, rows = given["model"], []
+    for size in map(tuple, GRID):
+        images = [torch.zeros(1 + size[0] * size[1] // 24**2, 3, 24, 24)]
+        ids = torch.tensor([[1, -200, 2]])
+        embeds = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images, [size])[4]
+        rows.append(embeds.shape[1] - 2)
+    assert rows == [most_tokens([size], model.get_vision_tower().config, "spatial_unpad") for size in GRID]
 
 
 def test_batched_answers_equal_upstreams_one_by_one(tiled, material, tmp_path, monkeypatch):
