@@ -22,6 +22,7 @@ import torch
 import transformers
 from conftest import REPOSITORY
 from PIL import Image
+from tiny.language_models import make_qwen_2
 from tiny.llavas import make_llava, upstream_in_this_process, upstream_is_installed
 from tiny.tower_tasks import LORA, arguments, link_material, make_material, train
 
@@ -49,7 +50,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> Path:
     """As `make_material`, with noise in many shapes as pictures; `data/pictures.json` has the rows with a picture,
-    `vit` is a tower of upstream's, `llava-flat` a LLaVA without tiles."""
+    `vit` is a tower of upstream's, `llava-flat` a LLaVA without tiles, `qwen2.5` another language model."""
     folder = make_material(tmp_path_factory.mktemp("material"))
     for number in range(12):
         picture = Image.effect_noise(SIZES[number % len(SIZES)], 60 + 5 * number).convert("RGB")
@@ -57,6 +58,7 @@ def material(tmp_path_factory) -> Path:
     rows = json.loads((folder / "data" / "data.json").read_text())
     (folder / "data" / "pictures.json").write_text(json.dumps([row for row in rows if "image" in row]))
     make_upstreams_tower(folder / "vit")
+    make_qwen_2(folder / "qwen2.5")
     make_llava(folder / "llava-flat", folder / "clip-moe", folder / "llama")
     return folder
 
@@ -85,7 +87,7 @@ def make_upstreams_tower(folder: Path) -> None:
 def trained(request, material, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     """Both stages, resumed and begun from other LLaVAs: the folder of their outputs, and what was seen of each."""
     folder = link_material(material, tmp_path_factory.mktemp(request.param))
-    for name in ("llava-flat", "vit"):
+    for name in ("llava-flat", "vit", "qwen2.5"):
         (folder / name).symlink_to(material / name)
     python = {"current": sys.executable, "pinned": PINNED}[request.param]
     return folder, train([python], material, tasks_in(folder, material), folder, PROGRAM)
@@ -106,6 +108,7 @@ def tasks_in(folder: Path, material: Path) -> list[dict]:
         task(folder, "llava-to-flat", tiles=[], **tiles),
         task(folder, "llava-plain-tiles", tiles=[*TILES[:2], "--image_grid_pinpoints", "[(24, 48), (48, 24)]"]),
         task(folder, "llava-upstreams-tower", vision_tower=folder / "vit"),
+        task(folder, "llava-qwen", model_name_or_path=folder / "qwen2.5", version="qwen_2"),
     ]
 
 
@@ -134,7 +137,7 @@ def task(
 
 WITH_NEWLINE = (
     "llava-pretrain", "llava-tiles", "llava-tiles-lora", "llava-from-flat", "llava-onward-lora",
-    "llava-upstreams-tower",
+    "llava-upstreams-tower", "llava-qwen",
 )  # fmt: skip
 
 
