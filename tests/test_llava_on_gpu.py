@@ -1,4 +1,5 @@
 """Upstream's LLaVA on a GPU: stage 2 in bf16 as its scripts train, then loaded in fp16, with the kernels and without.
+With a tower that learns, with tiles, and before newer language models.
 
 Skipped without a GPU. What each kernel computes is tested elsewhere (kernel_tests.py); here LLaVA itself must reach
 them, in training and in answering, and get what the modules give.
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny.llavas import upstream_is_installed
+from conftest import REPOSITORY
+from tiny.language_models import make_llama_3, make_qwen_2, make_qwen_3
+from tiny.llavas import COLOURS, upstream_is_installed
 from tiny.tower_tasks import LORA, PARTS, arguments, expected_names, link_material, make_material, name_of, train
 
 pytestmark = [
@@ -21,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here"),
     pytest.mark.xdist_group("llava_on_gpu"),
 ]
+TILES = str(REPOSITORY / "tests" / "tiny" / "tile_trainings.py")
 KINDS = [(None, False), *((what, False) for what in PARTS), (None, True), ("routers", True)]
 
 
@@ -63,3 +67,41 @@ def test_what_is_loaded_is_what_was_trained(trained, what, lora):
 
 def test_the_kernels_served_all_of_it(trained):
     assert "are not used" not in trained[2]
+
+
+NEWER = {"llama_3": make_llama_3, "qwen_2": make_qwen_2, "qwen_3": make_qwen_3}
+
+
+@pytest.fixture(scope="module")
+def newer(trained, tmp_path_factory) -> dict[str, dict]:
+    """What was seen of newer language models that learn four colours through a frozen tower."""
+    material, folder, tasks = trained[0], tmp_path_factory.mktemp("newer"), []
+    for name, make in NEWER.items():
+        make(folder / name)
+        changed = {"model_name_or_path": folder / name, "version": "llama_3" if name == "llama_3" else "qwen_2"}
+        words = arguments(material, "", None, use_cpu=False, **changed, **LEARN)  # in bf16 steps would be rounded away
+        words[words.index("--output_dir") + 1] = str(folder / f"llava-{name}")
+        tasks.append({"name": name, "base": None, "output": str(folder / f"llava-{name}"), "arguments": words,
+                      "device": "cuda", "ask": str(material / "data" / "data.json")})  # fmt: skip
+    return train([sys.executable], material, tasks, folder, CUDA_VISIBLE_DEVICES="0")
+
+
+LEARN = {"num_train_epochs": 60, "learning_rate": 4e-3, "save_steps": 1000}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_newer_language_model_learns_to_answer(newer, name):
+    seen = newer[name]
+    assert seen["answers"] == [f"It is {colour}." for colour in COLOURS] and len(seen["answer_ids"]) < 24
+    assert seen["off"] < 0.1 * seen["size"] and 0 < seen["off_without_kernels"] < 0.05 * seen["size"], seen
+
+
+def test_tiles_go_through_the_kernels_too(trained, tmp_path):
+    material, folder = trained[0], link_material(trained[0], tmp_path)
+    words = arguments(folder, "llava-tiles", "routers", bf16=True, use_cpu=False, image_aspect_ratio="anyres")
+    words += ["--mm_patch_merge_type", "spatial_unpad"]
+    task = {"name": "tiles", "base": None, "output": str(folder / "llava-tiles"), "arguments": words, "device": "cuda"}
+    seen = train([sys.executable], material, [task], folder, TILES, CUDA_VISIBLE_DEVICES="0")["tiles"]
+    assert any(".mlp.router." in name for name in seen["moved"]) and any("newline" in name for name in seen["moved"])
+    assert seen["off"] < 0.1 * seen["size"] and 0 < seen["off_without_kernels"] < 0.05 * seen["size"], seen
+    assert "are not used" not in (folder / "stderr.txt").read_text()

@@ -1,7 +1,8 @@
 """A program that runs upstream's trainings with tiles, task after task, and writes down what it saw.
 
 A task has `arguments` (of llava.train.train), `output` (its --output_dir), `base` (the language model, where `output`
-holds only a projector or adapters) and perhaps `from` (an output whose checkpoint-2 it goes on from).
+holds only a projector or adapters), perhaps `from` (an output whose checkpoint-2 it goes on from) and `device`, where
+the result is loaded ("cpu").
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tiny.tower_trainings import balance_by_hand, learns, whole
+from tiny.tower_trainings import balance_by_hand, learns, whole, without_kernels
 
 from llava_clipmoe.compat.tuning import tower_of  # isort: skip
 
@@ -80,7 +81,8 @@ def describe_batch(inputs: dict) -> dict:
 def compare_with_reloaded(task: dict, trainer) -> dict:
     """The trained model beside what upstream's loader makes of its output: logits, and pictures."""
     path, model = Path(task["output"]), trainer.model
-    _, reloaded, processor, _ = load_pretrained_model(str(path), task["base"], path.name, device="cpu")
+    device = task.get("device", "cpu")
+    _, reloaded, processor, _ = load_pretrained_model(str(path), task["base"], path.name, device=device)
     inner = model.get_model()
     if task["base"] is not None and "--lora_enable" not in task["arguments"]:
         for tensor in (*inner.mm_projector.parameters(), *newline_of(model)):  # upstream's loader rounds stage 1
@@ -90,6 +92,8 @@ def compare_with_reloaded(task: dict, trainer) -> dict:
     inputs = {"images": list(pixels), "image_sizes": [picture.size for picture in pictures]}
     trained, found = logits(model, inputs), logits(reloaded, inputs)
     seen = {"size": trained.abs().max().item(), "shape": list(trained.shape), "off": far(trained, found)}
+    if device != "cpu":
+        seen |= without_kernels(lambda: logits(reloaded, inputs), found)
     for tensor in newline_of(reloaded):
         tensor.zero_()
         seen["off_without_newline"] = far(trained, logits(reloaded, inputs))
@@ -109,7 +113,10 @@ def logits(model, inputs: dict) -> torch.Tensor:
     """[B,T,V] for one prompt around each of the pictures."""
     model.eval()
     ids = torch.tensor([[1, 40, 50, -200, 60, 70, 80, 90]]).expand(len(inputs["images"]), -1)
-    return model(input_ids=ids, use_cache=False, **inputs).logits.float()
+    if model.device.type != "cpu":
+        images = [image.to(model.device, torch.float16) for image in inputs["images"]]  # as upstream's runners
+        ids, inputs = ids.to(model.device), {**inputs, "images": images}
+    return model(input_ids=ids, use_cache=False, **inputs).logits.float().cpu()
 
 
 def compare_pictures(dataset, processor, config) -> list[bool]:

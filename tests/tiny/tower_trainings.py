@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -153,15 +154,16 @@ def ask(file: str, model, tokenizer) -> dict:
     prompts = Prompts(questions, folder, tokenizer, model.get_vision_tower().image_processor, model.config, template)
     (answers,) = answer(model, tokenizer, prompts, batch_size=4, max_new_tokens=24)
     ids, pixels, _ = prompts[0]
-    found = model.generate(ids[None], images=pixels[None], do_sample=False, max_new_tokens=24)[0].tolist()
+    images = pixels[None].to(model.device, torch.float16)
+    found = model.generate(ids[None].to(model.device), images=images, do_sample=False, max_new_tokens=24)[0].tolist()
     return {"answers": answers, "answer_ids": found}
 
 
-def without_kernels(model, found: torch.Tensor) -> dict:
-    """How far the modules' logits are from those that the GPU's kernels gave."""
+def without_kernels(compute: Callable[[], torch.Tensor], found: torch.Tensor) -> dict:
+    """How far what the modules give is from what the GPU's kernels gave."""
     os.environ["LLAVA_CLIPMOE_FAST"] = "0"
     try:
-        return {"off_without_kernels": (logits(model) - found).abs().max().item()}
+        return {"off_without_kernels": (compute() - found).abs().max().item()}
     finally:
         del os.environ["LLAVA_CLIPMOE_FAST"]
 
@@ -172,7 +174,7 @@ def compare_with_reloaded(task: dict, model) -> dict:
     tokenizer, reloaded, _, _ = load_pretrained_model(str(path), task["base"], path.name, device=device)
     trained, found = logits(model), logits(reloaded)
     if device != "cpu":
-        seen |= without_kernels(reloaded, found)
+        seen |= without_kernels(lambda: logits(reloaded), found)
     if task["base"] is not None:
         merged = path.with_name(path.name.replace("-lora", "") + "-merged")
         reloaded.save_pretrained(merged)
