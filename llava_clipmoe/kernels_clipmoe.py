@@ -152,8 +152,10 @@ def check(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if dtype not in TOLERANCE:
         return f"there are no kernels for {dtype}"
     try:
-        # LLaVA asks inside `inference_mode`, whose tensors could not have the gradients that are compared.
-        with torch.inference_mode(False), torch.no_grad():
+        # LLaVA asks inside `inference_mode`, whose tensors could not have the gradients that are compared; a training
+        # may ask inside a checkpointed block, which takes in every tensor that is kept for a backward pass.
+        as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with torch.inference_mode(False), torch.no_grad(), as_it_is:
             for name, found, expected in _comparisons(torch.device(device), dtype):
                 error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
                 if not error <= TOLERANCE[dtype]:  # also when it is no number

@@ -656,6 +656,23 @@ def test_check_is_content_where_llava_asks():
         assert kernels.check(DEVICE, torch.float16) is None
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_check_is_content_inside_a_checkpointed_block(reentrant):
+    """Where a training with gradient checkpointing asks first. The checkpoint counts what is kept for its backward pass,
+    and a tensor of `check`'s that is asked for would make it compute the block again, `check` included."""
+    said = []
+
+    def block(x):
+        if not said:
+            said.append(kernels.check(DEVICE, torch.float16))
+        return (x * x).exp().sum()
+
+    x = torch.ones(3, device=DEVICE, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant).backward()
+    assert said == [None]
+    torch.testing.assert_close(x.grad, 2 * torch.e * torch.ones_like(x))
+
+
 def test_check_says_what_is_wrong(monkeypatch):
     assert "float64" in kernels.check(DEVICE, torch.float64)
     monkeypatch.setattr(kernels, "fuse", lambda x, weight, bias, base, y: base)

@@ -24,7 +24,8 @@ NAMES = dict(zip(QWEN_TYPES, ("Qwen2", "Qwen3"), strict=True))
 """`model_type` -> how transformers' classes begin."""
 UPSTREAM = ("llama", "mistral", "mpt")
 """Kinds that upstream has a class for."""
-_MADE: dict[str, type] = {}
+MADE: dict[str, type] = {}
+"""`model_type` -> our class, of the kinds that this transformers has."""
 
 
 def class_for(source: str | Path, config: Any = None, **hub: Any) -> type | None:
@@ -43,13 +44,12 @@ def class_for(source: str | Path, config: Any = None, **hub: Any) -> type | None
             f"{source} is a {kind!r}, and LLaVA has no class for it here. Known are Llama (1 to 3), Mistral, "
             f"{' and '.join(NAMES.values())} (Qwen2.5 is a Qwen2)."
         )
-    made = make_class(kind)
-    if made is None:
+    if kind not in MADE:
         raise ValueError(
             f"{source} is a {NAMES[kind]}, which transformers {transformers.__version__} does not know. "
             "`pip install -U transformers` (5 or newer), in an environment without LLaVA's pins."
         )
-    return made
+    return MADE[kind]
 
 
 def _read(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,10 +69,20 @@ def _check_rope(source: str | Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def register() -> None:
-    """Make every class that this transformers can carry; upstream's module must be imported."""
-    for kind in NAMES:
-        make_class(kind)
+def make_classes() -> list[type]:
+    """Make and register `LlavaQwen2ForCausalLM` and its like, as far as this transformers has the kinds; -> those made
+    now. Upstream's classes must be imported."""
+    made = []
+    for kind, name in NAMES.items():
+        if kind in MADE or not hasattr(transformers, f"{name}ForCausalLM"):
+            continue
+        config, model = _make_classes(kind, name)
+        transformers.AutoConfig.register(config.model_type, config)
+        transformers.AutoModelForCausalLM.register(config, model)
+        read_new_positions(config)
+        MADE[kind] = model
+        made.append(model)
+    return made
 
 
 def read_new_positions(config_class: type) -> None:
@@ -93,21 +103,6 @@ def read_new_positions(config_class: type) -> None:
         init(self, *rest, **fields)
 
     config_class.__init__ = __init__
-
-
-def make_class(kind: str) -> type | None:
-    """`LlavaQwen2ForCausalLM` and its like, made and registered once; None where transformers lacks the kind."""
-    name = NAMES[kind]
-    if kind not in _MADE and hasattr(transformers, f"{name}ForCausalLM"):
-        from .loading import patch_loading
-
-        config, model = _make_classes(kind, name)
-        transformers.AutoConfig.register(config.model_type, config)
-        transformers.AutoModelForCausalLM.register(config, model)
-        patch_loading(model)
-        read_new_positions(config)
-        _MADE[kind] = model
-    return _MADE.get(kind)
 
 
 def _make_classes(kind: str, name: str) -> tuple[type, type]:

@@ -39,9 +39,9 @@ def patch_language_model(module: ModuleType) -> None:
 
     cls = module.LlavaLlamaForCausalLM
     patch_generation(cls)
-    patch_loading(cls)
     language_models.read_new_positions(cls.config_class)
-    language_models.register()
+    for model in (cls, *language_models.make_classes()):
+        patch_loading(model)
     llamas = cls.from_pretrained.__func__
 
     @functools.wraps(llamas)

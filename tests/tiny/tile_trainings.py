@@ -114,7 +114,7 @@ def logits(model, inputs: dict) -> torch.Tensor:
     model.eval()
     ids = torch.tensor([[1, 40, 50, -200, 60, 70, 80, 90]]).expand(len(inputs["images"]), -1)
     if model.device.type != "cpu":
-        images = [image.to(model.device, torch.float16) for image in inputs["images"]]  # as upstream's runners
+        images = [image.to(next(model.get_model().mm_projector.parameters())) for image in inputs["images"]]
         ids, inputs = ids.to(model.device), {**inputs, "images": images}
     return model(input_ids=ids, use_cache=False, **inputs).logits.float().cpu()
 

@@ -136,7 +136,7 @@ def logits(model) -> torch.Tensor:
     ids = torch.tensor([[1, 40, 50, -200, 60, 70, 80, 90]])
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     if model.device.type != "cpu":
-        ids, pixels = ids.to(model.device), pixels.to(model.device, torch.float16)  # as upstream's runners
+        ids, pixels = ids.to(model.device), pixels.to(next(model.get_model().mm_projector.parameters()))
     with torch.no_grad():
         return model(input_ids=ids, images=pixels, use_cache=False).logits[0].float().cpu()
 
