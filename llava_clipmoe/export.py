@@ -1,10 +1,11 @@
-"""A LLaVA-1.5 directory of upstream's format as one that transformers alone can run: `llava-clipmoe export-hf`.
+"""A LLaVA directory of upstream's format as one that transformers alone can run: `llava-clipmoe export-hf`.
 
     llava-clipmoe export-hf checkpoints/llava-v1.5-7b-clipmoe llava-clipmoe-hf
 
 The output is a `LlavaForConditionalGeneration` whose vision model is CLIPMoEVisionModel (for a dense tower,
-transformers' CLIPVisionModel), with its LlavaProcessor. Weights go through in shards, each in the dtype it has, so
-that a 7B model needs a few gigabytes of memory. Tensors get the names that transformers 4.37 saved
+transformers' CLIPVisionModel), with its LlavaProcessor; a LLaVA that cuts pictures into tiles (LLaVA-1.6's anyres)
+becomes a `LlavaNextForConditionalGeneration` with a LlavaNextProcessor. Weights go through in shards, each in the dtype
+it has, so that a 7B model needs a few gigabytes of memory. Tensors get the names that transformers 4.37 saved
 (`language_model.model.*`, `vision_tower.vision_model.*`): version 5 renames them when it loads.
 """
 
@@ -21,29 +22,25 @@ import tyro
 
 from . import export_files
 from .configuration_clipmoe import CLIPMoEConfig
+from .conversations import conversation_for
+from .export_text import HEAD, LANGUAGE_MODELS, text_config, text_shapes
+from .export_tiles import MODEL_TYPES, family_of, grid_pinpoints, tiles_not_expressible
 from .files import atomic_directory, iter_tensors, read_json, save_shards, weight_files, write_json
 from .model_directory import WRONG_DIRECTORY, config_dict, local_directory, read_config
 from .modeling_clipmoe import CLIPMoEVisionModel
 from .tower_registry import resolve
 from .tower_tuning import MARK, load_tuned
 
-MODEL_TYPE = "llava"
-_SOURCE_TYPES = ("llava_llama", "llava")  # the second: LLaVA's checkpoints from before its MPT variant had a name
 _SHARD_BYTES = 2 * 10**9  # a shard is in memory twice while it is written
 _VOCABULARY_MULTIPLE = 64  # as transformers' own conversion pads, for the speed of the last matrix product
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_NEWLINE = "image_newline"
 _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = {
     "model.mm_projector.0.": "multi_modal_projector.linear_1.",
     "model.mm_projector.2.": "multi_modal_projector.linear_2.",
 }
-
-_LLAMA_FIELDS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling attention_bias attention_dropout "
-    "mlp_bias tie_word_embeddings use_cache bos_token_id eos_token_id pad_token_id"
-).split()
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,11 @@ class Source:
     config: dict[str, Any]
     tower: Path
     clip: CLIPMoEConfig
+
+    @property
+    def family(self) -> str:
+        """How the names of transformers' classes for it begin: Llava or LlavaNext."""
+        return family_of(self.config)
 
     @property
     def tower_from_checkpoint(self) -> bool:
@@ -75,23 +77,24 @@ def export_hf(
 
     vision_tower: name or directory to use for the one that LLaVA's config names (it must be the same tower).
     overwrite: replace an earlier export at `output`; anything else there is never replaced.
-    Raises ValueError for what is no LLaVA-1.5 or cannot be expressed exactly, FileNotFoundError for missing files,
+    Raises ValueError for what is no LLaVA or cannot be expressed exactly, FileNotFoundError for missing files,
     UnknownTower for an unregistered tower and SaveError for a failed write; `output` is then what it was.
     """
     _check_output(Path(output), overwrite)
     source = open_source(Path(directory), vision_tower)
     expected = _expected_shapes(source)
     with atomic_directory(output) as folder:
-        image_token = export_files.write_tokenizer(source.directory, folder)
+        tokenizer = export_files.write_tokenizer(source.directory, folder)
+        image_token = tokenizer.convert_tokens_to_ids(export_files.IMAGE)
         rows = expected["language_model.model.embed_tokens.weight"][0]
         if image_token >= rows:
             rows = -(-(image_token + 1) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         config = llava_config(source, image_token, rows)
         write_json(folder / "config.json", config)
         export_files.write_processor(folder, source.config, source.tower, source.clip.vision_config)
-        export_files.write_generation_config(source.directory, folder, source.config)
+        export_files.write_generation_config(source.directory, folder, tokenizer)
         save_shards(_grown(_checked(_tensors(source), expected, source), rows), folder, _SHARD_BYTES)
-        export_files.write_card(folder, source.config, source.clip)
+        export_files.write_card(folder, source.config, source.clip, conversation_for(source.directory))
     return config
 
 
@@ -99,7 +102,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     config = output / "config.json"
-    is_llava = config.is_file() and read_json(config).get("model_type") == MODEL_TYPE
+    is_llava = config.is_file() and read_json(config).get("model_type") in MODEL_TYPES.values()
     if not (is_llava and (output / "processor_config.json").is_file()):  # upstream's oldest are of type llava, too
         raise ValueError(f"{output} exists and is no earlier export; it is not replaced. Choose another output.")
     if not overwrite:
@@ -132,7 +135,7 @@ def open_source(directory: Path, vision_tower: str | None = None) -> Source:
 
 
 def read_llava_config(directory: Path) -> dict[str, Any]:
-    """config.json of an upstream LLaVA-1.5. Raises ValueError for everything that would not be exported exactly."""
+    """config.json of an upstream LLaVA. Raises ValueError for everything that would not be exported exactly."""
     if (directory / "adapter_config.json").is_file():
         raise ValueError(
             f"{directory} holds LoRA weights only. Merge them into their base with LLaVA's own "
@@ -142,10 +145,11 @@ def read_llava_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a LLaVA directory: it has no config.json.")
     config = read_json(path)
-    if config.get("model_type") not in _SOURCE_TYPES or not config.get("mm_vision_tower"):
+    if config.get("model_type") not in LANGUAGE_MODELS or not config.get("mm_vision_tower"):
         raise ValueError(
             f"{directory} is not a LLaVA of upstream's format: its model_type is {config.get('model_type')!r}, "
-            "expected 'llava_llama' and the field mm_vision_tower. Give the directory that LLaVA's stage 2 wrote."
+            "expected 'llava_llama', 'llava_qwen2' or 'llava_qwen3' and the field mm_vision_tower. Give the directory "
+            "that LLaVA's stage 2 wrote."
         )
     problems = list(_not_expressible(config))
     if problems:
@@ -154,17 +158,16 @@ def read_llava_config(directory: Path) -> dict[str, Any]:
 
 
 def _not_expressible(config: Mapping[str, Any]) -> Iterator[str]:
-    """What transformers' LlavaForConditionalGeneration has no place for."""
+    """What transformers' LlavaForConditionalGeneration and LlavaNextForConditionalGeneration have no place for."""
     projector = config.get("mm_projector_type", "linear")  # upstream's default
     if projector != "mlp2x_gelu":
         yield (
-            f"its projector is {projector!r}, and LlavaForConditionalGeneration has exactly two layers with a GELU "
+            f"its projector is {projector!r}, and transformers' LLaVAs have exactly two layers with a GELU "
             "between (mlp2x_gelu); no other projector can be written as that"
         )
-    if config.get("mm_patch_merge_type", "flat") != "flat" or "anyres" in str(config.get("image_aspect_ratio")):
-        yield "it cuts pictures into tiles (LLaVA-1.6: anyres, spatial), which is transformers' LlavaNext, not Llava"
+    yield from tiles_not_expressible(config)
     if config.get("s2"):
-        yield "its tower looks on several scales (S2), which LlavaForConditionalGeneration cannot do"
+        yield "its tower looks on several scales (S2), which transformers' LLaVAs cannot do"
     if config.get("mm_use_im_start_end"):
         yield "its prompts have tokens before and after the picture (mm_use_im_start_end)"
     select = config.get("mm_vision_select_feature", "patch")
@@ -178,7 +181,7 @@ def _tower_directory(name: str) -> Path:
     """The model directory behind a tower's name: a registration, a directory, or a hub id. Raises UnknownTower."""
     tower = resolve(name)
     if tower is not None and tower.s2:
-        raise ValueError(f"the tower {name!r} is registered with S2, which LlavaForConditionalGeneration cannot do.")
+        raise ValueError(f"the tower {name!r} is registered with S2, which transformers' LLaVAs cannot do.")
     return local_directory(name if tower is None else tower.source)
 
 
@@ -192,9 +195,9 @@ def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         if name.endswith("rotary_emb.inv_freq"):  # a buffer that transformers before 4.32 saved
             continue
-        if source.config.get("tie_word_embeddings") and name in (_EMBEDDING, _HEAD):
+        if source.config.get("tie_word_embeddings") and name in (_EMBEDDING, HEAD):
             tied[name] = tensor
-            if name == _HEAD:
+            if name == HEAD:
                 continue
         yield _language_or_projector_name(name), tensor
     if len(tied) == 2 and not torch.equal(*tied.values()):
@@ -209,6 +212,8 @@ def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _language_or_projector_name(name: str) -> str:
+    if name == f"model.{_NEWLINE}":
+        return _NEWLINE
     for old, new in _PROJECTOR.items():
         if name.startswith(old):
             return name.replace(old, new)
@@ -227,11 +232,11 @@ def llava_config(source: Source, image_token: int, rows: int) -> dict[str, Any]:
     """config.json of the export. `image_token`: id of <image>; `rows`: of the embedding, padding included."""
     config, strategy = source.config, export_files.select_strategy(source.config)
     content = {
-        "architectures": ["LlavaForConditionalGeneration"],
+        "architectures": [f"{source.family}ForConditionalGeneration"],
         "ignore_index": -100,
         "image_seq_length": source.clip.vision_config.num_patches + (strategy == "full"),
         "image_token_index": image_token,
-        "model_type": MODEL_TYPE,
+        "model_type": MODEL_TYPES[source.family],
         "pad_token_id": config.get("pad_token_id"),
         "projector_hidden_act": "gelu",
         "text_config": text_config(config, rows),
@@ -243,37 +248,25 @@ def llava_config(source: Source, image_token: int, rows: int) -> dict[str, Any]:
         "vocab_size": rows,
     }
     if not source.clip.is_dense:
-        content["auto_map"] = export_files.AUTO_MAP
+        content["auto_map"] = export_files.auto_map(source.family)
+    if source.family == "LlavaNext":
+        content["image_grid_pinpoints"] = grid_pinpoints(config)
     return content
-
-
-def text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The LlamaConfig inside a LLaVA's config, in the fields that every version of transformers reads."""
-    text = {name: config[name] for name in _LLAMA_FIELDS if config.get(name) is not None}
-    rope = dict(config.get("rope_parameters") or {})  # transformers 5's name for two older fields
-    if "rope_theta" in rope:
-        text["rope_theta"] = rope.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
-        text["rope_scaling"] = {**rope, "type": rope["rope_type"]}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text, "vocab_size": rows}
 
 
 def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the export must have, before its vocabulary grows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     text = text_config(source.config, source.config["vocab_size"])
     with torch.device("meta"):
-        language = LlamaForCausalLM(LlamaConfig(**text)).state_dict()
         tower = CLIPMoEVisionModel(source.clip.vision_config).state_dict()
-    if text.get("tie_word_embeddings"):
-        language.pop(_HEAD, None)
     wide, narrow = text["hidden_size"], source.clip.vision_config.hidden_size
-    shapes = {f"language_model.{name}": tuple(tensor.shape) for name, tensor in language.items()}
+    shapes = {f"language_model.{name}": shape for name, shape in text_shapes(text).items()}
     shapes.update({_tower_name(name): tuple(tensor.shape) for name, tensor in tower.items()})
     for layer, inputs in (("linear_1", narrow), ("linear_2", wide)):
         shapes[f"multi_modal_projector.{layer}.weight"] = (wide, inputs)
         shapes[f"multi_modal_projector.{layer}.bias"] = (wide,)
+    if source.family == "LlavaNext":
+        shapes[_NEWLINE] = (wide,)
     return {name: shape for name, shape in shapes.items() if not name.endswith(("inv_freq", "position_ids"))}
 
 
@@ -306,7 +299,7 @@ def _grown(tensors: Iterable[tuple[str, torch.Tensor]], rows: int) -> Iterator[t
     """The tensors, those of the vocabulary with `rows` rows. New rows are the mean of the old ones: a logit that is the
     mean of all others is never the largest, so greedy answers stay what they were (a row of zeros could win)."""
     for name, tensor in tensors:
-        if name.endswith((_EMBEDDING, _HEAD)):
+        if name.endswith((_EMBEDDING, HEAD)):
             mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
             tensor = torch.cat([tensor, mean.expand(rows - tensor.shape[0], -1)])
         yield name, tensor
@@ -318,6 +311,8 @@ def _grown(tensors: Iterable[tuple[str, torch.Tensor]], rows: int) -> Iterator[t
 @dataclass
 class ExportHF:
     """Write a LLaVA for transformers: LlavaForConditionalGeneration with its processor, the same logits.
+
+    One that cuts pictures into tiles (anyres, spatial_unpad) becomes LlavaNextForConditionalGeneration.
 
     Example: llava-clipmoe export-hf checkpoints/llava-v1.5-7b-clipmoe llava-clipmoe-hf
     """
@@ -336,5 +331,5 @@ def main(argv: list[str]) -> int:
     """`llava-clipmoe export-hf LLAVA_DIR OUT`."""
     args = tyro.cli(ExportHF, args=argv, prog="llava-clipmoe export-hf")
     config = export_hf(args.llava, args.output, vision_tower=args.vision_tower, overwrite=args.overwrite)
-    print(f"wrote {args.output}: LlavaForConditionalGeneration with a {config['vision_config']['model_type']}")
+    print(f"wrote {args.output}: {config['architectures'][0]} with a {config['vision_config']['model_type']}")
     return 0

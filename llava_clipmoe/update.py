@@ -14,6 +14,7 @@ import tyro
 
 from . import export_files
 from .configuration_clipmoe import CLIPMoEConfig
+from .export_tiles import MODEL_TYPES
 from .files import json_text, read_json, weight_files, write_text
 from .model_card import CARD, renewed_card
 from .model_directory import AUTO_MAP, MODELING_FILES, pixel_statistics, preprocessor, read_config
@@ -33,8 +34,10 @@ def outdated(directory: Path) -> dict[str, str]:
         )
     wanted = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in MODELING_FILES}
     if (directory / export_files.REMOTE_CODE).is_file():  # an exported LLaVA; its card says nothing that changes
-        wanted[export_files.REMOTE_CODE] = export_files.remote_code()
-        auto_map = export_files.AUTO_MAP
+        of_next = read_json(directory / CONFIG).get("model_type") == MODEL_TYPES["LlavaNext"]
+        family = "LlavaNext" if of_next else "Llava"
+        wanted[export_files.REMOTE_CODE] = export_files.remote_code(family)
+        auto_map = export_files.auto_map(family)
     else:
         config = _check(directory)
         auto_map = AUTO_MAP

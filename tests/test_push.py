@@ -149,12 +149,16 @@ def test_another_directory_of_a_run_does_not_get_its_scores(older):
     assert "## Scores" not in (older.with_name("clip-moe-delta") / "README.md").read_text()
 
 
-def test_an_exported_llavas_code_is_updated(tmp_path, moe):  # noqa: F811
+@pytest.mark.parametrize("family", ["Llava", "LlavaNext"])
+def test_an_exported_llavas_code_is_updated(tmp_path, moe, family):  # noqa: F811
+    model_type, tiles = {"Llava": ("llava", {}), "LlavaNext": ("llava_next", {"image_aspect_ratio": "anyres"})}[family]
+    auto_map = export_files.auto_map(family)
+
     def export(name: str) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        export_files.write_card(folder, {}, moe.model.config)
-        write_json(folder / "config.json", {"model_type": "llava", "auto_map": dict(export_files.AUTO_MAP)})
+        export_files.write_card(folder, tiles, moe.model.config)
+        write_json(folder / "config.json", {"model_type": model_type, "auto_map": auto_map})
         save_tensors(folder / "model.safetensors", {"weight": torch.zeros(1)}, {"format": "pt"})
         return folder
 
@@ -162,7 +166,7 @@ def test_an_exported_llavas_code_is_updated(tmp_path, moe):  # noqa: F811
     assert cli.main(["update", str(fresh)]) == 0 and snapshot(fresh) == snapshot(old)  # nothing to do
     (old / "experts_clipmoe.py").unlink()
     (old / export_files.REMOTE_CODE).write_text("# older\n")
-    edit_json(old / "config.json", auto_map={"AutoConfig": export_files.AUTO_MAP["AutoConfig"]})
+    edit_json(old / "config.json", auto_map={"AutoConfig": auto_map["AutoConfig"]})
     assert cli.main(["update", str(old)]) == 0
     assert snapshot(old) == snapshot(fresh)
 

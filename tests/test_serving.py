@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from test_llava_upstream import free_port
-from tiny.exported import NEW_TOKENS, QUESTION, answers_of_transformers, make_exported_llava, make_pictures
+from tiny.exported import NEW_TOKENS, QUESTION, TILES, answers_of_transformers, make_exported_llava, make_pictures
 from tiny.llavas import upstream_is_installed
 
 openai = pytest.importorskip("openai", reason='`transformers serve` needs it: pip install "transformers[serving]"')
@@ -30,9 +30,10 @@ main()
 """
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    return make_exported_llava(tmp_path_factory.mktemp("llava"))[1]
+@pytest.fixture(scope="module", params=["square", "tiles"])
+def exported(request, tmp_path_factory) -> Path:
+    settings = TILES if request.param == "tiles" else {}
+    return make_exported_llava(tmp_path_factory.mktemp("llava"), **settings)[1]
 
 
 @contextmanager

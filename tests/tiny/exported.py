@@ -12,11 +12,20 @@ QUESTION = "What colour is the square?"
 NEW_TOKENS = 8
 
 
-def make_exported_llava(folder: Path) -> tuple[Path, Path]:
-    """-> (a LLaVA with a CLIP-MoE in upstream's format, the same as export-hf writes it)."""
+TILES = {
+    "image_aspect_ratio": "anyres",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": [[24, 48], [48, 48], [72, 24]],
+}
+"""Settings of a LLaVA that cuts pictures into tiles of the tiny towers' 24 pixels."""
+
+
+def make_exported_llava(folder: Path, **settings) -> tuple[Path, Path]:
+    """-> (a LLaVA with a CLIP-MoE in upstream's format, the same as export-hf writes it); settings: of its config."""
     from llava_clipmoe.export import export_hf
 
-    llava = make_llava(folder / "llava-v1-clipmoe", make_towers(folder)[0], make_language_model(folder / "llama"), 2)
+    tower, llm = make_towers(folder)[0], make_language_model(folder / "llama")
+    llava = make_llava(folder / "llava-v1-clipmoe", tower, llm, 2, **settings)
     export_hf(llava, folder / "exported")
     return llava, folder / "exported"
 
@@ -30,13 +39,13 @@ def make_pictures(folder: Path) -> list[Path]:
 
 
 def answers_of_transformers(directory: Path, pictures: list[Path]) -> list[str]:
-    """What LlavaForConditionalGeneration says of each picture to QUESTION: the reference for whoever serves it."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    """What transformers' own class says of each picture to QUESTION: the reference for whoever serves it."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from llava_clipmoe.registration import register_auto_classes
 
     register_auto_classes()
-    model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
+    model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     processor = AutoProcessor.from_pretrained(directory)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
