@@ -139,6 +139,7 @@ def _tokenizer_config(source: Path, tokenizer: Any, image: int) -> dict[str, Any
         for number, token in tokenizer.added_tokens_decoder.items()
     }
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special["eos_token"] = _end_of_answer(source, tokenizer) or special["eos_token"]
     if special["pad_token"] is None:  # as LLaVA's trainer does: batches need one
         special["pad_token"] = special["unk_token"] or special["eos_token"]
     return {
@@ -152,6 +153,18 @@ def _tokenizer_config(source: Path, tokenizer: Any, image: int) -> dict[str, Any
         "padding_side": "left",  # for generation in batches
         "tokenizer_class": "LlamaTokenizer" if _is_llama(tokenizer) else "PreTrainedTokenizerFast",
     }
+
+
+def _end_of_answer(source: Path, tokenizer: Any) -> str | None:
+    """The token at which an answer ends in Llama 3's and Qwen's conversations; None for others, or where it is none.
+
+    Their base models' own end token ends a document, and what LLaVA teaches them is to end a turn.
+    """
+    conversation = conversation_for(source)
+    if conversation not in CONVERSATIONS:
+        return None
+    end = CONVERSATIONS[conversation].end_token
+    return end if end in tokenizer.get_vocab() else None
 
 
 def select_strategy(config: Mapping[str, Any]) -> str:
@@ -183,22 +196,18 @@ def write_processor(folder: Path, config: Mapping[str, Any], tower: Path, vision
 
 
 def write_generation_config(source: Path, folder: Path, tokenizer: Any) -> None:
-    """The special tokens that generation needs; greedy, since sampling was the LLM's default, not LLaVA's.
-
-    An answer ends at the conversation's end token, too: that of a base model (Llama 3, Qwen) ends a document only.
-    """
+    """The special tokens that generation needs; greedy, since sampling was the LLM's default, not LLaVA's."""
     path = source / "generation_config.json"
     given = {**read_json(source / "config.json"), **(read_json(path) if path.is_file() else {})}
     given = {name: number for name, number in given.items() if number is not None}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     content = {name: given[name] for name in names if name in given}
     content.setdefault("pad_token_id", tokenizer.pad_token_id)
-    conversation = conversation_for(source)
-    if conversation in CONVERSATIONS:
-        end = tokenizer.convert_tokens_to_ids(CONVERSATIONS[conversation].end_token)
-        ends = content.get("eos_token_id", [])
+    end = _end_of_answer(source, tokenizer)
+    if end is not None:
+        ends, number = content.get("eos_token_id", []), tokenizer.convert_tokens_to_ids(end)
         ends = ends if isinstance(ends, list) else [ends]
-        content["eos_token_id"] = ends if end in ends else [*ends, end]
+        content["eos_token_id"] = ends if number in ends else [*ends, number]
     content["max_new_tokens"] = 512  # llava/serve/cli.py; transformers' default is 20, the image's tokens included
     write_json(folder / "generation_config.json", content)
 

@@ -198,9 +198,13 @@ def test_an_answer_ends_where_the_conversation_ends(kind, moe_tower, tmp_path): 
     assert len(tokenizer) == tokenizer.convert_tokens_to_ids("<image>") + 1
     (source / "generation_config.json").unlink()
     document = next(token for token in ends if token != end)
-    config = {**read_json(source / "config.json"), "eos_token_id": document}
-    write_json(source / "config.json", config)
+    write_json(source / "config.json", {**read_json(source / "config.json"), "eos_token_id": document})
+    settings = read_json(source / "tokenizer_config.json")
+    base = {**settings, "eos_token": tokenizer.convert_ids_to_tokens(document)}
+    write_json(source / "tokenizer_config.json", base)
     export_hf(source, tmp_path / "out", overwrite=True)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert tokenizer.eos_token_id == end  # lmms-eval asks the tokenizer
     assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [document, end]
 
 
