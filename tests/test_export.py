@@ -126,15 +126,13 @@ def picture() -> Image.Image:
 class Upstream:
     """The original: asked the way llava/eval/model_vqa_loader.py asks."""
 
-    def __init__(self, llava, directory: Path):
+    def __init__(self, llava, directory: Path, tokenizer_class: str = "LlamaTokenizer"):
         self.model = llava.LlavaLlamaForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
         self.tower = self.model.get_vision_tower()
         if not self.tower.is_loaded:
             self.tower.load_model()
         self.tower.to(torch.float32)
-        from transformers import LlamaTokenizer
-
-        self.tokenizer = LlamaTokenizer.from_pretrained(directory)
+        self.tokenizer = getattr(transformers, tokenizer_class).from_pretrained(directory, use_fast=False)
 
     def ids(self, prompt: str = PROMPT) -> torch.Tensor:
         from llava.mm_utils import tokenizer_image_token
@@ -146,13 +144,14 @@ class Upstream:
 
         return process_images([picture], self.tower.image_processor, self.model.config)
 
-    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+    def logits(self, pixels: torch.Tensor, prompt: str = PROMPT) -> torch.Tensor:
         with torch.no_grad():
-            return self.model(self.ids(), images=pixels).logits
+            return self.model(self.ids(prompt), images=pixels).logits
 
-    def answer(self, pixels: torch.Tensor) -> list[int]:
+    def answer(self, pixels: torch.Tensor, prompt: str = PROMPT) -> list[int]:
+        ids = self.ids(prompt)
         with torch.inference_mode():
-            answer = self.model.generate(self.ids(), images=pixels, do_sample=False, max_new_tokens=12)[0].tolist()
+            answer = self.model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12)[0].tolist()
         return answer if VERSION_5 else answer[1:]  # 4.37 puts a <s> before what it made from embeddings
 
 

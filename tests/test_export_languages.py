@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from test_export import Exported, dense_tower, moe_tower, picture  # noqa: F401
-from tiny.language_models import make_llama_3, make_qwen_2, make_qwen_3
+from test_export import IMAGE_TOKEN_INDEX, Exported, Upstream, llava, moe_tower, picture  # noqa: F401
+from tiny.language_models import ROPE_3_1, make_llama_3, make_qwen_2, make_qwen_3
 
 from llava_clipmoe.conversations import FIELD, TEMPLATES
 from llava_clipmoe.export import export_hf
-from llava_clipmoe.export_files import upstream_ids
 from llava_clipmoe.files import load_tensors, read_json, save_tensors, write_json
-from llava_clipmoe.modeling_clipmoe import CLIPMoEVisionModel
 
+PINNED = os.environ.get("LLAVA_CLIPMOE_PINNED_PYTHON")
 VERSION_5 = transformers.__version__.startswith("5.")
 KINDS = {"llama": (make_llama_3, "llama_3"), "qwen2": (make_qwen_2, "qwen_2"), "qwen3": (make_qwen_3, "qwen_2")}
 QUESTION = "How many cats are in the picture, 2 or  3?"
@@ -24,7 +25,8 @@ PATCHES, WIDTH = 9, 48  # of the tiny tower
 
 
 @pytest.fixture(params=list(KINDS))
-def kind(request) -> str:
+def kind(request, llava) -> str:  # noqa: F811
+    """Of the language model; those that the installed transformers has."""
     if request.param not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
     return request.param
@@ -47,99 +49,61 @@ def make_llava(kind: str, tower: Path, folder: Path, **settings) -> Path:
     })  # fmt: skip
     torch.manual_seed(3)
     width = language["hidden_size"]
-    state = {name: tensor for name, tensor in load_tensors(llm).items()}
+    state = load_tensors(llm)
     for layer, inputs in ((0, WIDTH), (2, width)):
         state[f"model.mm_projector.{layer}.weight"] = 0.3 * torch.randn(width, inputs)
         state[f"model.mm_projector.{layer}.bias"] = 0.3 * torch.randn(width)
+    if "unpad" in settings.get("mm_patch_merge_type", ""):
+        state["model.image_newline"] = torch.randn(width)
     save_tensors(source / "model.safetensors", state, {"format": "pt"})
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    LlavaLlamaForCausalLM.from_pretrained(source).save_pretrained(source)  # the files are upstream's own
     return source
 
 
-class Reference:
-    """What upstream computes, from its parts: transformers' own language model reads the text's embeddings with the
-    projected features of the picture in the place of <image>."""
+def upstream_prompt(conversation: str, turns: list[str]) -> str:
+    """Of upstream's Conversation, the user's and the assistant's texts by turns; the assistant's turn comes next."""
+    from llava.conversation import conv_templates
 
-    def __init__(self, source: Path):
-        config, weights = read_json(source / "config.json"), load_tensors(source)
-        llm = source.parent / config["model_type"].removeprefix("llava_")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(llm, use_fast=False)
-        self.language_model = transformers.AutoModelForCausalLM.from_pretrained(llm).eval()
-        self.tower = CLIPMoEVisionModel.from_pretrained(config["mm_vision_tower"]).eval()
-        self.projector = torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, config["hidden_size"]),
-            torch.nn.GELU(),
-            torch.nn.Linear(config["hidden_size"], config["hidden_size"]),
-        )
-        prefix = "model.mm_projector."
-        self.projector.load_state_dict(
-            {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        )
-
-    def embeddings(self, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
-        """ids: with -1 where the picture goes."""
-        place = ids.index(-1)
-        text = [torch.tensor([part]) for part in (ids[:place], ids[place + 1 :])]
-        embed = self.language_model.get_input_embeddings()
-        features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        return torch.cat([embed(text[0]), self.projector(features), embed(text[1])], dim=1)
-
-    @torch.no_grad()
-    def logits(self, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
-        return self.language_model(inputs_embeds=self.embeddings(ids, pixels)).logits
-
-    @torch.no_grad()
-    def answer(self, ids: list[int], pixels: torch.Tensor) -> list[int]:
-        embeddings = self.embeddings(ids, pixels)
-        out = self.language_model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=torch.ones(embeddings.shape[:2]),
-            do_sample=False,
-            max_new_tokens=12,
-        )[0].tolist()
-        return out if VERSION_5 else out[1:]  # 4.37 puts a begin before what it made from embeddings
+    asked = conv_templates[conversation].copy()
+    for i, text in enumerate([*turns, None]):
+        asked.append_message(asked.roles[i % 2], text)
+    return asked.get_prompt()
 
 
-def upstream_prompt(conversation: str, *turns: str) -> str:
-    """Upstream's Conversation (MPT style): the system's turn, then user and assistant by turns."""
-    template = TEMPLATES[conversation]
-    prompt = template.system_head + template.system + template.end
-    for i, text in enumerate(turns):
-        prompt += (template.assistant_head if i % 2 else template.user_head) + text + template.end
-    return prompt + template.assistant_head
-
-
-def test_logits_answers_and_prompts_are_upstreams(kind, moe_tower, tmp_path, picture):  # noqa: F811
+def test_logits_answers_and_prompts_are_upstreams(kind, llava, moe_tower, tmp_path, picture):  # noqa: F811
     source = make_llava(kind, moe_tower, tmp_path)
     config = export_hf(source, tmp_path / "out")
-    reference, exported = Reference(source), Exported(tmp_path / "out")
+    upstream, exported = Upstream(llava, source, "AutoTokenizer"), Exported(tmp_path / "out")
     tokenizer, image = exported.processor.tokenizer, config["image_token_index"]
     question = [{"type": "text", "text": QUESTION}, {"type": "image"}]
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
-    assert prompt == upstream_prompt(KINDS[kind][1], f"<image>\n{QUESTION}")
-    ids = upstream_ids(reference.tokenizer, prompt, -1)
+    assert prompt == upstream_prompt(KINDS[kind][1], [f"<image>\n{QUESTION}"])
+    ids = upstream.ids(prompt)[0].tolist()
     inputs = dict(exported.processor(text=prompt, images=picture, return_tensors="pt"))
-    place, times = ids.index(-1), PATCHES if VERSION_5 else 1  # 4.37 makes the room in the model
+    place, times = ids.index(IMAGE_TOKEN_INDEX), PATCHES if VERSION_5 else 1  # 4.37 makes the room in the model
     assert inputs["input_ids"][0].tolist() == [*ids[:place], *[image] * times, *ids[place + 1 :]]
-    pixels = inputs["pixel_values"]
-    expected, got = reference.logits(ids, pixels), exported.logits(inputs)
+    assert ids.count(upstream.tokenizer.bos_token_id) == (kind == "llama")
+    pixels = upstream.pixels(picture)
+    expected, got = upstream.logits(pixels, prompt), exported.logits({**inputs, "pixel_values": pixels})
     assert got.shape[:2] == expected.shape[:2] and expected.std() > 0.1
     assert (got[..., : expected.shape[-1]] - expected).abs().max() < 1e-4
-    answer, known = exported.answer(inputs), reference.answer(ids, pixels)
+    answer, known = exported.answer({**inputs, "pixel_values": pixels}), upstream.answer(pixels, prompt)
     assert answer[: len(known)] == known and len(known) > 1
-    other = exported.logits({**inputs, "pixel_values": pixels.flip(-1)})
-    assert (other - got).abs().max() > 1e-2  # the picture counts
+    assert (exported.logits({**inputs, "pixel_values": pixels.flip(-1)}) - got).abs().max() > 1e-2  # it looks
 
 
 @pytest.mark.parametrize("conversation", list(TEMPLATES))
-def test_the_chat_template_is_the_conversations(conversation, moe_tower, tmp_path):  # noqa: F811
+def test_the_chat_template_is_the_conversations(conversation, llava, moe_tower, tmp_path):  # noqa: F811
     """Several turns, with a system's turn of one's own or not; as text and as parts."""
     kind = {"llama_3": "llama", "qwen_2": "qwen2"}[conversation]
     export_hf(make_llava(kind, moe_tower, tmp_path), tmp_path / "out")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     turns = ["<image>\nWhat is this?", "A cat.", "Which colour?"]
-    expected = upstream_prompt(conversation, *turns)
+    expected = upstream_prompt(conversation, turns)
     picture_first = [{"type": "text", "text": "What is this?"}, {"type": "image"}]
     for first in (turns[0], picture_first):
         messages = [
@@ -155,7 +119,7 @@ def test_the_chat_template_is_the_conversations(conversation, moe_tower, tmp_pat
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == tokenizer.chat_template
 
 
-def test_the_template_is_the_one_of_the_training(moe_tower, tmp_path):  # noqa: F811
+def test_the_template_is_the_one_of_the_training(llava, moe_tower, tmp_path):  # noqa: F811
     """What stage 2 wrote into the config counts more than the kind of the language model."""
     source = make_llava("qwen2", moe_tower, tmp_path, **{FIELD: "vicuna_v1"})
     export_hf(source, tmp_path / "out")
@@ -209,11 +173,55 @@ def test_an_answer_ends_where_the_conversation_ends(kind, moe_tower, tmp_path): 
 
 
 @pytest.mark.skipif(VERSION_5, reason="transformers 5 has them all")
-def test_an_old_transformers_says_what_to_install(moe_tower, tmp_path):  # noqa: F811
-    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    source = make_llava("llama", moe_tower, tmp_path, rope_scaling={**scaled, "original_max_position_embeddings": 64})
+def test_an_old_transformers_says_what_to_install(llava, moe_tower, tmp_path):  # noqa: F811
+    source = make_llava("llama", moe_tower, tmp_path)
+    write_json(source / "config.json", {**read_json(source / "config.json"), "rope_scaling": ROPE_3_1})
     with pytest.raises(ValueError, match=r"4\.37.*pip install -U transformers"):
         export_hf(source, tmp_path / "out")
     write_json(source / "config.json", {**read_json(source / "config.json"), "model_type": "llava_qwen3"})
     with pytest.raises(ValueError, match=r"4\.37.*has no qwen3.*pip install -U transformers"):
         export_hf(source, tmp_path / "out")
+
+
+_IN_4_37 = """
+import sys, torch, transformers
+sys.modules["llava_clipmoe"] = None
+for kind in sys.argv[1:]:
+    case = torch.load(f"{kind}.pt")
+    model = transformers.AutoModelForVision2Seq.from_pretrained(case["directory"], trust_remote_code=True).eval()
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor.from_pretrained(case["directory"]),
+        transformers.LlamaTokenizerFast.from_pretrained(case["directory"]),
+    )
+    prompt = processor.tokenizer.apply_chat_template(case["messages"], add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=prompt, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**{**inputs, "pixel_values": case["pixel_values"]}).logits
+    assert logits.shape == case["logits"].shape, (kind, logits.shape)
+    assert (logits - case["logits"]).abs().max() < 1e-4, kind
+print(transformers.__version__)
+"""
+
+
+@pytest.mark.skipif(not PINNED, reason="LLAVA_CLIPMOE_PINNED_PYTHON is not set")
+def test_transformers_4_37_opens_what_it_has(llava, moe_tower, tmp_path, picture):  # noqa: F811
+    """Llama 3 and Qwen2, exported under transformers 5, in a process that cannot import llava_clipmoe."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    for kind in ("llama", "qwen2"):
+        export_hf(make_llava(kind, moe_tower, tmp_path), tmp_path / f"out-{kind}")
+        exported = Exported(tmp_path / f"out-{kind}")
+        prompt = exported.processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = dict(exported.processor(text=prompt, images=picture, return_tensors="pt"))
+        case = {"directory": str(tmp_path / f"out-{kind}"), "messages": messages, "logits": exported.logits(inputs)}
+        torch.save({**case, "pixel_values": inputs["pixel_values"]}, tmp_path / f"{kind}.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "LLAVA_CLIPMOE_HOOK": "0"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [PINNED, "-c", _IN_4_37, "llama", "qwen2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("4.37"), done.stderr[-3000:]

@@ -18,6 +18,7 @@ from test_export import (
     moe_tower,  # noqa: F401
     tokenizer_model,  # noqa: F401
 )
+from test_export_languages import make_llava as make_llava_of
 from tiny.exported import TILES
 
 from llava_clipmoe.export import export_hf
@@ -108,6 +109,14 @@ def test_a_dense_tower(llava, dense_tower, tokenizer_model, tmp_path):  # noqa: 
     exported = Exported(tmp_path / "out", "LlavaNext")
     assert type(exported.model.model.vision_tower).__name__ == "CLIPVisionModel"
     assert_same(UpstreamWithTiles(llava, source), exported, painted(60, 40))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_newer_language_models(kind, llava, moe_tower, tmp_path):  # noqa: F811
+    source = make_llava_of(kind, moe_tower, tmp_path, **TILES)
+    export_hf(source, tmp_path / "out")
+    upstream = UpstreamWithTiles(llava, source, "AutoTokenizer")
+    assert_same(upstream, Exported(tmp_path / "out", "LlavaNext"), painted(60, 40))
 
 
 def test_trust_remote_code_loads_it_without_the_package(source, tmp_path):
