@@ -193,6 +193,7 @@ for kind in sys.argv[1:]:
         transformers.CLIPImageProcessor.from_pretrained(case["directory"]),
         transformers.LlamaTokenizerFast.from_pretrained(case["directory"]),
     )
+    assert len(processor.tokenizer) == case["tokens"], kind  # LlamaTokenizerFast has no <s>, <unk> of its own to add
     prompt = processor.tokenizer.apply_chat_template(case["messages"], add_generation_prompt=True, tokenize=False)
     inputs = processor(text=prompt, return_tensors="pt")
     with torch.no_grad():
@@ -213,7 +214,8 @@ def test_transformers_4_37_opens_what_it_has(llava, moe_tower, tmp_path, picture
         prompt = exported.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = dict(exported.processor(text=prompt, images=picture, return_tensors="pt"))
         case = {"directory": str(tmp_path / f"out-{kind}"), "messages": messages, "logits": exported.logits(inputs)}
-        torch.save({**case, "pixel_values": inputs["pixel_values"]}, tmp_path / f"{kind}.pt")
+        case |= {"pixel_values": inputs["pixel_values"], "tokens": len(exported.processor.tokenizer)}
+        torch.save(case, tmp_path / f"{kind}.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "LLAVA_CLIPMOE_HOOK": "0"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
