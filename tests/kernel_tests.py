@@ -658,7 +658,7 @@ def test_check_is_content_where_llava_asks():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_check_is_content_inside_a_checkpointed_block(reentrant):
-    """Where a training with gradient checkpointing asks first. The checkpoint counts what is kept for its backward pass,
+    """Where a training with gradient checkpointing asks first. The checkpoint counts what is kept for its backward,
     and a tensor of `check`'s that is asked for would make it compute the block again, `check` included."""
     said = []
 
