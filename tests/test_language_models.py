@@ -11,13 +11,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from tiny.language_models import ROPE_3_1, make_llama_3, make_qwen_2, make_qwen_3
 from tiny.llavas import COLOURS, make_data, make_towers, upstream_in_this_process, upstream_is_installed
 from tiny.tower_tasks import LORA, arguments, train
 
+from llava_clipmoe.compat import loading, versions
 from llava_clipmoe.conversations import FIELD
 from llava_clipmoe.files import load_tensors
 
@@ -39,7 +43,7 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     make_llama_3(folder / "llama-3")
     make_llama_3(folder / "llama-3.1", rope_scaling=ROPE_3_1)
-    make_qwen_2(folder / "qwen2.5")
+    make_qwen_2(folder / "qwen2.5", base=True)
     make_qwen_3(folder / "qwen3")
     make_towers(folder)
     rows = json.loads(make_data(folder / "data").read_text())
@@ -140,16 +144,27 @@ def test_a_template_that_is_not_the_models_stops_the_training(trained):
 
 def test_an_interrupted_training_ends_as_the_one_that_went_through(trained, material):
     folder, _, _, python = trained
-    task = tasks_of(material, folder, "qwen2.5")[1]
-    again = folder / "llava-again"
-    shutil.copytree(Path(task["output"]) / "checkpoint-120", again / "checkpoint-120")
-    words = [str(again) if word == task["output"] else word for word in task["arguments"]]
-    train([python], material, [task | {"name": "again", "output": str(again), "arguments": words}], folder)
-    straight, resumed = load_tensors(Path(task["output"])), load_tensors(again)
-    halfway = load_tensors(again / "checkpoint-120")
+    _, whole, lora = tasks_of(material, folder, "qwen2.5")
+    tasks = []
+    for task, step in ((whole, 120), (lora, 2)):
+        again = folder / task["name"].replace("llava", "llava-again")
+        shutil.copytree(Path(task["output"], f"checkpoint-{step}"), again / f"checkpoint-{step}")
+        words = [str(again) if word == task["output"] else word for word in task["arguments"]]
+        tasks.append(task | {"name": again.name, "output": str(again), "arguments": words})
+    train([python], material, tasks, folder)
+    halfway = load_tensors(folder / "llava-again-qwen2.5" / "checkpoint-120")
+    straight, resumed = load_tensors(Path(whole["output"])), load_tensors(folder / "llava-again-qwen2.5")
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor)
     assert any(not torch.equal(halfway[name], tensor) for name, tensor in straight.items())
+    for file in ("non_lora_trainables.bin", "adapter_model.safetensors"):
+        first, second = (_read(Path(task["output"], file)) for task in (lora, tasks[1]))
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor)
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True) if file.suffix == ".bin" else load_file(file)
 
 
 # ------------------------------------------------------------------------------------------ loaded, in this process
@@ -186,16 +201,52 @@ def test_a_kind_without_a_class_is_named(llama, tmp_path):
         llama.from_pretrained(tmp_path)
 
 
+def test_upstreams_tokens_around_a_picture_are_refused_where_they_would_lose_their_embeddings(llama, material):
+    """It writes those of new tokens into the last rows, which in a Qwen are no token's."""
+    from transformers import AutoTokenizer
+
+    flags = SimpleNamespace(mm_use_im_patch_token=True, mm_use_im_start_end=False, tune_mm_mlp_adapter=False)
+    model, tokenizer = llama.from_pretrained(material / "qwen2.5"), AutoTokenizer.from_pretrained(material / "qwen2.5")
+    rows = model.get_input_embeddings().weight.detach().clone()
+    model.initialize_vision_tokenizer(flags, tokenizer)
+    assert torch.equal(model.get_input_embeddings().weight, rows) and len(tokenizer) < len(rows)
+    flags.mm_use_im_start_end = True
+    with pytest.raises(ValueError, match=r"--mm_use_im_start_end True does not work .* give False"):
+        model.initialize_vision_tokenizer(flags, tokenizer)
+
+
+def test_a_name_that_upstream_would_take_for_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_qwen2", "mm_vision_tower": "clip"}')
+    loading.check_name(str(tmp_path), "llava-qwen")
+    with pytest.raises(ValueError, match="for a Mistral, and 'llava-not-mistral' is none"):
+        loading.check_name(str(tmp_path), "llava-not-mistral")
+
+
+def test_a_failure_under_an_untested_version_names_the_version(llama, material, monkeypatch):
+    model = llama.from_pretrained(material / "qwen2.5")
+
+    def changed(self, *args, **kwargs):
+        raise TypeError("forward() missing 1 required keyword-only argument: 'novelty'")
+
+    monkeypatch.setattr(transformers.Qwen2ForCausalLM, "forward", changed)
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    with pytest.raises(versions.NewerTransformers, match=r"'novelty'.*transformers 5\.99\.0 is newer.*pip install"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
 @pytest.mark.skipif(not PINNED, reason="LLAVA_CLIPMOE_PINNED_PYTHON is not set")
 def test_older_transformers_reads_what_it_knows_and_names_what_it_does_not(llama, material, tmp_path):
     """Positions of another base frequency too, which version 5 writes into a field of its own."""
     import subprocess
 
+    for name, config in NEWER.items():  # a LoRA's or a projector's: upstream's loader reads the config alone
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     ids, sums = torch.arange(5, 85)[None], {}
     with torch.no_grad():
         for name in OLD:
             sums[name] = llama.from_pretrained(material / name)(input_ids=ids).logits.double().abs().sum().item()
-    code = _SUMS.format(folder=material, names=list(TEMPLATE))
+    code = _SUMS.format(folder=material, names=list(TEMPLATE), newer=list(NEWER))
     done = subprocess.run([PINNED, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=200,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -203,7 +254,14 @@ def test_older_transformers_reads_what_it_knows_and_names_what_it_does_not(llama
     assert {name: found[name] for name in OLD} == pytest.approx(sums, rel=1e-6)
     assert "positions of Llama 3.1 and newer" in found["llama-3.1"] and "Llama 3.0 runs here" in found["llama-3.1"]
     assert "is a Qwen3, which transformers 4.37.2 does not know" in found["qwen3"]
+    assert "positions of Llama 3.1 and newer" in found["llava-llama-3.1-lora"]
+    assert "is a Qwen3, which transformers 4.37.2 does not know" in found["llava-qwen3-lora"]
 
+
+NEWER = {
+    "llava-llama-3.1-lora": {"model_type": "llava_llama", "mm_vision_tower": "clip", "rope_parameters": ROPE_3_1},
+    "llava-qwen3-lora": {"model_type": "llava_qwen3", "mm_vision_tower": "clip"},
+}
 
 _SUMS = """
 import json
@@ -220,6 +278,12 @@ for name in {names}:
             logits = model(input_ids=torch.arange(5, 85)[None]).logits
         found[name] = logits.double().abs().sum().item()
     except ValueError as error:
+        found[name] = str(error)
+from llava.model.builder import load_pretrained_model
+for name in {newer}:
+    try:
+        load_pretrained_model(name, f"{folder}/llama-3", name, device="cpu")
+    except Exception as error:
         found[name] = str(error)
 print(json.dumps(found))
 """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny.language_models import make_llama_3, make_qwen_2
-from tiny.llavas import upstream_in_this_process, upstream_is_installed
+from tiny.llavas import make_language_model, upstream_in_this_process, upstream_is_installed
 from transformers import AutoTokenizer, GenerationConfig
 
 from llava_clipmoe.conversations import FIELD, TEMPLATES, conversation_for
@@ -140,10 +140,44 @@ def test_another_template_than_the_models_is_refused(model):
     name, _, tokenizer = model
     kind = {"llama_3": "llava_llama", "qwen_2": "llava_qwen2"}[name]
     other = {"llama_3": "qwen_2", "qwen_2": "llama_3"}[name]
-    for wrong in ("v1", "v0", "llama_2", "v1_mmtag"):
+    for wrong in ("v1", "v0", "llama_2", "v1_mmtag", "mpt"):
         with pytest.raises(ValueError, match=f"--version {wrong} is not how .* give --version {name}"):
             check_template(wrong, trained(kind, tokenizer), tokenizer)
     with pytest.raises(ValueError, match=f"no such token: give --version {name}"):
         check_template(other, trained(kind, tokenizer), tokenizer)
-    for right in (name, "plain", "chatml_direct", "mpt"):
+    for right in (name, "plain", "a fork's own"):
         check_template(right, trained(kind, tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("version", ["v1", "chatml_direct"])
+def test_upstream_would_learn_nothing_with_another_template(model, version, monkeypatch):
+    """Of any answer, and says no more than that it ignores the row: so these are refused."""
+    from llava import conversation
+    from llava.train import train
+
+    from llava_clipmoe.compat.conversations import padding_for
+
+    tokenizer = AutoTokenizer.from_pretrained(model[1], use_fast=False)
+    tokenizer.pad_token = padding_for(tokenizer)
+    monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[version])
+    for turns in (TURNS[:2], TURNS):
+        assert set(train.preprocess([rows(turns)], tokenizer, has_image=True)["labels"][0].tolist()) == {-100}
+
+
+@pytest.mark.parametrize(
+    ("version", "written"), [("v1", "v1"), ("llava_llama_2", "llava_llama_2"), ("plain", "before")]
+)
+def test_the_config_says_the_template_of_stage_2(tmp_path, monkeypatch, version, written):
+    """Upstream's own too, in place of the one that an earlier training wrote; stage 1 has none."""
+    from llava import conversation
+
+    from llava_clipmoe.compat.conversations import prepare_training
+
+    tokenizer = AutoTokenizer.from_pretrained(make_language_model(tmp_path / "llama"), use_fast=False)
+    tokenizer.pad_token = tokenizer.unk_token
+    monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[version])
+    one = trained("llava_llama", tokenizer)
+    setattr(one.config, FIELD, "before")
+    prepare_training(SimpleNamespace(tokenizer=tokenizer), one)
+    assert getattr(one.config, FIELD) == written
+    assert tokenizer.pad_token == tokenizer.unk_token and one.generation_config.eos_token_id == 7  # as upstream's

@@ -21,7 +21,7 @@ IGNORED = -100
 """Label of a token that is read, not learned."""
 PADDING = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|reserved_special_token_0|>", "<|end_of_text|>")
 """Tokens that stand in no conversation, the best for padding first."""
-_NOT_FOR_THEM = ("v0", "v1", "llama_2")
+_NOT_FOR_THEM = ("v0", "v1", "llama_2", "mpt")
 """Beginnings of upstream's templates whose training functions lose a newer tokenizer's answers."""
 
 
@@ -48,11 +48,12 @@ def _as_upstreams(module: ModuleType, name: str, template: Template) -> Any:
 
 
 def prepare_training(dataset: Any, model: Any) -> None:
-    """For a training with one of our templates (`--version`): labels, padding, and what the checkpoint says of both.
+    """For a training with the template that upstream was told (`--version`): what it needs of ours, labels and padding,
+    and what the checkpoint says of it.
 
     Raises ValueError for a template that the language model was not made for.
     """
-    from llava.conversation import default_conversation
+    from llava.conversation import conv_templates, default_conversation
 
     tokenizer, name = getattr(dataset, "tokenizer", None), default_conversation.version
     if model is None or tokenizer is None:
@@ -60,11 +61,13 @@ def prepare_training(dataset: Any, model: Any) -> None:
     check_template(name, model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = padding_for(tokenizer)
-    if name not in TEMPLATES:
+    if default_conversation.sep_style.name == "PLAIN":  # stage 1: captions, no conversations
         return
-    names = inspect.unwrap(type(dataset).__getitem__).__globals__  # of train.py, which may run as __main__
-    _patch_preprocess(names)
-    setattr(model.config, FIELD, name)
+    if name in TEMPLATES:
+        names = inspect.unwrap(type(dataset).__getitem__).__globals__  # of train.py, which may run as __main__
+        _patch_preprocess(names)
+    known = (known for known, template in conv_templates.items() if template is default_conversation)
+    setattr(model.config, FIELD, next(known, name))
     stop_at_end(model, tokenizer)
 
 

@@ -19,7 +19,7 @@ def patch_generation(cls: type) -> None:
     """One of upstream's language models (`LlavaLlamaForCausalLM`): works with keywords that it has never heard of."""
     _patch_forward(cls)
     _patch_prepare(cls)
-    _patch_generate(cls)
+    explain_generation(cls)
 
 
 def _patch_forward(cls: type) -> None:
@@ -64,7 +64,8 @@ def _patch_prepare(cls: type) -> None:
     cls.prepare_inputs_for_generation = prepare_inputs_for_generation
 
 
-def _patch_generate(cls: type) -> None:
+def explain_generation(cls: type) -> None:
+    """A language model of LLaVA, upstream's or ours: what fails under a newer transformers than was tested says so."""
     upstream = cls.generate
 
     @functools.wraps(upstream)

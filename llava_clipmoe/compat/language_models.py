@@ -35,21 +35,29 @@ def class_for(source: str | Path, config: Any = None, **hub: Any) -> type | None
     has a class for, and for one that this transformers does not know.
     """
     content = config.to_dict() if config is not None else _read(source, hub)
-    kind = str(content.get("model_type")).removeprefix("llava_")
-    if kind in UPSTREAM or kind in ("None", "llava"):
-        _check_rope(source, content)
-        return None
-    if kind not in NAMES:
+    kind = kind_of(content)
+    if kind not in (*NAMES, *UPSTREAM, "llava", "None"):
         raise ValueError(
             f"{source} is a {kind!r}, and LLaVA has no class for it here. Known are Llama (1 to 3), Mistral, "
             f"{' and '.join(NAMES.values())} (Qwen2.5 is a Qwen2)."
         )
-    if kind not in MADE:
+    check_transformers_knows(source, content)
+    return MADE.get(kind)
+
+
+def check_transformers_knows(source: str | Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError for a language model that is newer than this transformers. content: of its config.json."""
+    _check_rope(source, content)
+    kind = kind_of(content)
+    if kind in NAMES and kind not in MADE:
         raise ValueError(
             f"{source} is a {NAMES[kind]}, which transformers {transformers.__version__} does not know. "
             "`pip install -U transformers` (5 or newer), in an environment without LLaVA's pins."
         )
-    return MADE[kind]
+
+
+def kind_of(content: Mapping[str, Any]) -> str:
+    return str(content.get("model_type")).removeprefix("llava_")
 
 
 def _read(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +169,15 @@ class Seeing:
         if new_num_tokens is not None and new_num_tokens <= self.config.vocab_size:
             return self.get_input_embeddings()
         return super().resize_token_embeddings(new_num_tokens, *rest, **named)
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Upstream's, which takes the last rows for those of new tokens: not where there are rows to spare."""
+        if model_args.mm_use_im_start_end and len(tokenizer) < self.config.vocab_size:
+            raise ValueError(
+                f"--mm_use_im_start_end True does not work before this {type(self).__name__}, whose embeddings are "
+                "longer than its vocabulary: give False, as LLaVA-1.5 does."
+            )
+        super().initialize_vision_tokenizer(model_args, tokenizer)
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, images: Any = None, image_sizes: Any = None, **given: Any) -> torch.Tensor:

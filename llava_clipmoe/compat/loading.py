@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..files import read_json
+from . import language_models
 from .conversations import stop_at_end
-from .generation import patch_generation
+from .generation import explain_generation, patch_generation
 from .tuning import read_beside, save_beside
 from .versions import check_transformers
 
@@ -35,12 +36,13 @@ def cpu_dtype() -> torch.dtype:
 def patch_language_model(module: ModuleType) -> None:
     """llava.model.language_model.llava_llama: `LlavaLlamaForCausalLM` loads and generates under every transformers, and
     hands a language model of another kind to the class of that kind."""
-    from . import language_models
-
     cls = module.LlavaLlamaForCausalLM
     patch_generation(cls)
     language_models.read_new_positions(cls.config_class)
-    for model in (cls, *language_models.make_classes()):
+    ours = language_models.make_classes()
+    for model in ours:
+        explain_generation(model)
+    for model in (cls, *ours):
         patch_loading(model)
     llamas = cls.from_pretrained.__func__
 
@@ -115,6 +117,9 @@ def patch_load_pretrained_model(module: ModuleType) -> None:
     def load_pretrained_model(model_path, model_base, model_name, load_8bit=False, load_4bit=False, *args, **kwargs):
         check_transformers()
         check_name(model_path, model_name)
+        for directory in (model_path, model_base):  # upstream reads its config first, and transformers' error is long
+            if directory is not None and (config := Path(directory) / "config.json").is_file():
+                language_models.check_transformers_knows(directory, read_json(config))
         if (load_8bit or load_4bit) and kwargs.get("torch_dtype") is None:
             kwargs["torch_dtype"] = torch.float16  # what is not quantised: upstream leaves it at float32
         found = upstream(model_path, model_base, model_name, load_8bit, load_4bit, *args, **kwargs)
@@ -128,7 +133,7 @@ def check_name(model_path: str, model_name: str) -> None:
     """Upstream picks the class by the folder's name: refuse names that would load the wrong one.
 
     Without "llava" in it a LLaVA is loaded as a plain language model, blind; with "mpt" anywhere (prompt, attempt)
-    as an MPT.
+    as an MPT, and with "mistral" a Qwen as a Mistral.
     """
     config = Path(model_path) / "config.json"
     if not config.is_file():
@@ -144,6 +149,11 @@ def check_name(model_path: str, model_name: str) -> None:
     if "mpt" in model_name.lower() and content.get("model_type") != "llava_mpt":
         raise ValueError(
             f"upstream LLaVA takes every folder with 'mpt' in its name for an MPT model, and {model_name!r} has it: "
+            "rename the folder."
+        )
+    if "mistral" in model_name.lower() and language_models.kind_of(content) in language_models.NAMES:
+        raise ValueError(
+            f"upstream LLaVA takes every folder with 'mistral' in its name for a Mistral, and {model_name!r} is none: "
             "rename the folder."
         )
 

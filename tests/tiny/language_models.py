@@ -51,25 +51,27 @@ def make_llama_3(folder: Path, *, rope_scaling: dict[str, Any] | None = None) ->
     return _save(LlamaForCausalLM, config, folder)
 
 
-def make_qwen_2(folder: Path) -> Path:
-    """A Qwen2.5 Instruct (`model_type` qwen2), its embeddings tied as in those up to 3B."""
+def make_qwen_2(folder: Path, *, base: bool = False) -> Path:
+    """A Qwen2.5 (`model_type` qwen2), its embeddings tied as in those up to 3B: Instruct, or `base`, which ends at a
+    document's end, <|endoftext|>."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return _make_qwen(folder, Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True)
+    return _make_qwen(folder, Qwen2Config, Qwen2ForCausalLM, base, tie_word_embeddings=True)
 
 
 def make_qwen_3(folder: Path) -> Path:
     """A Qwen3: heads of a width of their own. transformers 4.51 or newer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return _make_qwen(folder, Qwen3Config, Qwen3ForCausalLM, tie_word_embeddings=False, head_dim=16)
+    return _make_qwen(folder, Qwen3Config, Qwen3ForCausalLM, False, tie_word_embeddings=False, head_dim=16)
 
 
-def _make_qwen(folder: Path, config_class: type, model_class: type, **settings: Any) -> Path:
+def _make_qwen(folder: Path, config_class: type, model_class: type, base: bool, **settings: Any) -> Path:
     tokenizer = _tokenizer("qwen_2", QWEN_TOKENS)
     _write_tokenizer(
-        folder, tokenizer, QWEN_TOKENS, tokenizer_class="Qwen2Tokenizer", bos_token=None, eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", unk_token=None, add_prefix_space=False, errors="replace",
+        folder, tokenizer, QWEN_TOKENS, tokenizer_class="Qwen2Tokenizer", bos_token=None,
+        eos_token="<|endoftext|>" if base else "<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
+        additional_special_tokens=QWEN_TOKENS[1:], add_prefix_space=False, errors="replace",
     )  # fmt: skip
     model = json.loads(tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -77,9 +79,9 @@ def _make_qwen(folder: Path, config_class: type, model_class: type, **settings: 
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
     ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     rows = tokenizer.get_vocab_size() + 9  # as the real ones, whose embeddings are longer than their vocabularies
-    ends = {"bos_token_id": ids[1], "eos_token_id": ids[0]}
+    ends = {"bos_token_id": ids[1], "eos_token_id": ids[base]}
     config = config_class(vocab_size=rows, **SHAPE, **ends, rope_theta=1e6, **settings)
-    return _save(model_class, config, folder, eos_token_id=ids, pad_token_id=ids[1])
+    return _save(model_class, config, folder, **({} if base else {"eos_token_id": ids, "pad_token_id": ids[1]}))
 
 
 def _tokenizer(kind: str, special: Sequence[str]) -> Any:
