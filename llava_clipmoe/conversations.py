@@ -6,10 +6,9 @@ single tokens; for these there are two templates more, which `compat.conversatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .files import read_json
 
@@ -71,7 +70,43 @@ def conversation_for(directory: str | Path) -> str | None:
 
 
 def _knows(directory: Path, token: str) -> bool:
-    """Whether the directory's tokenizer has this token."""
-    file = directory / "tokenizer.json"
-    added: list[Mapping[str, Any]] = read_json(file).get("added_tokens", []) if file.is_file() else []
+    """Whether the directory's tokenizer has this token, which was added to its vocabulary."""
+    file, slow = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    added = read_json(file).get("added_tokens", []) if file.is_file() else []
+    if slow.is_file():  # a tokenizer without tokenizer.json, as transformers 4 saves Qwen's, lists them here
+        added += read_json(slow).get("added_tokens_decoder", {}).values()
     return any(entry.get("content") == token for entry in added)
+
+
+def find_conversation(model: str | Path, base: str | Path | None = None) -> str | None:
+    """Name of the template for a model (a directory or a hub id) and, where it is a LoRA or a projector alone, the
+    language model under it: what the directories say, else a guess by a hub id's name; None where neither helps."""
+    places = [place for place in (model, base) if place is not None]
+    found = [conversation_for(place) for place in places]
+    found += [guess_conversation(str(place)) for place in places if not Path(place).is_dir()]
+    return next((name for name in found if name), None)
+
+
+def guess_conversation(hub_id: str) -> str | None:
+    """Template that a model of this name probably has; None for other names than a Llama 3's or a Qwen's."""
+    words = {r"llama-?3": "llama_3", r"qwen": "qwen_2"}
+    return next((name for word, name in words.items() if re.search(word, hub_id.lower())), None)
+
+
+ENDS_IN_EOS = ("v1", "vicuna_v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct")
+"""Upstream's templates whose answers end in </s>, a token of Llama 1 and 2 and of Mistral."""
+
+
+def why_unfit(directory: str | Path, conversation: str) -> str | None:
+    """Why a language model cannot be trained with this template, and which fits; None where nothing speaks against it
+    (a hub id and templates that are neither ours nor upstream's among them)."""
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        return None
+    own = conversation_for(directory)
+    fits = own in TEMPLATES and _knows(directory, TEMPLATES[own].end_token)
+    end = TEMPLATES[conversation].end_token if conversation in TEMPLATES else "</s>"
+    lacks_end = not _knows(directory, end) if conversation in TEMPLATES else fits and conversation in ENDS_IN_EOS
+    if not lacks_end:
+        return None
+    return f"answers of {conversation} end in {end}, a token that it does not have; use {own if fits else 'v1'}"

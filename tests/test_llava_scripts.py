@@ -23,7 +23,7 @@ STAGE_2 = ("finetune", "finetune_lora", "finetune_qlora")
 SETTINGS = (
     "MODEL VISION_TOWER DATA IMAGES OUTPUT PROJECTOR GLOBAL_BATCH PER_DEVICE_BATCH LR EPOCHS SAVE_STEPS WORKERS "
     "REPORT_TO DEVICE GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT LAUNCHER DEEPSPEED PYTHON DRY_RUN TUNE_TOWER "
-    "TOWER_LR"
+    "TOWER_LR CONVERSATION"
 ).split()
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
@@ -275,6 +275,77 @@ def test_a_model_path_that_upstream_would_mistake_is_refused(here):
     (here / "vicuna").rename(here / "prompted")
     done = start("pretrain", folder=here, **complete(here, MODEL="prompted", OUTPUT="llava-out"))
     assert done.returncode == 2 and "MPT" in done.stderr
+
+
+@pytest.fixture
+def newer(here) -> Path:
+    """`here`, and a Llama 3, a Qwen and a Qwen that was taught another format, as far as the scripts look at them."""
+    kinds = [("Llama-3.1-8B-Instruct", "llama", "<|eot_id|>"), ("Qwen2.5-7B-Instruct", "qwen2", "<|im_end|>")]
+    for name, kind, end in [*kinds, ("Distill-Qwen-7B", "qwen2", "<|end|>")]:
+        (here / name).mkdir()
+        (here / name / "config.json").write_text(json.dumps({"model_type": kind}))
+        (here / name / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": end}]}))
+    return here
+
+
+@pytest.mark.parametrize(
+    "model, conversation, reason",
+    [
+        ("vicuna", "v1", None),
+        ("Llama-3.1-8B-Instruct", "llama_3", "MODEL's directory says so"),
+        ("Qwen2.5-7B-Instruct", "qwen_2", "MODEL's directory says so"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama_3", "a guess by MODEL's name"),
+        ("Qwen/Qwen3-8B", "qwen_2", "a guess by MODEL's name"),
+        ("lmsys/vicuna-7b-v1.5", "v1", None),
+    ],
+)
+def test_stage_2_is_spoken_in_the_models_own_template(model, conversation, reason, newer):
+    done = start("finetune_lora", "--dry-run", folder=newer, **complete(newer, MODEL=model))
+    assert f"--version {conversation} " in done.stdout, done.stderr
+    note = f"note: the conversation template is {conversation} ({reason}; CONVERSATION= sets another).\n"
+    assert done.stderr == (note if reason else "")
+    assert f"auto: {conversation}\n" in start("finetune", "--help", folder=newer, MODEL=model).stdout
+
+
+def test_another_template_is_asked_for_by_setting_or_flag_and_stage_1_has_its_own(newer):
+    qwen = complete(newer, MODEL="Qwen2.5-7B-Instruct")
+    for command in (
+        dry_run("finetune_lora", folder=newer, CONVERSATION="chatml_direct", **qwen),
+        dry_run("finetune_lora", "--version", "chatml_direct", folder=newer, CONVERSATION="v1", **qwen),
+    ):
+        assert [word for word in command if "chatml" in word] == ["chatml_direct"]
+        assert value(command, "--version") == "chatml_direct"
+    assert value(dry_run("pretrain", folder=newer, CONVERSATION="v1", **qwen), "--version") == "plain"
+    assert value(dry_run("pretrain", "--version", "v0_plain", folder=newer, **qwen), "--version") == "v0_plain"
+    as_refused = complete(newer, MODEL="Distill-Qwen-7B", CONVERSATION="v1")  # what the refusal below says to use
+    assert value(dry_run("finetune", folder=newer, **as_refused), "--version") == "v1"
+
+
+@pytest.mark.parametrize(
+    "model, settings, message",
+    [
+        ("Llama-3.1-8B-Instruct", dict(CONVERSATION="v1"), "</s>, a token that it does not have; use llama_3."),
+        ("Qwen2.5-7B-Instruct", dict(CONVERSATION="vicuna_v1"), "</s>, a token that it does not have; use qwen_2."),
+        ("Qwen2.5-7B-Instruct", dict(CONVERSATION="llama_3"), "<|eot_id|>, a token that it does not have; use qwen_2."),
+        ("vicuna", dict(CONVERSATION="llama_3"), "<|eot_id|>, a token that it does not have; use v1."),
+        ("Distill-Qwen-7B", {}, "<|im_end|>, a token that it does not have; use v1."),
+        ("Qwen2.5-7B-Instruct", dict(OUTPUT="llava-no-Mistral"), "must not hold 'mistral'. For instance OUTPUT=llava-"),
+        ("Qwen2.5-7B-Instruct", dict(OUTPUT="llava-MPT"), "must not hold 'mpt'"),
+    ],
+)
+def test_a_template_that_the_model_cannot_speak_is_refused(model, settings, message, newer):
+    done = start("finetune", "--dry-run", folder=newer, **complete(newer, MODEL=model, **settings))
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("model", ["Llama-3.1-8B-Instruct", "Qwen2.5-7B-Instruct"])
+def test_the_default_output_is_a_name_that_upstream_reads_as_what_it_is(model, newer):
+    for script in PAPER:
+        settings = complete(newer, MODEL=model, VISION_TOWER="clipmoe-336")
+        name = Path(value(dry_run(script, folder=newer, **settings), "--output_dir")).name.lower()
+        found = {part for part in ("llava", "lora", "mpt", "mistral", "plain") if part in name}
+        assert found == {"llava"} | ({"lora"} if "lora" in script else set())
 
 
 # A python whose checks are real and whose training prints: what follows the checks is seen without LLaVA.

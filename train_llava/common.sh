@@ -17,7 +17,7 @@ declare -A VARIABLE_OF=(
     [--model_name_or_path]=MODEL [--vision_tower]=VISION_TOWER [--data_path]=DATA [--image_folder]=IMAGES
     [--output_dir]=OUTPUT [--pretrain_mm_mlp_adapter]=PROJECTOR [--deepspeed]=DEEPSPEED
     [--per_device_train_batch_size]=PER_DEVICE_BATCH
-    [--mm_tune_vision_tower]=TUNE_TOWER [--mm_vision_tower_lr]=TOWER_LR
+    [--mm_tune_vision_tower]=TUNE_TOWER [--mm_vision_tower_lr]=TOWER_LR [--version]=CONVERSATION
 )
 
 fail() { # a message, perhaps of several lines
@@ -52,12 +52,13 @@ stage_defaults() { # pretrain, finetune, lora or qlora
     if [[ $STAGE == pretrain ]]; then
         DATA=${DATA:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
         IMAGES=${IMAGES:-playground/data/LLaVA-Pretrain/images}
+        unset 'VARIABLE_OF[--version]' # captions have no turns: "plain" whatever CONVERSATION says
     else
         DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
         IMAGES=${IMAGES:-playground/data}
     fi
     : "${MODEL:=lmsys/vicuna-7b-v1.5}" "${VISION_TOWER:=clipmoe-336}" "${OUTPUT:=}" "${PROJECTOR:=}"
-    : "${TUNE_TOWER:=}" "${TOWER_LR:=}"
+    : "${CONVERSATION:=auto}" "${TUNE_TOWER:=}" "${TOWER_LR:=}"
     : "${EPOCHS:=1}" "${SAVE_STEPS:=500}" "${WORKERS:=4}" "${REPORT_TO:=none}"
     : "${DEVICE:=auto}" "${GPUS:=}" "${LAUNCHER:=auto}" "${DEEPSPEED:=auto}"
     : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}" "${MASTER_PORT:=29500}"
@@ -78,6 +79,9 @@ settings (environment variables)                                   now
   OUTPUT            where checkpoints and the result go            $OUTPUT
   PROJECTOR         stage 2: mm_projector.bin of stage 1, or
                     "none" when MODEL is a LLaVA already           ${PROJECTOR:--}
+  CONVERSATION      stage 2: conversation template (--version);
+                    auto: what MODEL's directory says, else a
+                    guess by its name                              $(conversation_now)
   TUNE_TOWER        stage 2: train of the tower, too, its routers,
                     experts or lora (--mm_tune_vision_tower)       ${TUNE_TOWER:-nothing}
   TOWER_LR          their learning rate (--mm_vision_tower_lr)     ${TOWER_LR:-LR}
@@ -162,39 +166,36 @@ check_numbers() {
         fail "LAUNCHER is '$LAUNCHER'; it may be auto, torchrun, deepspeed, accelerate or python."
 }
 
-ask_python() { # sets HAS_LLAVA, HAS_DEEPSPEED, HAS_FLASH, DEVICE and GPUS
+probe() { # DEVICE GPUS: what probe.py says of this interpreter and MODEL
+    "$PYTHON" - "$1" "$2" "$MODEL" "$CONVERSATION" <"$HERE/probe.py"
+}
+
+ask_python() { # sets HAS_LLAVA, HAS_DEEPSPEED, HAS_FLASH, DEVICE, GPUS, TEMPLATE and UNFIT
     [[ -n $PYTHON ]] || fail "there is no python on the PATH. Activate LLaVA's environment, or set PYTHON=."
     local answer
-    # torch and flash_attn take seconds to import: only when they are asked about.
-    answer=$("$PYTHON" - "$DEVICE" "${GPUS:-0}" 2>/dev/null <<'PROBE'
-import importlib.util, sys
-from pathlib import Path
-
-device, gpus = sys.argv[1], int(sys.argv[2])
-llava = importlib.util.find_spec("llava")
-has_llava = bool(llava and llava.origin and (Path(llava.origin).parent / "train" / "train.py").exists())
-if device == "auto" or (device == "cuda" and not gpus):
-    import torch
-
-    count = torch.cuda.device_count()
-    device = device if device != "auto" else "cuda" if count else "cpu"
-    gpus = gpus or count
-flash = False
-if device == "cuda":
-    try:
-        import flash_attn
-        flash = True
-    except (ImportError, OSError):  # not installed, or built for another torch or CUDA
-        pass
-has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-print(int(has_llava), int(has_deepspeed), int(flash), device, gpus or (0 if device == "cuda" else 1))
-PROBE
-    ) || fail "$PYTHON cannot import torch. Activate LLaVA's environment, or set PYTHON= to its interpreter."
-    read -r HAS_LLAVA HAS_DEEPSPEED HAS_FLASH DEVICE GPUS <<<"$answer"
+    answer=$(probe "$DEVICE" "${GPUS:-0}" 2>/dev/null) ||
+        fail "$PYTHON: $(probe "$DEVICE" "${GPUS:-0}" 2>&1 | tail -n 1)
+If a package is missing, activate LLaVA's environment, or set PYTHON= to its interpreter."
+    read -r HAS_LLAVA HAS_DEEPSPEED HAS_FLASH DEVICE GPUS TEMPLATE UNFIT <<<"$answer"
     ((GPUS > 0)) || fail "DEVICE=cuda, but torch sees no GPU on this node. Give GPUS= for a dry run, or DEVICE=cpu."
     ((HAS_LLAVA)) || problem "upstream LLaVA is not installed for $PYTHON. Install it without its pins
     pip install --no-deps llava-torch==1.2.2.post1
 or run this in a LLaVA checkout. (The package called llava on the index is another project.)"
+}
+
+conversation_now() { # for the help: "auto: llama_3"
+    local -a found=()
+    [[ $CONVERSATION != auto || -z $PYTHON ]] || read -ra found <<<"$(probe cpu 1 2>/dev/null)"
+    echo "$CONVERSATION${found[5]:+: ${found[5]}}"
+}
+
+check_conversation() {
+    [[ $STAGE != pretrain ]] || return 0
+    [[ -z $UNFIT ]] || fail "CONVERSATION=$TEMPLATE does not fit MODEL=$MODEL: $UNFIT."
+    [[ $CONVERSATION == auto && $TEMPLATE != v1 ]] || return 0
+    local why="MODEL's directory says so"
+    [[ -d $MODEL ]] || why="a guess by MODEL's name"
+    echo "note: the conversation template is $TEMPLATE ($why; CONVERSATION= sets another)." >&2
 }
 
 check_batch() { # sets ACCUMULATION, so that the global batch is held whatever the number of GPUs
@@ -267,9 +268,11 @@ $IMAGES/$first). IMAGES must be the folder that the JSON's paths start from."
 }
 
 check_output() {
-    local name=${OUTPUT##*/}
-    [[ $name == *llava* && $name != *mpt* ]] || fail "OUTPUT=$OUTPUT: upstream LLaVA reads the model's kind from the \
-folder's name, which must hold 'llava' and must not hold 'mpt'. For instance OUTPUT=${OUTPUT%"$name"}llava-${name//mpt/}"
+    local name=${OUTPUT##*/} other=mpt # a Mistral may be called so
+    [[ ! $TEMPLATE =~ ^(llama_3|qwen_2)$ || ${name,,} != *mistral* ]] || other=mistral
+    local lower=${name,,}
+    [[ $name == *llava* && $lower != *$other* ]] || fail "OUTPUT=$OUTPUT: upstream LLaVA reads the model's kind from the \
+folder's name, which must hold 'llava' and must not hold '$other'. For instance OUTPUT=${OUTPUT%"$name"}llava-${lower//$other/}"
     [[ $STAGE != *lora || $name == *lora* ]] ||
         fail "OUTPUT=$OUTPUT: LLaVA recognises adapters by 'lora' in the folder's name. For instance OUTPUT=$OUTPUT-lora"
     if [[ -f $OUTPUT/$FINISHED && $DRY_RUN != 1 ]]; then
@@ -296,7 +299,7 @@ stage_flags() {
         flags --version plain --tune_mm_mlp_adapter True
         return
     fi
-    flags --version v1 --image_aspect_ratio pad --group_by_modality_length True
+    flags --version "$TEMPLATE" --image_aspect_ratio pad --group_by_modality_length True
     [[ $PROJECTOR == none ]] || flags --pretrain_mm_mlp_adapter "$PROJECTOR"
     [[ $STAGE != *lora ]] || flags --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
     [[ $STAGE != qlora ]] || flags --bits 4
@@ -356,6 +359,7 @@ main() { # STAGE [ARGUMENT ...]
     [[ -z ${HELP:-} ]] || { usage && exit 0; }
     check_numbers
     ask_python
+    check_conversation
     check_batch
     choose_engine
     check_output
