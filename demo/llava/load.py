@@ -17,6 +17,7 @@ from transformers.utils import logging
 from llava_clipmoe import llava_hook, run
 from llava_clipmoe.compat.anyres import NEWLINE
 from llava_clipmoe.compat.loading import cpu_dtype
+from llava_clipmoe.conversations import find_conversation
 from llava_clipmoe.files import load_foreign_pt
 from train_encoder.features.encode import pick_device
 
@@ -60,7 +61,8 @@ def _load(directory: Path, models: Models, say: Callable[[str], None]) -> Llava:
     tokenizer, model, *_ = load_pretrained_model(str(directory), base, name, device=device.type, **quantised)
     inner = model.get_model()
     _place_tower(inner.vision_tower, model.device)
-    llm = LanguageModel(model.eval(), tokenizer, models.conversation or conversation_of(name))
+    template = models.conversation or find_conversation(directory, base) or conversation_of(name)
+    llm = LanguageModel(model.eval(), tokenizer, template)
     say(f"{directory.name}: loaded in {time.monotonic() - start:.0f} s")
     newline = getattr(inner, NEWLINE, None)
     return Llava(directory.name, directory, llm, inner.vision_tower, inner.mm_projector, model.config, newline)

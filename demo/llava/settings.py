@@ -36,7 +36,7 @@ class Models:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     conversation: str | None = None
-    """Upstream's conversation template. Default: by the directory's name, as upstream's own command line does."""
+    """Conversation template. Default: what the directory says, else by its name as upstream's own command line does."""
 
 
 def check_models(models: Models) -> None:

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from .answers import Row, read_jsonl
+from .settings import template_of
 
 KEPT = ("round_id", "options", "option_char")
 """Fields that only MMBench's answers have."""
@@ -37,7 +38,8 @@ class Arguments:
     image_folder: Path
     answers_file: Path
     model_base: str | None = None
-    conv_mode: str = "vicuna_v1"
+    conv_mode: str | None = None
+    """Conversation template; when absent, the one that the model's directory says it was trained with."""
     batch_size: int = 8
     max_new_tokens: int = 128
     workers: int = min(4, os.cpu_count() or 1)
@@ -129,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     disable_torch_init()
     name = get_model_name_from_path(arguments.model_path)
     tokenizer, model, processor, _ = load_pretrained_model(arguments.model_path, arguments.model_base, name)
-    prompts = Prompts(questions, arguments.image_folder, tokenizer, processor, model.config, arguments.conv_mode)
+    template = arguments.conv_mode or template_of(arguments.model_path, arguments.model_base)
+    prompts = Prompts(questions, arguments.image_folder, tokenizer, processor, model.config, template)
     how = {name: getattr(arguments, name) for name in ("batch_size", "max_new_tokens", "workers")}
     rows = iter(questions)
     arguments.answers_file.parent.mkdir(parents=True, exist_ok=True)

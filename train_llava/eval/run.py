@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from llava_clipmoe.conversations import VICUNA
 from llava_clipmoe.files import read_json, remove_leftovers, replace_surrogates, write_json
 
 from .answers import EvalError, Found, Row, complete, match, read_answers
@@ -26,7 +27,7 @@ from .benchmarks import BENCHMARKS, Benchmark
 from .questions import check_images, extract_images, repeat_images
 from .runners import Run, answer_all
 from .scorers import Metrics
-from .settings import EvalLlava
+from .settings import EvalLlava, template_of
 
 PAPER_MODELS = ("llava-1.5-7b", "llava-1.5-7b + CLIP-MoE")
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     a user can mend; SystemExit for --help and flags that do not exist."""
     settings = tyro.cli(EvalLlava, args=argv, prog="llava-clipmoe eval-llava")
     settings.check()
+    if settings.model_path and settings.conv_mode is None:
+        settings = replace(settings, conv_mode=template_of(settings.model_path, settings.model_base))
     started = time.monotonic()
     benchmark = BENCHMARKS[settings.benchmark]
     answered = _from_file if settings.answers else _from_model
@@ -159,6 +162,8 @@ def show(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
     subset = ", only the first: --limit" if results["limited"] else ""
     title = f"{benchmark.title}: {results['model']} ({results['n']:,} answers{subset})"
     console.print(replace_surrogates(title))
+    if results["settings"]["conv_mode"] not in (None, VICUNA):
+        console.print(f"asked with the conversation template {results['settings']['conv_mode']}")
     if metrics:
         table = Table("", *(Column(name, justify="right") for name in ("here", *paper)), box=box.SIMPLE)
         for name, value in _flat(metrics):

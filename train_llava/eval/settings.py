@@ -8,8 +8,16 @@ from typing import Annotated, Literal
 
 import tyro
 
+from llava_clipmoe.conversations import VICUNA, find_conversation
+
 from .answers import EvalError
 from .benchmarks import BENCHMARKS
+
+
+def template_of(model: str, base: str | None) -> str:
+    """Conversation template to ask a model (directory or hub id; base: the language model under a LoRA) with."""
+    found = find_conversation(model, base) or VICUNA
+    return VICUNA if found == "v1" else found  # upstream's two names of one template
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class EvalLlava:
     """Where answers, converted file and results.json go; runs/eval-llava/BENCHMARK/MODEL when absent."""
     answers: Path | None = None
     """Convert and score this answers file."""
-    conv_mode: str = "vicuna_v1"
-    """LLaVA's conversation template."""
+    conv_mode: str | None = None
+    """Conversation template; when absent, the one that the model's directory says it was trained with."""
     batch_size: int = 1
     """1: upstream's runner. More: our runner, which asks several questions at a time and gives the same answers."""
     num_gpus: int | None = None
