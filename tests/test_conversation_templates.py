@@ -1,0 +1,77 @@
+"""Which conversation template a model is trained and asked with, where nobody names one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_clipmoe.conversations import FIELD, conversation_for, find_conversation
+from train_llava.eval.settings import template_of
+
+LLAMA_3, QWEN = {"model_type": "llama"}, {"model_type": "qwen2"}
+
+
+def model(folder: Path, config: dict, *tokens: str, slow: bool = False) -> Path:
+    """A directory as far as it is looked at: its config, and the tokens added to its tokenizer's vocabulary."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if slow:
+        added = {"added_tokens_decoder": {str(i): {"content": token} for i, token in enumerate(tokens)}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(added))
+    else:
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": token} for token in tokens]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, tokens, template",
+    [
+        (LLAMA_3, ["<|begin_of_text|>", "<|eot_id|>"], "llama_3"),
+        ({"model_type": "llava_llama"}, ["<|eot_id|>"], "llama_3"),
+        (QWEN, [], "qwen_2"),
+        ({"model_type": "llava_qwen3"}, [], "qwen_2"),
+        ({"model_type": "llama"}, ["<s>", "</s>"], None),
+        ({"model_type": "mistral"}, ["<|eot_id|>"], None),
+        ({"model_type": "llava_llama", FIELD: "v1"}, ["<|eot_id|>"], "v1"),
+        ({"model_type": "llava_qwen2", FIELD: "chatml_direct"}, [], "chatml_direct"),
+    ],
+)
+def test_a_directory_says_its_template(config, tokens, template, tmp_path):
+    assert conversation_for(model(tmp_path / "model", config, *tokens)) == template
+    assert conversation_for(model(tmp_path / "slow", config, *tokens, slow=True)) == template
+
+
+@pytest.mark.parametrize(
+    "own, base, template",
+    [
+        ({"model_type": "llava_llama"}, ["<|eot_id|>"], "llama_3"),  # a projector alone: no tokenizer of its own
+        ({"model_type": "llava_llama", FIELD: "llava_v1"}, ["<|eot_id|>"], "llava_v1"),  # what it was trained with
+        ({"model_type": "llava_llama"}, [], "vicuna_v1"),
+        ({"model_type": "llava_llama", FIELD: "v1"}, [], "vicuna_v1"),  # upstream's two names of one template
+    ],
+)
+def test_a_part_is_asked_as_it_was_trained_else_as_its_base(own, base, template, tmp_path):
+    part, below = model(tmp_path / "part", own), model(tmp_path / "base", {"model_type": "llama"}, *base)
+    assert template_of(str(part), str(below)) == template
+
+
+@pytest.mark.parametrize(
+    "name, template",
+    [
+        ("liuhaotian/llava-v1.5-7b", "vicuna_v1"),
+        ("org/llava-Meta-Llama-3-8B-Instruct", "llama_3"),
+        ("org/llava-llama3.2", "llama_3"),
+        ("org/llava-Llama-2-13b", "vicuna_v1"),
+        ("org/llava-Qwen2.5-7B-Instruct-clipmoe", "qwen_2"),
+    ],
+)
+def test_of_a_hub_id_only_the_name_is_known(name, template, tmp_path, monkeypatch):
+    assert template_of(name, None) == template
+    # a directory of that name speaks for itself
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / name, {"model_type": "llava_llama"})
+    assert template_of(name, None) == "vicuna_v1"
+    assert find_conversation(name) is None
+    assert find_conversation(name, "meta-llama/Llama-3.1-8B-Instruct") == "llama_3", "its base may still be guessed"
