@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tiny.language_models import make_llama_3
+from tiny.llavas import make_llava, make_towers, upstream_is_installed
 
+from demo.llava.settings import Generation, Models
 from llava_clipmoe.conversations import FIELD, conversation_for, find_conversation
 from train_llava.eval.settings import template_of
 
+pytest_plugins = ["tiny.loaded_llavas"]
 LLAMA_3, QWEN = {"model_type": "llama"}, {"model_type": "qwen2"}
 
 
@@ -75,3 +81,32 @@ def test_of_a_hub_id_only_the_name_is_known(name, template, tmp_path, monkeypatc
     assert template_of(name, None) == "vicuna_v1"
     assert find_conversation(name) is None
     assert find_conversation(name, "meta-llama/Llama-3.1-8B-Instruct") == "llama_3", "its base may still be guessed"
+
+
+# ------------------------------------------------------------------------------------------------------------- the demo
+
+needs_upstream = pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
+
+
+@needs_upstream
+def test_in_the_demo_what_a_directory_says_wins_over_its_name(two_llavas, tmp_path):
+    from demo.llava.load import load_llavas
+
+    llava = shutil.copytree(two_llavas[0], tmp_path / two_llavas[0].name)
+    config = json.loads((llava / "config.json").read_text())
+    (llava / "config.json").write_text(json.dumps({**config, FIELD: "chatml_direct"}))
+    llavas = load_llavas(Models(llava, two_llavas[1], device="cpu"), say=lambda line: None)
+    assert [each.llm.conversation for each in llavas] == ["chatml_direct", "llava_v1"]
+
+
+@needs_upstream
+def test_in_the_demo_two_projectors_are_asked_as_their_language_model_is(upstream, tmp_path):
+    from demo.llava.load import load_llavas
+
+    llm, towers = make_llama_3(tmp_path / "llm"), make_towers(tmp_path)
+    names = "llava-v1-moe-pretrain", "llava-v1-clip-pretrain"
+    parts = [make_llava(tmp_path / name, tower, llm, whole=False) for name, tower in zip(names, towers, strict=True)]
+    llavas = load_llavas(Models(*parts, llm, device="cpu"), say=lambda line: None)
+    assert [each.llm.conversation for each in llavas] == ["llama_3", "llama_3"]
+    texts = list(llavas[0].stream(Image.new("RGB", (40, 30), "red"), "What is it?", Generation(max_new_tokens=8)))
+    assert texts[-1] and "<|" not in texts[-1]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,13 @@ pytest.importorskip("llava", reason="upstream LLaVA is not installed")
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny.language_models import make_llama_3, make_qwen_2, make_qwen_3
 from tiny.llavas import make_language_model, make_llava, make_towers, upstream_in_this_process
+from transformers import CONFIG_MAPPING
 
 from llava_clipmoe import run
+from llava_clipmoe.conversations import TEMPLATES
 from llava_clipmoe.processes import Children
 from train_llava.eval import run as command
 from train_llava.eval.answers import EvalError, read_answers, read_jsonl, write_jsonl
@@ -108,7 +113,64 @@ def test_batched_answers_equal_upstreams_one_by_one(in_this_process, tiny_llava,
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 8, "a model that answers everything alike proves nothing"
     assert one["metrics"] == batched["metrics"] and one["n"] == 8
+    # what settings.json of such a model has always said: a folder that is there already goes on
+    assert json.loads((tmp_path / "one/settings.json").read_text())["conv_mode"] == "vicuna_v1"
     assert set(one["metrics"]["by_category"]) == {"random", "popular"}
+
+
+@pytest.fixture(
+    params=[(make_llama_3, "llama_3"), (make_qwen_2, "qwen_2"), (make_qwen_3, "qwen_2")],
+    ids=["llama3", "qwen2", "qwen3"],
+)
+def newer(request, tmp_path) -> Iterator[tuple[str, Path]]:
+    """-> (its conversation template, a random LLaVA of this language model)."""
+    make, template = request.param
+    if make is make_qwen_3 and "qwen3" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Qwen3")
+    llm, (tower, _) = make(tmp_path / "llm"), make_towers(tmp_path)
+    with upstream_in_this_process():  # untied, so that its end mark may be moved (below)
+        llava = make_llava(tmp_path / "llava-newer", tower, llm, tie_word_embeddings=False)
+        yield template, llava
+
+
+def _loaded(llava: Path) -> tuple[Any, ...]:
+    from llava.model.builder import load_pretrained_model
+
+    return load_pretrained_model(str(llava), None, llava.name, device="cpu")
+
+
+def _answer_ids(llava: Path, question: dict, images: Path, template: str) -> tuple[list[int], Any]:
+    """-> (what the model says to a question in this template: token ids; its tokenizer)."""
+    from train_llava.eval.batched import Prompts
+
+    tokenizer, model, processor, _ = _loaded(llava)
+    ids, pixels, size = Prompts([question], images, tokenizer, processor, model.config, template)[0]
+    with torch.inference_mode():
+        half = pixels[None].half()  # as upstream's runner has them on the CPU too
+        out = model.generate(ids[None], images=half, image_sizes=[size], do_sample=False, max_new_tokens=30)
+    return out[0].tolist(), tokenizer
+
+
+def test_a_newer_language_model_is_asked_in_its_template_and_stops_at_its_end_mark(
+    in_this_process, newer, pope, tmp_path
+):
+    """By both runners, though nobody names the template. The end mark is made the likeliest where once another was."""
+    template, llava = newer
+    question = read_jsonl(pope / "llava_pope_test.jsonl")[0]
+    whole, tokenizer = _answer_ids(llava, question, pope / "val2014", template)
+    end = tokenizer.convert_tokens_to_ids(TEMPLATES[template].end_token)
+    weights = load_file(llava / "model.safetensors")
+    weights["lm_head.weight"][end] = 1.5 * weights["lm_head.weight"][whole[5]]
+    save_file(weights, llava / "model.safetensors", {"format": "pt"})
+    ids, _ = _answer_ids(llava, question, pope / "val2014", template)
+    assert ids[-1] == end and 1 < len(ids) <= 6 < len(whole)
+
+    for name, flags in (("one", ()), ("batched", ("--batch-size", "3"))):
+        _evaluate("pope", llava, pope, tmp_path / name, *flags)
+        assert json.loads((tmp_path / name / "settings.json").read_text())["conv_mode"] == template
+    texts = [[row["text"] for row in read_answers(tmp_path / name / "answers.jsonl")] for name in ("one", "batched")]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 4
+    assert texts[0][0] == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_only_questions_without_an_answer_are_asked_and_two_processes_share_them(tiny_llava, pope, tmp_path):

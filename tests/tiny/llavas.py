@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -133,18 +134,19 @@ def make_llava(folder: Path, tower: Path, llm: Path, seed: int = 0, *, whole: bo
     from llava_clipmoe import llava_hook
 
     llava_hook.install()
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    import llava.model.language_model.llava_llama  # noqa: F401  (registers the Auto classes)
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     language_model = json.loads((llm / "config.json").read_text())
-    config = LlavaConfig(**{
-        **language_model, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"],
+    config = AutoConfig.for_model(**{
+        **language_model, "model_type": f"llava_{language_model['model_type']}", "architectures": None,
         "mm_vision_tower": str(tower), "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 48, "use_mm_proj": True,
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
         "tokenizer_model_max_length": 512, **settings,
     })  # fmt: skip
     torch.manual_seed(seed)
-    model = LlavaLlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.get_model().mm_projector.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))  # so large that another picture is another answer
@@ -152,8 +154,9 @@ def make_llava(folder: Path, tower: Path, llm: Path, seed: int = 0, *, whole: bo
             model.get_model().image_newline.copy_(torch.randn(config.hidden_size))
     if whole:
         model.save_pretrained(folder)
-        for file in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-            shutil.copyfile(llm / file, folder / file)
+        names = "*token*", "vocab.json", "merges.txt", "generation_config.json"
+        for file in chain.from_iterable(llm.glob(name) for name in names):
+            shutil.copyfile(file, folder / file.name)
     else:
         config.save_pretrained(folder)
         kept = ("mm_projector", "image_newline")
