@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiny.language_models import make_llama_3
 from tiny.llavas import make_llava, make_towers, upstream_is_installed
 
 from demo.llava.settings import Generation, Models
-from llava_clipmoe.conversations import FIELD, conversation_for, find_conversation
+from llava_clipmoe.conversations import FIELD, TEMPLATES, conversation_for, find_conversation
 from train_llava.eval.settings import template_of
 
 pytest_plugins = ["tiny.loaded_llavas"]
@@ -83,9 +84,22 @@ def test_of_a_hub_id_only_the_name_is_known(name, template, tmp_path, monkeypatc
     assert find_conversation(name, "meta-llama/Llama-3.1-8B-Instruct") == "llama_3", "its base may still be guessed"
 
 
-# ------------------------------------------------------------------------------------------------------------- the demo
-
 needs_upstream = pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed")
+
+
+@needs_upstream
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda template: template.copy()], ids=["lmms-eval", "LLaVA"])
+def test_a_copy_of_a_template_is_filled_and_the_template_stays_empty(upstream, copied):
+    from llava.conversation import conv_templates
+
+    for name in TEMPLATES:
+        conversation = copied(conv_templates[name])
+        conversation.append_message(conversation.roles[0], "What is it?")
+        assert "What is it?" in conversation.get_prompt()
+        assert not conv_templates[name].messages
+
+
+# ------------------------------------------------------------------------------------------------------------- the demo
 
 
 @needs_upstream

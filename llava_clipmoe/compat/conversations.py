@@ -37,7 +37,7 @@ def _as_upstreams(module: ModuleType, name: str, template: Template) -> Any:
         system=template.system_head + template.system,
         roles=(template.user_head, template.assistant_head),
         version=name,
-        messages=(),
+        messages=[],  # lmms-eval appends to a deep copy of a template with "llama_3" in its name
         offset=0,
         sep_style=module.SeparatorStyle.MPT,
         sep=template.end,
