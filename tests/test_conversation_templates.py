@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny.language_models import make_llama_3
+from tiny.language_models import make_llama_3, make_qwen_2
 from tiny.llavas import make_llava, make_towers, upstream_is_installed
 
 from demo.llava.settings import Generation, Models
@@ -114,13 +114,14 @@ def test_in_the_demo_what_a_directory_says_wins_over_its_name(two_llavas, tmp_pa
 
 
 @needs_upstream
-def test_in_the_demo_two_projectors_are_asked_as_their_language_model_is(upstream, tmp_path):
+@pytest.mark.parametrize("make, template", [(make_llama_3, "llama_3"), (make_qwen_2, "qwen_2")])
+def test_in_the_demo_two_projectors_are_asked_as_their_language_model_is(upstream, tmp_path, make, template):
     from demo.llava.load import load_llavas
 
-    llm, towers = make_llama_3(tmp_path / "llm"), make_towers(tmp_path)
+    llm, towers = make(tmp_path / "llm"), make_towers(tmp_path)
     names = "llava-v1-moe-pretrain", "llava-v1-clip-pretrain"
     parts = [make_llava(tmp_path / name, tower, llm, whole=False) for name, tower in zip(names, towers, strict=True)]
     llavas = load_llavas(Models(*parts, llm, device="cpu"), say=lambda line: None)
-    assert [each.llm.conversation for each in llavas] == ["llama_3", "llama_3"]
+    assert [each.llm.conversation for each in llavas] == [template, template]
     texts = list(llavas[0].stream(Image.new("RGB", (40, 30), "red"), "What is it?", Generation(max_new_tokens=8)))
     assert texts[-1] and "<|" not in texts[-1]
