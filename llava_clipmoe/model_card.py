@@ -122,6 +122,20 @@ def renewed_card(directory: Path, config: CLIPMoEConfig, path: str | None = None
     return f"---\n{_yaml(new_data)}---\n\n{body.lstrip()}\n"
 
 
+def placed_card(directory: Path, hub_id: str, license: str | None = None) -> str:
+    """The card of an exported LLaVA, loading from `hub_id`. license: of the weights, in place of what the card says.
+
+    Raises FileNotFoundError where there is no card, ValueError for one whose first lines are no YAML.
+    """
+    file = directory / CARD
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no {CARD}. Export it anew: llava-clipmoe export-hf LLAVA_DIR OUT")
+    data, head, sections = _parts(file.read_text(encoding="utf-8"), file)
+    body = head + "".join(sections.values())
+    body = body.replace("from_pretrained(path", f'from_pretrained("{hub_id}"').replace("serve PATH", f"serve {hub_id}")
+    return f"---\n{_yaml(data | ({'license': license} if license else {}))}---\n\n{body.lstrip()}"
+
+
 def write_renewed_card(directory: Path, config: CLIPMoEConfig) -> None:
     """Write `renewed_card` in the old one's place."""
     write_text(directory / CARD, renewed_card(directory, config))

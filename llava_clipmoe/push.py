@@ -1,6 +1,6 @@
-"""A model directory onto the hub, with a card that says what it is: `llava-clipmoe push DIR HUB_ID`.
+"""A model directory, or an exported LLaVA, onto the hub with a card that says what it is: `llava-clipmoe push`.
 
-What goes up is what a model directory consists of; whatever else lies in the folder stays. The card is renewed on the
+What goes up is what such a directory consists of; whatever else lies in the folder stays. The card is renewed on the
 way: it loads from HUB_ID, and says the licence that was given. The directory itself is not changed.
 """
 
@@ -17,8 +17,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from .export_files import REMOTE_CODE
+from .export_tiles import MODEL_TYPES
 from .files import load_shapes, read_json, weight_files
-from .model_card import CARD, renewed_card
+from .model_card import CARD, placed_card, renewed_card
 from .model_directory import MODELING_FILES, check_shapes, read_config
 from .tokenizer import has_tokenizer
 from .update import PREPROCESSOR, outdated
@@ -27,7 +29,10 @@ _PARTS = (
     *("config.json", PREPROCESSOR, "processor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("LICENSE*", "compress.json", "compress.html", *MODELING_FILES),
+    *("generation_config.json", "chat_template.jinja", "tokenizer.model", REMOTE_CODE),  # of an exported LLaVA
 )
+_KINDS = (("clip", "clip_moe"), tuple(MODEL_TYPES.values()))
+"""`model_type`s that may stand in the place of each other on the hub."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
@@ -53,28 +58,58 @@ def plan(directory: Path, hub_id: str, license: str | None = None) -> Upload:
         raise ValueError(f"{license!r} is no licence of the hub: give its short name, for instance apache-2.0 or mit.")
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no directory: give the model directory to upload.")
+    card = (_check_llava if _is_exported_llava(directory) else _check_model)(directory, hub_id, license)
+    entries = sorted(file for file in directory.iterdir() if file.name != CARD)
+    files = [file for file in entries if file.is_file() and any(fnmatch(file.name, part) for part in _PARTS)]
+    return Upload(directory, files, card, [file for file in entries if file not in files])
+
+
+def _check_model(directory: Path, hub_id: str, license: str | None) -> str:
+    """Of a CLIP's or CLIP-MoE's directory; -> its card. Raises what `plan` raises."""
     config = read_config(directory)
-    if not has_tokenizer(directory) or not (directory / PREPROCESSOR).is_file():
+    _check_files(directory, has_tokenizer(directory))
+    check_shapes(config, load_shapes(directory), str(directory))
+    if not config.is_dense:  # beside a dense one there is no code of ours
+        _refuse_outdated(directory)
+    return renewed_card(directory, config, hub_id, license)
+
+
+def _check_llava(directory: Path, hub_id: str, license: str | None) -> str:
+    """Of what export-hf wrote; -> its card. Raises what `plan` raises."""
+    _check_files(directory, (directory / "tokenizer.json").is_file())
+    if (directory / REMOTE_CODE).is_file():  # with a dense tower there is no code of ours
+        _refuse_outdated(directory)
+    return placed_card(directory, hub_id, license)
+
+
+def _check_files(directory: Path, has_tokenizer: bool) -> None:
+    if not has_tokenizer or not (directory / PREPROCESSOR).is_file():
         raise FileNotFoundError(f"{directory} has no tokenizer or no {PREPROCESSOR}: others could not use it.")
     if any(file.suffix == ".bin" for file in weight_files(directory)):
         raise ValueError(f"{directory} has pickled weights. Write it anew first: llava-clipmoe convert {directory} OUT")
-    check_shapes(config, load_shapes(directory), str(directory))
-    old = [] if config.is_dense else [file for file in outdated(directory) if file != CARD]
+
+
+def _is_exported_llava(directory: Path) -> bool:
+    """Whether `export-hf` wrote it. Upstream's own directories have no processor."""
+    config = directory / "config.json"
+    named = config.is_file() and read_json(config).get("model_type") in MODEL_TYPES.values()
+    return named and (directory / "processor_config.json").is_file()
+
+
+def _refuse_outdated(directory: Path) -> None:
+    """Raise ValueError where the code beside the weights is another version's."""
+    old = [file for file in outdated(directory) if file != CARD]
     if old:
         raise ValueError(
             f"{directory} was written by another version of llava-clipmoe ({', '.join(old[:3])}"
             f"{' ...' if len(old) > 3 else ''}). Bring it up to date first:\n    llava-clipmoe update {directory}"
         )
-    entries = sorted(file for file in directory.iterdir() if file.name != CARD)
-    files = [file for file in entries if file.is_file() and any(fnmatch(file.name, part) for part in _PARTS)]
-    card = renewed_card(directory, config, hub_id, license)
-    return Upload(directory, files, card, [file for file in entries if file not in files])
 
 
 def push(upload: Upload, hub_id: str, *, private: bool = False) -> str:
     """Upload in one commit, the repository made where there is none; -> the commit's address.
 
-    Raises ValueError where HUB_ID holds something else than a CLIP, OSError where the hub does not answer or refuses.
+    Raises ValueError where HUB_ID holds another kind of model, OSError where the hub does not answer or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -83,16 +118,16 @@ def push(upload: Upload, hub_id: str, *, private: bool = False) -> str:
     api = HfApi()
     with _hub_errors(hub_id):
         api.create_repo(hub_id, private=private, exist_ok=True)
-        _refuse_other_models(api, hub_id)
+        _refuse_other_models(api, hub_id, read_json(upload.directory / "config.json")["model_type"])
         return api.create_commit(hub_id, operations, commit_message="Upload with llava-clipmoe").commit_url
 
 
-def _refuse_other_models(api: Any, hub_id: str) -> None:
-    """Raise ValueError where a model stands at `hub_id` that is no CLIP: its files would be mixed with ours."""
+def _refuse_other_models(api: Any, hub_id: str, own: str) -> None:
+    """Raise ValueError where a model of another kind than `own` stands at `hub_id`: both's files would be mixed."""
     if not api.file_exists(hub_id, "config.json"):
         return
     found = read_json(api.hf_hub_download(hub_id, "config.json")).get("model_type")
-    if found not in ("clip", "clip_moe"):
+    if not any(found in kinds and own in kinds for kinds in _KINDS):
         raise ValueError(f"{hub_id} holds another model already (model_type {found!r}). Choose another name.")
 
 
@@ -114,13 +149,13 @@ def _hub_errors(hub_id: str):
 
 @dataclass
 class Push:
-    """Upload a model directory to the hub, with a model card.
+    """Upload a model directory, or what export-hf wrote of a LLaVA, to the hub, with a model card.
 
     Example: llava-clipmoe push runs/quickstart/clip-moe ORG/NAME --dry-run
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """A model directory: what a run, `convert` or `compress` wrote."""
+    """A model directory: what a run, `convert` or `compress` wrote; or an exported LLaVA."""
     hub_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HUB_ID")]
     """ORG/NAME on the hub. Made where it does not exist."""
     license: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None

@@ -129,7 +129,11 @@ def test_an_answer_ends_at_the_templates_mark_too(model, eos, kept):
     stop_at_end(one, tokenizer)
     assert one.generation_config.eos_token_id == eos  # nothing says that it was trained so
     setattr(one.config, FIELD, name)
+    one.generation_config.repetition_penalty = 1.05
+    stop_at_end(one, tokenizer, of_base=False)
+    assert one.generation_config.repetition_penalty == 1.05  # what is said of a whole LLaVA holds
     stop_at_end(one, tokenizer)
+    assert one.generation_config.repetition_penalty == 1  # the language model's own does not: greedy is greedy
     mark = tokenizer.convert_tokens_to_ids(TEMPLATES[name].end_token)
     assert one.generation_config.eos_token_id == [mark, *kept]
 

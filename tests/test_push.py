@@ -16,6 +16,8 @@ from conftest import REPOSITORY
 from huggingface_hub import ModelCard
 from test_model_directory import assert_same, dense, edit_json, features, moe, tiny_tokenizer  # noqa: F401
 from tiny import hub as hubs
+from tiny.exported import make_exported_llava
+from tiny.llavas import upstream_is_installed
 
 from llava_clipmoe import cli, export_files, load_bundle
 from llava_clipmoe.files import load_tensors, save_tensors, write_json
@@ -324,6 +326,43 @@ def test_what_was_pushed_is_on_the_hub_and_loads_from_there(tmp_path, directory,
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     assert_same((out["image"], out["text"]), features(moe.model, batch))
     assert out["ids"].tolist() == moe.tokenizer("the cat").input_ids
+
+
+_LLAVA_FROM_THE_HUB = """
+import sys
+sys.modules["llava_clipmoe"] = None
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("me/llava", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("me/llava", trust_remote_code=True)
+print(type(processor).__name__, sum(p.double().sum().item() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not upstream_is_installed(), reason="upstream LLaVA (llava-torch) is not installed here")
+def test_an_exported_llava_is_pushed_and_loads_from_there(tmp_path, directory, capsys):
+    llava, exported = make_exported_llava(tmp_path)
+    (exported / "notes.txt").write_text("mine")
+    with hubs.running() as hub:
+        done = child(tmp_path, hub, _PUSH, "push", str(exported), "me/llava", "--license", "llama3.1")
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["me/llava"]
+        assert set(files) == {file.name for file in exported.iterdir()} - {"notes.txt"} | {".gitattributes"}
+        assert "stays here: notes.txt" in done.stdout
+        card = files["README.md"].decode()
+        assert ModelCard(card).data.license == "llama3.1" and "serve me/llava" in card
+        assert card.count('from_pretrained("me/llava"') == 5 and "from_pretrained(path" not in card
+        done = child(tmp_path, hub, _LLAVA_FROM_THE_HUB)
+        assert done.returncode == 0, done.stderr[-2000:]
+        kind, total = done.stdout.split()
+        expected = sum(tensor.double().sum().item() for tensor in load_tensors(exported).values())
+        assert kind == "LlavaProcessor" and float(total) == pytest.approx(expected, rel=1e-9)
+        done = child(tmp_path, hub, _PUSH, "push", str(directory), "me/llava")  # a tower in the LLaVA's place
+        assert done.returncode == 2 and "holds another model already (model_type 'llava')" in done.stderr
+    (exported / "modeling_clipmoe.py").write_text("# older\n")
+    for broken, words in ((exported, "llava-clipmoe update"), (llava, "is not a CLIP")):
+        assert cli.main(["push", str(broken), "me/llava", "--dry-run"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_hub_that_refuses_and_another_model_there_are_said_plainly(tmp_path, directory):

@@ -111,15 +111,20 @@ def padding_for(tokenizer: Any) -> str:
     )
 
 
-def stop_at_end(model: Any, tokenizer: Any) -> None:
-    """Where the model was trained with one of our templates: its answers end at that template's mark, too. Beside LoRA
-    weights it is the base model that says where answers end, which may not know conversations."""
+def stop_at_end(model: Any, tokenizer: Any, of_base: bool = True) -> None:
+    """Where the model was trained with one of our templates: its answers end at that template's mark, too.
+
+    of_base: whether its generation config is still the language model's own (in training, and beside LoRA weights),
+    which may not know conversations, and penalises repetitions (Qwen: 1.05): LLaVA's answers are greedy.
+    """
     template = TEMPLATES.get(getattr(model.config, FIELD, None))
     if template is None:
         return
     number, config = tokenizer.convert_tokens_to_ids(template.end_token), model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
     config.eos_token_id = [number, *(end for end in ends if end not in (None, number))]
+    if of_base:
+        config.repetition_penalty = 1.0
     config._from_model_config = False  # else generation may make it anew, from a config that says only one end
     if tokenizer.pad_token_id is not None:
         config.pad_token_id = tokenizer.pad_token_id

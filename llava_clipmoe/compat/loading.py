@@ -123,7 +123,7 @@ def patch_load_pretrained_model(module: ModuleType) -> None:
         if (load_8bit or load_4bit) and kwargs.get("torch_dtype") is None:
             kwargs["torch_dtype"] = torch.float16  # what is not quantised: upstream leaves it at float32
         found = upstream(model_path, model_base, model_name, load_8bit, load_4bit, *args, **kwargs)
-        stop_at_end(found[1], found[0])
+        stop_at_end(found[1], found[0], of_base=model_base is not None)
         return found
 
     module.load_pretrained_model = load_pretrained_model

@@ -94,8 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
             files = self.hub.repositories.get("/".join(parts[2:4]))
             if files is None:
                 return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-            if "tree" in parts:
-                return self._json([self._entry(name, content) for name, content in files.items()])
+            if "tree" in parts:  # .../tree/REVISION[/FOLDER]
+                folder = "/".join(parts[parts.index("tree") + 2 :])
+                inside = {name: content for name, content in files.items() if name.startswith(folder and f"{folder}/")}
+                if not inside:
+                    return self._json({"error": folder}, 404, {"X-Error-Code": "EntryNotFound"})
+                return self._json([self._entry(name, content) for name, content in inside.items()])
             siblings = [{"rfilename": name} for name in files]
             return self._json({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings})
         if len(parts) > 4 and parts[2] == "resolve":
