@@ -7,8 +7,10 @@ single tokens; for these there are two templates more, which `compat.conversatio
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .files import read_json
 
@@ -51,6 +53,12 @@ QWEN_TYPES = ("qwen2", "qwen3")
 """`model_type` of Qwen2, Qwen2.5 (qwen2) and Qwen3; a LLaVA of one has `llava_` before it."""
 
 
+def kind_of(config: Mapping[str, Any]) -> str:
+    """`model_type` of the language model that a config.json is of; of the one inside where it is a LLaVA's."""
+    kind = str(config.get("model_type"))
+    return "llama" if kind == "llava" else kind.removeprefix("llava_")  # the first: before its MPT variant had a name
+
+
 def conversation_for(directory: str | Path) -> str | None:
     """Name of the template for a language model's or a LLaVA's directory; None where nothing says it.
 
@@ -63,7 +71,7 @@ def conversation_for(directory: str | Path) -> str | None:
     config = read_json(path)
     if config.get(FIELD):
         return config[FIELD]
-    kind = str(config.get("model_type")).removeprefix("llava_")
+    kind = kind_of(config)
     if kind in QWEN_TYPES:
         return "qwen_2"
     return "llama_3" if kind == "llama" and _knows(path.parent, TEMPLATES["llama_3"].end_token) else None

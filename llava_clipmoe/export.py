@@ -22,7 +22,7 @@ import tyro
 
 from . import export_files
 from .configuration_clipmoe import CLIPMoEConfig
-from .conversations import conversation_for
+from .conversations import conversation_for, kind_of
 from .export_text import HEAD, LANGUAGE_MODELS, text_config, text_shapes
 from .export_tiles import MODEL_TYPES, family_of, grid_pinpoints, tiles_not_expressible
 from .files import atomic_directory, iter_tensors, read_json, save_shards, weight_files, write_json
@@ -145,7 +145,7 @@ def read_llava_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a LLaVA directory: it has no config.json.")
     config = read_json(path)
-    if config.get("model_type") not in LANGUAGE_MODELS or not config.get("mm_vision_tower"):
+    if kind_of(config) not in LANGUAGE_MODELS or not config.get("mm_vision_tower"):
         raise ValueError(
             f"{directory} is not a LLaVA of upstream's format: its model_type is {config.get('model_type')!r}, "
             "expected 'llava_llama', 'llava_qwen2' or 'llava_qwen3' and the field mm_vision_tower. Give the directory "

@@ -11,8 +11,8 @@ from typing import Any
 
 from .configuration_clipmoe import CLIPMoEConfig, CLIPMoEVisionConfig
 from .conversations import TEMPLATES as CONVERSATIONS
-from .conversations import VICUNA, conversation_for
-from .export_text import LANGUAGE_MODELS, kind_of, language_config, opens_in_old_transformers
+from .conversations import VICUNA, conversation_for, kind_of
+from .export_text import LANGUAGE_MODELS, language_config, opens_in_old_transformers
 from .export_tiles import MODEL_TYPES, family_of, grid_pinpoints
 from .files import read_json, write_json
 from .model_card import TEMPLATES, render
@@ -226,7 +226,7 @@ def write_card(folder: Path, config: Mapping[str, Any], clip: CLIPMoEConfig, con
         (folder / REMOTE_CODE).write_text(remote_code(family), encoding="utf-8")
         copy_modeling_files(folder)
     values = {"clip": clip, "vision": clip.vision_config, "config": config, "family": family}
-    language = kind_of(config).capitalize() if config.get("model_type") in LANGUAGE_MODELS else "Llama"
+    language = LANGUAGE_MODELS.get(kind_of(config), "Llama").removesuffix("ForCausalLM")
     name = conversation if conversation in CONVERSATIONS else VICUNA
     values["language"] = f"Its language model is a {language}, asked with the conversation {name}."
     values["old_transformers"] = opens_in_old_transformers(config) and family == "Llava"

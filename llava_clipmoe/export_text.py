@@ -7,27 +7,18 @@ from typing import Any
 
 import torch
 
-LANGUAGE_MODELS = {
-    "llava_llama": "llama",  # Vicuna, Llama 2, Llama 3
-    "llava": "llama",  # LLaVA's checkpoints from before its MPT variant had a name
-    "llava_qwen2": "qwen2",  # Qwen2.5, too
-    "llava_qwen3": "qwen3",
-}
-"""model_type of a LLaVA of upstream's format -> that of its language model."""
+from .conversations import kind_of
+
+LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""`model_type` -> transformers' class. A Llama is Vicuna, Llama 2 or Llama 3; Qwen2.5 is a Qwen2."""
 
 HEAD = "lm_head.weight"
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _FIELDS = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling attention_bias attention_dropout "
     "mlp_bias tie_word_embeddings use_cache bos_token_id eos_token_id pad_token_id"
 ).split()
 _QWEN_FIELDS = ("use_sliding_window", "max_window_layers", "layer_types")
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """model_type of the language model inside a LLaVA with this config.json."""
-    return LANGUAGE_MODELS[config["model_type"]]
 
 
 def text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -45,7 +36,7 @@ def text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
         text["rope_scaling"] = {**rope, "type": rope["rope_type"]}
     if kind != "llama":  # None must be said: left out, it is 4096, which 4.37 obeys even without use_sliding_window
         text["sliding_window"] = config.get("sliding_window") if config.get("use_sliding_window") else None
-    return {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, **text, "vocab_size": rows}
+    return {"architectures": [LANGUAGE_MODELS[kind]], "model_type": kind, **text, "vocab_size": rows}
 
 
 def text_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -85,4 +76,4 @@ def opens_in_old_transformers(config: Mapping[str, Any]) -> bool:
     scaled as Llama 3.1 does."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     scaled = rope.get("rope_type", rope.get("type", "default"))
-    return LANGUAGE_MODELS.get(str(config.get("model_type"))) != "qwen3" and scaled in ("default", "linear", "dynamic")
+    return kind_of(config) != "qwen3" and scaled in ("default", "linear", "dynamic")

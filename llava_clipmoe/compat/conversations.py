@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..conversations import FIELD, QWEN_TYPES, TEMPLATES, Template
+from ..conversations import FIELD, QWEN_TYPES, TEMPLATES, Template, kind_of
 
 IGNORED = -100
 """Label of a token that is read, not learned."""
@@ -88,8 +88,7 @@ def check_template(name: str, model: Any, tokenizer: Any) -> None:
 
 def template_of(model: Any, tokenizer: Any) -> str | None:
     """The one of our templates that this language model was made for; None for others."""
-    kind = str(model.config.model_type).removeprefix("llava_")
-    if kind in QWEN_TYPES:
+    if kind_of({"model_type": model.config.model_type}) in QWEN_TYPES:
         return "qwen_2"
     return "llama_3" if TEMPLATES["llama_3"].end_token in tokenizer.get_vocab() else None
 

@@ -18,7 +18,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from ..conversations import QWEN_TYPES
+from ..conversations import QWEN_TYPES, kind_of
 
 NAMES = dict(zip(QWEN_TYPES, ("Qwen2", "Qwen3"), strict=True))
 """`model_type` -> how transformers' classes begin."""
@@ -36,7 +36,7 @@ def class_for(source: str | Path, config: Any = None, **hub: Any) -> type | None
     """
     content = config.to_dict() if config is not None else _read(source, hub)
     kind = kind_of(content)
-    if kind not in (*NAMES, *UPSTREAM, "llava", "None"):
+    if kind not in (*NAMES, *UPSTREAM, "None"):
         raise ValueError(
             f"{source} is a {kind!r}, and LLaVA has no class for it here. Known are Llama (1 to 3), Mistral, "
             f"{' and '.join(NAMES.values())} (Qwen2.5 is a Qwen2)."
@@ -54,10 +54,6 @@ def check_transformers_knows(source: str | Path, content: Mapping[str, Any]) -> 
             f"{source} is a {NAMES[kind]}, which transformers {transformers.__version__} does not know. "
             "`pip install -U transformers` (5 or newer), in an environment without LLaVA's pins."
         )
-
-
-def kind_of(content: Mapping[str, Any]) -> str:
-    return str(content.get("model_type")).removeprefix("llava_")
 
 
 def _read(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..conversations import kind_of
 from ..files import read_json
 from . import language_models
 from .conversations import stop_at_end
@@ -151,7 +152,7 @@ def check_name(model_path: str, model_name: str) -> None:
             f"upstream LLaVA takes every folder with 'mpt' in its name for an MPT model, and {model_name!r} has it: "
             "rename the folder."
         )
-    if "mistral" in model_name.lower() and language_models.kind_of(content) in language_models.NAMES:
+    if "mistral" in model_name.lower() and kind_of(content) in language_models.NAMES:
         raise ValueError(
             f"upstream LLaVA takes every folder with 'mistral' in its name for a Mistral, and {model_name!r} is none: "
             "rename the folder."
