@@ -98,9 +98,13 @@ def test_the_tower_has_a_learning_rate_of_its_own(trained, what, lora):
 @pytest.mark.parametrize(("what", "lora"), KINDS)
 def test_the_balance_loss_is_the_routers_alone(trained, what, lora):
     """As the model says itself, on the rows with a picture; 0.01 is the paper's alpha."""
-    seen = trained[1][name_of(what, lora)]
+    folder, seen = trained[0], trained[1][name_of(what, lora)]
     assert seen["balance_added"] == pytest.approx(seen["balance_expected"], rel=1e-4, abs=1e-6)
     assert (seen["balance_expected"] > 0.01) == (what == "routers")
+    state = json.loads((folder / name_of(what, lora) / "trainer_state.json").read_text())
+    steps = [line for line in state["log_history"] if "loss" in line]
+    said = [0.01 < line.get("balance_loss", 0) < float(line["loss"]) for line in steps]
+    assert said == [what == "routers"] * 3  # beside the loss, of which it is a part
 
 
 @pytest.mark.parametrize(("what", "lora"), KINDS)

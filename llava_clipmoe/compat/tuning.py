@@ -147,7 +147,7 @@ def check_resumed(trainer: Any, checkpoint: str | Path | bool | None) -> None:
 def patch_trainer(cls: type) -> None:
     """llava.train.llava_trainer.LLaVATrainer: learning rate, balance loss, and the tower's file at the end."""
     create_optimizer, compute_loss, save_state = cls.create_optimizer, cls.compute_loss, cls.save_state
-    train = cls.train
+    train, log = cls.train, cls.log
 
     @functools.wraps(train)
     def checked(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any):
@@ -169,7 +169,14 @@ def patch_trainer(cls: type) -> None:
         balance = tower.take_balance() if tower is not None else None
         if balance is None:
             return found
+        self.balance_loss = balance.detach()
         return (found[0] + balance, *found[1:]) if return_outputs else found + balance
+
+    @functools.wraps(log)
+    def with_balance_logged(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
+        if "loss" in logs and hasattr(self, "balance_loss"):  # of this process's last batch
+            logs["balance_loss"] = round(self.balance_loss.item(), 4)
+        log(self, logs, *rest, **named)
 
     @functools.wraps(save_state)
     def with_tower(self) -> None:
@@ -177,7 +184,7 @@ def patch_trainer(cls: type) -> None:
         save_tower(self, self.args.output_dir)  # upstream saves the rest right after, in four ways
 
     cls.create_optimizer, cls.compute_loss, cls.save_state = with_own_rate, with_balance, with_tower
-    cls.train = checked
+    cls.train, cls.log = checked, with_balance_logged
 
 
 def give_own_rate(optimizer: torch.optim.Optimizer, tower: nn.Module, rate: float) -> None:
