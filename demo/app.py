@@ -77,7 +77,7 @@ def prepare(settings: Settings, console: Console) -> Demo:
     """Everything that comes before the page: pairs, models. Raises FileNotFoundError or ValueError for what is missing,
     before anything is loaded."""
     from .llava.load import load_llavas, prepare_upstream
-    from .mining.quickstart import quickstart_pairs
+    from .mining.quickstart import quickstart_pairs, told_apart
     from .session import Demo
 
     check_models(settings.models)
@@ -89,7 +89,8 @@ def prepare(settings: Settings, console: Console) -> Demo:
     console.print("loading both models ...")
     llavas = load_llavas(settings.models, console.print)
     uploads = Uploads(settings.served, settings.upload_limits)
-    return Demo(llavas, pairs, settings.output_dir, uploads, settings.generation)
+    told = () if settings.pairs else told_apart(left, right)
+    return Demo(llavas, pairs, settings.output_dir, uploads, settings.generation, told)
 
 
 def build_page(demo: Demo) -> gr.Blocks:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from llava_clipmoe.cli import raised_by_us
 from .llava.generate import Llava
 from .llava.settings import Generation
 from .llava.similarity import Similarity
-from .mining.pairs import BlindPair, clearest_first
+from .mining.pairs import BlindPair, opening_pair
 from .uploads import BadUpload, Uploads, read_picture
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,13 @@ class Demo:
     """votes.jsonl and scores.json are written there."""
     uploads: Uploads
     generation: Generation = field(default_factory=Generation)
+    told: Collection[frozenset[str]] = ()
+    """Pairs, by their pictures' names, that are known to be told apart through the CLIP-MoE alone."""
 
     def __post_init__(self) -> None:
         self.names = self.llavas[0].name, self.llavas[1].name
         self.similarity = Similarity(self.llavas)
-        self.opening = clearest_first(self.pairs)[0] if self.pairs else None
+        self.opening = opening_pair(self.pairs, self.told)
         """Index of the pair that Compare opens on."""
         self._stops: dict[tuple[str, str | None], Stop] = {}
 

@@ -34,6 +34,7 @@ from demo.mining.pairs import (
     BlindPair,
     Question,
     clearest_first,
+    opening_pair,
     read_pairs,
     right_by_attribute,
     save_picture,
@@ -767,6 +768,16 @@ def test_the_clearest_pair_comes_first():
              scored(0, 0), scored(None, gap=0.95)]  # fmt: skip
     assert clearest_first(pairs) == [5, 3, 4, 1, 2, 6, 0, 7]
     assert clearest_first([scored(None, gap=gap) for gap in (0.1, 0.3, 0.2)]) == [0, 1, 2]
+
+
+def test_the_page_opens_on_the_clearest_pair_that_was_told_apart():
+    """Never on one that the dense eye matches too, or CLIP-MoE does not."""
+    pairs = [scored(2, 2, 0.9), scored(0, 1), scored(None, 0, 0.9), scored(1, 2, 0.5), scored(0, 2, 0.1), scored(0, 2)]
+    pairs = [dataclasses.replace(pair, names=(f"{n}.png", f"{n}b.png")) for n, pair in enumerate(pairs)]
+    told = [frozenset(pair.names) for pair in pairs]
+    assert opening_pair(pairs) == opening_pair(pairs, told[:3]) == opening_pair(pairs, told) == 4
+    assert opening_pair(pairs, told[:4]) == 3 and opening_pair(pairs, [told[5], told[3]]) == 5
+    assert opening_pair([]) is None and opening_pair([scored(None)], []) == 0
 
 
 def test_pairs_right_are_counted_by_attribute():

@@ -25,7 +25,7 @@ from demo.llava.generate import Llava
 from demo.llava.settings import Generation
 from demo.llava.similarity import Similarity
 from demo.mining.pairs import ROWS, BlindPair, Question, read_pairs
-from demo.mining.quickstart import quickstart_pairs
+from demo.mining.quickstart import quickstart_pairs, told_apart
 from demo.page import html
 from demo.scores import Item, Scores, items_of, score, verdict
 from demo.session import explain
@@ -495,6 +495,17 @@ def test_the_pairs_of_the_quick_start_differ_in_one_attribute(quickstart, tmp_pa
         assert pair.statements in made and pair.right is not None
         (question,) = pair.questions
         assert len(set(question.answers)) == 2
+
+
+def test_what_the_quick_start_saw_is_known(quickstart, tmp_path):
+    asked = quickstart[0].parent / "data" / "pairs.jsonl"
+    rows = [{"pair": n // 2, "image": f"/somewhere/{n}.png"} for n in range(8)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert told_apart(*quickstart) == set()  # results of an older version
+    answered = {"base": {"right": [True, False, False, True]}, "clipmoe": {"right": [True, True, False, False]}}
+    write_json(asked.parent.parent / "results.json", {"pairs": answered})
+    assert told_apart(*quickstart) == told_apart(*reversed(quickstart)) == {frozenset({"2.png", "3.png"})}
+    assert told_apart(quickstart[0], tmp_path / "elsewhere" / "llava-v1-clipmoe") == set()
 
 
 def test_pairs_are_mined_once_and_anew_after_another_quick_start(quickstart, mined, tmp_path):

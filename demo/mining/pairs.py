@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,6 +92,18 @@ def clearest_first(pairs: Sequence[BlindPair]) -> list[int]:
         return (1,) if right is None else (0, -right["clip-moe"], right["dense"], -gap)
 
     return sorted(range(len(pairs)), key=key)
+
+
+def opening_pair(pairs: Sequence[BlindPair], told: Collection[frozenset[str]] = ()) -> int | None:
+    """Number of the pair that the page opens on: the clearest of those that only the CLIP-MoE matches wholly right and
+    that are among `told` (the names of both pictures): only its LLaVA told them apart. Else the clearest of all."""
+    order = clearest_first(pairs)
+    for number in order:
+        pair = pairs[number]
+        by_one_alone = pair.right is not None and pair.right["clip-moe"] == 2 > pair.right["dense"]
+        if by_one_alone and frozenset(pair.names) in told:
+            return number
+    return order[0] if order else None
 
 
 def right_by_attribute(pairs: Sequence[BlindPair]) -> dict[str, dict[str, int]]:

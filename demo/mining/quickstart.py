@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 from llava_clipmoe.files import read_json
 from llava_clipmoe.tower_registry import MODEL_TYPE
+from train_llava.eval.answers import read_jsonl
+from train_llava.quickstart.steps import TOWERS
 
 from .command import Settings, mine
 from .pairs import ROWS
@@ -13,6 +16,25 @@ from .pairs import ROWS
 CHOICE = {"top": 1000, "per_image": 1, "reference_threshold": 1.0, "duplicate_colour": -1}
 """All pairs that the dense eye finds alike, whatever the CLIP-MoE finds: what that one sees is counted on them. A scene
 is in one pair, and its partner is no near duplicate, however small the difference."""
+
+
+def told_apart(left: Path, right: Path) -> set[frozenset[str]]:
+    """The pairs (names of both pictures) of which, when the LLaVA quick start asked its two LLaVAs, the one with the
+    CLIP-MoE knew both answers and the other did not. Empty where `left` and `right` are not a finished quick start's.
+    """
+    run = left.resolve().parent
+    asked, results = run / "data" / "pairs.jsonl", run / "results.json"
+    if right.resolve().parent != run or not (asked.is_file() and results.is_file()):
+        return set()
+    answered = read_json(results).get("pairs", {})
+    dense, moe = (answered.get(name, {}).get("right") for name in TOWERS)
+    if dense is None or moe is None:  # an older version's
+        return set()
+    only_moe = {number for number, (one, other) in enumerate(zip(dense, moe, strict=True)) if other and not one}
+    names = defaultdict(set)
+    for row in read_jsonl(asked):
+        names[row["pair"]].add(Path(row["image"]).name)
+    return {frozenset(names[number]) for number in only_moe}
 
 
 def quickstart_pairs(left: Path, right: Path, folder: Path) -> Path | None:
