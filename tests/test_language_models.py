@@ -229,7 +229,7 @@ def test_a_failure_under_an_untested_version_names_the_version(llama, material, 
         raise TypeError("forward() missing 1 required keyword-only argument: 'novelty'")
 
     monkeypatch.setattr(transformers.Qwen2ForCausalLM, "forward", changed)
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.99.0")
     with pytest.raises(versions.NewerTransformers, match=r"'novelty'.*transformers 5\.99\.0 is newer.*pip install"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
 
