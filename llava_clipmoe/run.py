@@ -16,6 +16,7 @@ import runpy
 import sys
 
 from .cli import DEBUG, raised_by_us
+from .conversations import TEMPLATES, find_conversation
 
 USAGE = "usage: python -m llava_clipmoe.run MODULE_OR_SCRIPT [ARGUMENTS ...]     (for instance llava.train.train)"
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         return _fail(error)
     if target.startswith("llava.train."):
         seed(rest)
-    sys.argv = [target, *rest]
+    sys.argv = [target, *rest, *conversation_flag(target, rest)]
     try:
         if target.endswith(".py"):
             runpy.run_path(target, run_name="__main__")
@@ -70,6 +71,21 @@ def seed(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=42)  # transformers' default
     torch.manual_seed(parser.parse_known_args(arguments)[0].seed)
+
+
+def conversation_flag(target: str, arguments: list[str]) -> list[str]:
+    """`--conv-mode` for upstream's programs that ask a model, where nobody gave it and the model's directory says one
+    of our templates: upstream chooses by the folder's name, and knows neither Llama 3 nor Qwen."""
+    if not target.startswith(("llava.serve.cli", "llava.eval.")):
+        return []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--conv-mode", "--model-path", "--model-base"):
+        parser.add_argument(flag)
+    given = parser.parse_known_args(arguments)[0]
+    if given.conv_mode is not None or given.model_path is None:
+        return []
+    name = find_conversation(given.model_path, given.model_base)
+    return ["--conv-mode", name] if name in TEMPLATES else []
 
 
 def prepare() -> None:

@@ -14,6 +14,7 @@ from tiny.llavas import make_llava, make_towers, upstream_is_installed
 
 from demo.llava.settings import Generation, Models
 from llava_clipmoe.conversations import FIELD, TEMPLATES, conversation_for, find_conversation
+from llava_clipmoe.run import conversation_flag
 from train_llava.eval.settings import template_of
 
 pytest_plugins = ["tiny.loaded_llavas"]
@@ -125,3 +126,16 @@ def test_in_the_demo_two_projectors_are_asked_as_their_language_model_is(upstrea
     assert [each.llm.conversation for each in llavas] == [template, template]
     texts = list(llavas[0].stream(Image.new("RGB", (40, 30), "red"), "What is it?", Generation(max_new_tokens=8)))
     assert texts[-1] and "<|" not in texts[-1]
+
+
+def test_the_launcher_tells_upstreams_programs(tmp_path):
+    llama, vicuna = model(tmp_path / "llama", LLAMA_3, "<|eot_id|>"), model(tmp_path / "vicuna", LLAMA_3)
+    lora = model(tmp_path / "llava-lora", {"model_type": "llava_llama", FIELD: "llama_3"})
+    for target in ("llava.serve.cli", "llava.eval.model_vqa_loader"):
+        assert conversation_flag(target, ["--model-path", str(llama)]) == ["--conv-mode", "llama_3"]
+        assert conversation_flag(target, [f"--model-path={lora}", "--model-base", "x"]) == ["--conv-mode", "llama_3"]
+        assert conversation_flag(target, ["--model-path", str(vicuna), "--model-base", str(llama)])[1:] == ["llama_3"]
+        for silent in (["--model-path", str(vicuna)], [], ["--model-path", str(llama), "--conv-mode", "llava_v1"]):
+            assert conversation_flag(target, silent) == []
+    for target in ("llava.serve.model_worker", "llava.train.train", "script.py"):  # they know no such flag
+        assert conversation_flag(target, ["--model-path", str(llama)]) == []
