@@ -78,7 +78,7 @@ def conversation_flag(target: str, arguments: list[str]) -> list[str]:
     of our templates: upstream chooses by the folder's name, and knows neither Llama 3 nor Qwen."""
     if not target.startswith(("llava.serve.cli", "llava.eval.")):
         return []
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=target, add_help=False, allow_abbrev=False)
     for flag in ("--conv-mode", "--model-path", "--model-base"):
         parser.add_argument(flag)
     given = parser.parse_known_args(arguments)[0]

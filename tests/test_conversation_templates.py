@@ -128,7 +128,8 @@ def test_in_the_demo_two_projectors_are_asked_as_their_language_model_is(upstrea
     assert texts[-1] and "<|" not in texts[-1]
 
 
-def test_the_launcher_tells_upstreams_programs(tmp_path):
+def test_the_launcher_tells_upstreams_programs(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
     llama, vicuna = model(tmp_path / "llama", LLAMA_3, "<|eot_id|>"), model(tmp_path / "vicuna", LLAMA_3)
     lora = model(tmp_path / "llava-lora", {"model_type": "llava_llama", FIELD: "llama_3"})
     for target in ("llava.serve.cli", "llava.eval.model_vqa_loader"):
