@@ -18,14 +18,23 @@ CHOICE = {"top": 1000, "per_image": 1, "reference_threshold": 1.0, "duplicate_co
 is in one pair, and its partner is no near duplicate, however small the difference."""
 
 
+def _files_of_run(left: Path, right: Path) -> tuple[Path, Path] | None:
+    """The questions about pairs, and the results, of the LLaVA quick start that made both; None where none has, or it
+    has not ended."""
+    run = left.resolve().parent
+    asked, results = run / "data" / "pairs.jsonl", run / "results.json"
+    finished = right.resolve().parent == run and asked.is_file() and results.is_file()
+    return (asked, results) if finished else None
+
+
 def told_apart(left: Path, right: Path) -> set[frozenset[str]]:
     """The pairs (names of both pictures) of which, when the LLaVA quick start asked its two LLaVAs, the one with the
     CLIP-MoE knew both answers and the other did not. Empty where `left` and `right` are not a finished quick start's.
     """
-    run = left.resolve().parent
-    asked, results = run / "data" / "pairs.jsonl", run / "results.json"
-    if right.resolve().parent != run or not (asked.is_file() and results.is_file()):
+    files = _files_of_run(left, right)
+    if files is None:
         return set()
+    asked, results = files
     answered = read_json(results).get("pairs", {})
     dense, moe = (answered.get(name, {}).get("right") for name in TOWERS)
     if dense is None or moe is None:  # an older version's
@@ -43,10 +52,10 @@ def quickstart_pairs(left: Path, right: Path, folder: Path) -> Path | None:
     They are of scenes that neither tower nor language model was trained on. Mined once, and again after the quick start
     has run again. None where the two LLaVAs are not a finished quick start's.
     """
-    run = left.resolve().parent
-    asked, results = run / "data" / "pairs.jsonl", run / "results.json"
-    if right.resolve().parent != run or not (asked.is_file() and results.is_file()):
+    files = _files_of_run(left, right)
+    if files is None:
         return None
+    asked, results = files
     if (folder / ROWS).is_file() and (folder / ROWS).stat().st_mtime >= results.stat().st_mtime:
         return folder
     towers = {}

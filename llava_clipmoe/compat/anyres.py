@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from torch import nn
 from ..files import load_foreign_pt
 from ..model_directory import local_directory, read_config
 from ..tower_registry import resolve
+from .data import names_of_trainer
 from .flags import Flags
 
 RATIO, MERGE, GRID = "image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints"
@@ -131,7 +131,7 @@ def prepare(given: dict[str, Any]) -> None:
 
     given: the trainer's keyword arguments (model, args, train_dataset, data_collator), changed in place."""
     dataset, model, arguments = given["train_dataset"], given.get("model"), given.get("args")
-    keep_newline(getattr(inspect.unwrap(type(dataset).__getitem__), "__globals__", {}))
+    keep_newline(names_of_trainer(dataset))
     newline = getattr(model.get_model(), NEWLINE, None) if hasattr(model, "get_model") else None
     if newline is not None:
         _place_newline(newline, model, arguments)

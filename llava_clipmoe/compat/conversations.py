@@ -8,7 +8,6 @@ Of other templates nothing is changed.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ..conversations import FIELD, QWEN_TYPES, TEMPLATES, Template, kind_of
+from .data import names_of_trainer
 
 IGNORED = -100
 """Label of a token that is read, not learned."""
@@ -64,8 +64,7 @@ def prepare_training(dataset: Any, model: Any) -> None:
     if default_conversation.sep_style.name == "PLAIN":  # stage 1: captions, no conversations
         return
     if name in TEMPLATES:
-        names = inspect.unwrap(type(dataset).__getitem__).__globals__  # of train.py, which may run as __main__
-        _patch_preprocess(names)
+        _patch_preprocess(names_of_trainer(dataset))
     known = (known for known, template in conv_templates.items() if template is default_conversation)
     setattr(model.config, FIELD, next(known, name))
     stop_at_end(model, tokenizer)

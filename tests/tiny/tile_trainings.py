@@ -7,7 +7,6 @@ the result is loaded ("cpu").
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tiny.tower_trainings import balance_by_hand, learns, whole, without_kernels
+from tiny.tower_trainings import balance_by_hand, learns, main, whole, without_kernels
 
 from llava_clipmoe.compat.tuning import tower_of  # isort: skip
 
@@ -132,11 +131,5 @@ def compare_pictures(dataset, processor, config) -> list[bool]:
     return same
 
 
-def main(tasks_file: str) -> None:
-    seen = [watch(task) for task in json.loads(Path(tasks_file).read_text())]
-    if os.environ.get("RANK", "0") == "0":
-        Path(tasks_file).with_name("seen.json").write_text(json.dumps(seen))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], watch)

@@ -192,8 +192,12 @@ def compare_with_reloaded(task: dict, model) -> dict:
     return seen
 
 
-def main(tasks_file: str) -> None:
-    seen = [watch(task) for task in json.loads(Path(tasks_file).read_text())]
+def main(tasks_file: str, watch: Callable[[dict], dict] = watch) -> None:
+    seen = []
+    for task in json.loads(Path(tasks_file).read_text()):
+        seen.append(watch(task))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the next task may read what the first process is still writing
     if os.environ.get("RANK", "0") == "0":
         Path(tasks_file).with_name("seen.json").write_text(json.dumps(seen))
 
